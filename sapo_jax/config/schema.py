@@ -1,0 +1,280 @@
+"""The whole configuration schema: frozen dataclasses, their units and their defaults.
+
+Every key has a default; a YAML file or a `key.path=value` override changes it. Types and ranges are validated
+strictly by pydantic (`load.py`); what spans several keys is checked in `checks.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any, Literal
+
+import pydantic
+
+Positive = Annotated[float, pydantic.Field(gt=0)]
+NonNegative = Annotated[float, pydantic.Field(ge=0)]
+Fraction = Annotated[float, pydantic.Field(ge=0, le=1)]
+Count = Annotated[int, pydantic.Field(ge=1)]
+CountOrZero = Annotated[int, pydantic.Field(ge=0)]
+
+
+def _config(cls):
+    cls.__pydantic_config__ = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    return dataclasses.dataclass(frozen=True)(cls)
+
+
+# ---------------------------------------------------------------- model
+
+
+@_config
+class Yarn:
+    """YaRN context extension (Peng et al., arXiv 2309.00071), keys as in the Hugging Face `rope_scaling`."""
+
+    factor: Annotated[float, pydantic.Field(ge=1)] = 4.0
+    original_max_position_embeddings: Count = 32768
+    beta_fast: Positive = 32.0
+    beta_slow: Positive = 1.0
+    attention_factor: Positive | None = None  # None: 0.1 ln(factor) + 1
+
+
+@_config
+class Model:
+    """A Qwen3 decoder; the keys are those of the Hugging Face config. `preset` fills in a published shape."""
+
+    preset: str | None = None
+    vocab_size: CountOrZero = 0  # 0: the tokenizer's size
+    hidden_size: Count = 128  # D
+    num_hidden_layers: Count = 4  # L
+    num_attention_heads: Count = 4  # H
+    num_key_value_heads: Count = 2  # K
+    head_dim: Count = 32  # h
+    intermediate_size: Count = 384  # F of a dense MLP
+    qk_norm: bool = True  # False for Llama-shaped models
+    rms_norm_eps: Positive = 1e-6
+    rope_theta: Positive = 1e6
+    rope_scaling: Yarn | None = None
+    tie_word_embeddings: bool = True
+    max_position_embeddings: Count = 40960  # longest sequence, tokens
+    initializer_range: Positive = 0.02
+    num_experts: CountOrZero = 0  # E; 0: every MLP is dense
+    num_experts_per_tok: Count = 2  # k
+    moe_intermediate_size: Count = 96  # F of one expert
+    norm_topk_prob: bool = True  # gate weights of the k chosen experts sum to 1
+    router_aux_loss_coef: NonNegative = 0.0  # load-balancing loss (Switch, arXiv 2101.03961 Eq. 4)
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # parameters are always float32
+    remat: Literal["none", "dots", "full"] = "none"  # what backward recomputes: nothing / all but matmuls / all
+    vocab_chunk: Count = 16384  # largest slice of the vocabulary whose logits the scorer holds at once
+
+
+# ---------------------------------------------------------------- data, rewards
+
+
+@_config
+class ReasoningGymTask:
+    """Problems from a reasoning-gym generator. Names are an allow-list: scorers that execute the answer are refused."""
+
+    kind: Literal["reasoning_gym"] = "reasoning_gym"
+    name: str = "chain_sum"
+    weight: Positive = 1.0  # share of each batch
+    size: Count = 10000  # training problems generated (distinct ones are kept)
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # the generator's own options
+
+
+@_config
+class FileTask:
+    """Problems from JSONL or Parquet: `prompt`, `answer`, optional `verifier` and `metadata` per row."""
+
+    kind: Literal["file"] = "file"
+    path: str = ""
+    name: str = ""  # "": the file's stem
+    weight: Positive = 1.0
+    verifier: str = "math"  # for rows that name none
+    held_out_path: str | None = None  # None: `data.held_out` rows are set aside from `path`
+
+
+Task = Annotated[ReasoningGymTask | FileTask, pydantic.Field(discriminator="kind")]
+
+
+@_config
+class Data:
+    tokenizer: str = "byte"  # "byte", or the path of a tokenizer.json
+    chat_template: str = "chatml"  # "chatml", "plain" (the question alone), or the path of a Jinja template
+    system_prompt: str = ""
+    tasks: tuple[Task, ...] = ()
+    held_out: Count = 256  # problems kept for evaluation over all tasks, never trained on
+    max_prompt_tokens: Count = 256  # longer prompts are dropped and counted
+    seed: CountOrZero = 0  # problem generation and the train / held-out split; NOT the training seed
+
+
+@_config
+class Rewards:
+    extract: Literal["all", "answer_tag", "boxed"] = "all"  # which part of the completion is the answer
+    format_reward: NonNegative = 0.0  # added when the completion has the form that `extract` asks for
+    workers: Count = 2  # verifier processes
+    deadline: Positive = 5.0  # seconds per completion; then its worker is killed
+    memory_mb: Count = 2048  # address space of a worker
+    max_chars: Count = 20000  # longer completions are unparsable
+    plugins: tuple[str, ...] = ()  # modules to import that register verifiers
+
+
+# ---------------------------------------------------------------- rollout, objective
+
+
+@_config
+class Rollout:
+    prompts_per_step: Count = 32  # P
+    group_size: Annotated[int, pydantic.Field(ge=2)] = 8  # G
+    max_new_tokens: Count = 64
+    temperature: Positive = 1.0  # also divides the logits in the scorer
+    top_k: CountOrZero = 0  # 0: off
+    top_p: Annotated[float, pydantic.Field(gt=0, le=1)] = 1.0
+    min_p: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.0
+
+
+@_config
+class SAPO:
+    """arXiv 2511.20347, Eqs. 5, 6."""
+
+    name: Literal["sapo"] = "sapo"
+    tau_pos: Positive = 1.0
+    tau_neg: Positive = 1.05
+
+
+@_config
+class GRPO:
+    """arXiv 2402.03300 with the clip-higher of DAPO, arXiv 2503.14476. Values: SAPO paper, section 5."""
+
+    name: Literal["grpo"] = "grpo"
+    clip_low: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.2
+    clip_high: Positive = 0.27
+
+
+@_config
+class GSPO:
+    """arXiv 2507.18071. level: one ratio per sequence, or its token form (stop-gradient on the sequence ratio)."""
+
+    name: Literal["gspo"] = "gspo"
+    clip_low: Annotated[float, pydantic.Field(gt=0, lt=1)] = 3e-4
+    clip_high: Positive = 4e-4
+    level: Literal["sequence", "token"] = "sequence"
+
+
+@_config
+class CISPO:
+    """arXiv 2506.13585, Eqs. 4, 5: the importance weight is clipped and stopped, no token is dropped."""
+
+    name: Literal["cispo"] = "cispo"
+    clip_low: Annotated[float, pydantic.Field(gt=0, le=1)] = 1.0  # 1.0: no lower bound
+    clip_high: Positive = 0.27
+
+
+Objective = Annotated[SAPO | GRPO | GSPO | CISPO, pydantic.Field(discriminator="name")]
+
+
+@_config
+class Advantage:
+    """R - mean of the group; `group` also divides by std(ddof) + eps, `leave_one_out` leaves R out of its mean."""
+
+    kind: Literal["group", "mean_only", "leave_one_out"] = "group"
+    ddof: Literal[0, 1] = 0
+    eps: NonNegative = 1e-6
+
+
+@_config
+class Loss:
+    """How tokens are weighted, and what is added to the surrogate.
+
+    sequence_mean: 1 / (n_sequences * |y_i|) (GRPO, GSPO, SAPO Eq. 5); token_mean: 1 / n_tokens (DAPO);
+    constant: 1 / (n_sequences * max_new_tokens) (Dr. GRPO, arXiv 2503.20783).
+    """
+
+    normalization: Literal["sequence_mean", "token_mean", "constant"] = "sequence_mean"
+    kl: Literal["none", "k1", "k2", "k3"] = "none"  # estimator of KL(policy || reference); reference: the RL stage's start
+    kl_coef: NonNegative = 0.0
+    correction: Literal["none", "truncated", "masked"] = "none"  # weight exp(old logp - sampler logp)
+    correction_cap: Annotated[float, pydantic.Field(gt=1)] = 2.0
+
+
+# ---------------------------------------------------------------- optimiser, loop
+
+
+@_config
+class Optimizer:
+    """AdamW with decoupled weight decay on matrices (not on norms)."""
+
+    learning_rate: Positive = 1e-3
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: CountOrZero = 0  # optimiser steps
+    final_fraction: Fraction = 0.1  # of the learning rate, at the end of a linear or cosine schedule
+    b1: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.9
+    b2: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.95
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.0
+    max_grad_norm: Positive = 1.0
+
+
+@_config
+class ColdStart:
+    """Supervised fine-tuning on the tasks' own answers, before RL. steps = 0: none."""
+
+    steps: CountOrZero = 0
+    batch_size: Count = 64  # sequences per optimiser step
+    response: str = "{answer}"  # what the model learns to say; the end token is appended
+    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+
+
+@_config
+class Train:
+    steps: Count = 100  # RL steps: one rollout batch each
+    mini_batches: Count = 4  # optimiser steps per pass over a rollout batch (the paper: 4; VL: 2)
+    micro_batch: CountOrZero = 0  # sequences per forward/backward; 0: the whole mini-batch
+    epochs: Count = 1  # passes over a rollout batch
+    old_logp: Literal["scorer", "sampler"] = "scorer"  # where the denominator of the ratio comes from
+    seed: CountOrZero = 0
+    max_nonfinite: Count = 5  # stop after so many non-finite updates in a row
+    log_samples_every: CountOrZero = 10  # RL steps between prints of a few completions; 0: never
+
+
+@_config
+class Evaluate:
+    every: CountOrZero = 0  # RL steps between evaluations; 0: only before and after RL
+    samples: Count = 8  # k of avg@k and pass@k
+    temperature: Positive = 1.0
+    batch_prompts: Count = 64  # held-out prompts sampled at once
+
+
+@_config
+class Mesh:
+    """Devices along each mesh axis; the product is the number of devices used. data = 0: all that are left."""
+
+    data: CountOrZero = 0
+    fsdp: Count = 1
+    expert: Count = 1
+    context: Count = 1
+    tensor: Count = 1
+
+
+@_config
+class Checkpoint:
+    every: Count = 20  # steps
+    keep_last: Count = 2
+    keep_every: CountOrZero = 0  # steps; 0: only the last ones are kept
+
+
+@_config
+class Config:
+    name: str = "run"
+    run_dir: str = "runs/{name}"  # {name} and {seed} are filled in
+    model: Model = dataclasses.field(default_factory=Model)
+    data: Data = dataclasses.field(default_factory=Data)
+    rewards: Rewards = dataclasses.field(default_factory=Rewards)
+    rollout: Rollout = dataclasses.field(default_factory=Rollout)
+    objective: Objective = dataclasses.field(default_factory=SAPO)
+    advantage: Advantage = dataclasses.field(default_factory=Advantage)
+    loss: Loss = dataclasses.field(default_factory=Loss)
+    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    cold_start: ColdStart = dataclasses.field(default_factory=ColdStart)
+    train: Train = dataclasses.field(default_factory=Train)
+    evaluate: Evaluate = dataclasses.field(default_factory=Evaluate)
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
