@@ -98,7 +98,6 @@ class Batch:
     old_logp_BT: Array | None = None  # float32, under the policy that sampled (the denominator of the ratio)
     ref_logp_BT: Array | None = None  # float32, under the KL reference policy
     correction_BT: Array | None = None  # float32, sampler-trainer importance weight (constant)
-    expert_ids_BTLk: Array | None = None
 
 
 @_pytree

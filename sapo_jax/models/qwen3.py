@@ -1,0 +1,136 @@
+"""Qwen3, dense and MoE (arXiv 2505.09388): one block, attention + (MLP or MoE), pre-norm, stacked over layers.
+
+One definition serves the sampler (prefill, decode) and the scorer, so that their log-probabilities agree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sapo_jax.config.schema import Model
+from sapo_jax.models.attention import Attention, KVCache
+from sapo_jax.models.layers import MLP, RMSNorm, parameter
+from sapo_jax.models.moe import MoE, Routing
+from sapo_jax.models.rope import rotations
+from sapo_jax.sharding import constrain
+from sapo_jax.types import Array
+
+REMAT = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Block(nnx.Module):
+    """x + Attention(norm(x)), then x + MLP(norm(x)) or x + MoE(norm(x))."""
+
+    def __init__(self, cfg: Model, *, rngs: nnx.Rngs):
+        D = cfg.hidden_size
+        self.attention_norm = RMSNorm(D, cfg.rms_norm_eps)
+        self.attention = Attention(cfg, rngs=rngs)
+        self.mlp_norm = RMSNorm(D, cfg.rms_norm_eps)
+        self.sparse = cfg.num_experts > 0
+        self.mlp = MoE(cfg, rngs=rngs) if self.sparse else MLP(D, cfg.intermediate_size, cfg.initializer_range, rngs=rngs)
+
+    def __call__(self, x_BTD, rotations, positions_BT, segment_ids_BT, cache=None, layer=0):
+        """Returns x BTD, the keys and values attended to, and the Routing (None for a dense block)."""
+        x_BTD = constrain(x_BTD, "batch", None, None)
+        y, kv = self.attention(self.attention_norm(x_BTD), rotations, positions_BT, segment_ids_BT, cache, layer)
+        x_BTD += y
+        y = self.mlp_norm(x_BTD)
+        y, routing = self.mlp(y, segment_ids_BT) if self.sparse else (self.mlp(y), None)
+        return x_BTD + y, kv, routing
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """Result of a pass over token rows. Arrays of `kv` and `routing` have a leading L dim."""
+
+    hidden_BTD: Array  # after the final norm; `logits` of it predict the NEXT token
+    kv: tuple[Array, Array] | None  # LBTKh each
+    routing: Routing | None
+
+
+class Qwen3(nnx.Module):
+    def __init__(self, cfg: Model, *, rngs: nnx.Rngs):
+        V, D, std = cfg.vocab_size, cfg.hidden_size, cfg.initializer_range
+        self.cfg = cfg
+        self.embed = parameter(rngs, (V, D), ("vocab", "embed"), std)
+
+        @nnx.split_rngs(splits=cfg.num_hidden_layers)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stacked(layer_rngs: nnx.Rngs) -> Block:
+            return Block(cfg, rngs=layer_rngs)
+
+        self.layers = stacked(rngs)  # every parameter has a leading L dim
+        self.norm = RMSNorm(D, cfg.rms_norm_eps)
+        self.head = None if cfg.tie_word_embeddings else parameter(rngs, (V, D), ("vocab", "embed"), std)
+
+    @property
+    def dtype(self):
+        return jnp.dtype(self.cfg.compute_dtype)
+
+    def head_VD(self) -> Array:
+        """The output projection, rows are tokens; the embedding itself when tied. In compute dtype."""
+        return (self.embed if self.head is None else self.head)[...].astype(self.dtype)
+
+    def logits(self, hidden: Array) -> Array:
+        """Next-token logits [..., V], float32."""
+        return jnp.einsum("...d,vd->...v", hidden, self.head_VD(), preferred_element_type=jnp.float32)
+
+    def _start(self, tokens_BT: Array, positions_BT: Array):
+        x_BTD = self.embed[...].astype(self.dtype)[tokens_BT]
+        return x_BTD, rotations(positions_BT, self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling)
+
+    def forward(self, tokens_BT, positions_BT, segment_ids_BT, *, want_kv: bool = False) -> Forward:
+        """Pass whole rows through the layers (scoring, updates, prefill). Padding has segment id 0.
+
+        Layers are scanned: compile time does not grow with depth. `remat` of the config decides what backward redoes.
+        """
+        x_BTD, rotation = self._start(tokens_BT, positions_BT)
+        graphdef, stacked = nnx.split(self.layers)
+
+        def one_layer(x, layer_state):
+            x, kv, routing = nnx.merge(graphdef, layer_state)(x, rotation, positions_BT, segment_ids_BT)
+            return x, (kv if want_kv else None, routing)
+
+        if self.cfg.remat != "none":
+            one_layer = jax.checkpoint(one_layer, policy=REMAT[self.cfg.remat], prevent_cse=False)
+        x_BTD, (kv, routing) = jax.lax.scan(one_layer, x_BTD, stacked)
+        return Forward(self.norm(x_BTD), kv, routing)
+
+    def decoder(self) -> list[Block]:
+        """The layers one by one. Made once before a decode loop, which then holds no slice of a stacked array."""
+        graphdef, stacked = nnx.split(self.layers)
+        return [
+            nnx.merge(graphdef, jax.tree.map(lambda a, i=i: a[i], stacked)) for i in range(self.cfg.num_hidden_layers)
+        ]
+
+    def decode(self, blocks: list[Block], tokens_B: Array, positions_B: Array, cache: KVCache):
+        """Pass one token per row, writing its keys and values to slot `cache.used`.
+
+        Returns the hidden state BD, the new cache, and expert_ids_BLk (None when dense).
+        """
+        positions_B1 = positions_B[:, None]
+        segments_B1 = jnp.ones_like(positions_B1)
+        write = lambda array, value: jax.lax.dynamic_update_slice_in_dim(array, value, cache.used, axis=1)  # noqa: E731
+        cache = dataclasses.replace(
+            cache,
+            positions_BS=write(cache.positions_BS, positions_B1),
+            segment_ids_BS=write(cache.segment_ids_BS, segments_B1),
+        )
+        x_B1D, rotation = self._start(tokens_B[:, None], positions_B1)
+        kvs, ids = [], []
+        for layer, block in enumerate(blocks):
+            x_B1D, kv, routing = block(x_B1D, rotation, positions_B1, segments_B1, cache, layer)
+            kvs.append(kv)
+            if routing is not None:
+                ids.append(routing.expert_ids_BTk[:, 0])
+        k, v = (tuple(x) for x in zip(*kvs, strict=True))
+        cache = dataclasses.replace(cache, k=k, v=v, used=cache.used + 1)
+        return self.norm(x_B1D)[:, 0], cache, jnp.stack(ids, axis=1) if ids else None

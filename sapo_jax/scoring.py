@@ -1,0 +1,97 @@
+"""Log-probabilities and entropy of given tokens under a policy, chunked over the vocabulary.
+
+log p(y_t) = z_{y_t} - logsumexp(z), z = logits / temperature, float32: the sampler's distribution before truncation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from sapo_jax.models import Policy, Qwen3
+from sapo_jax.models.moe import Routing
+from sapo_jax.types import Array, Batch, Params
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Aligned with tokens: position t speaks of token t given those before it. Position 0 of a row is 0."""
+
+    logp_BT: Array  # float32
+    entropy_BT: Array  # float32, nats, of the distribution that token t was drawn from; no gradient
+    routing: Routing | None
+
+
+def score(model: Qwen3, batch: Batch, temperature: float) -> Scores:
+    """Scores of every token of the rows. In packed rows the first token of a segment has no meaning: mask it."""
+    out = model.forward(batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)
+    B, T, D = out.hidden_BTD.shape
+    hidden_ND = out.hidden_BTD[:, :-1].reshape(-1, D)
+    targets_N = batch.tokens_BT[:, 1:].reshape(-1)
+    logp_N, entropy_N = head_logprobs(hidden_ND, model.head_VD(), targets_N, temperature, model.cfg.vocab_chunk)
+    align = lambda x_N: jnp.pad(x_N.reshape(B, T - 1), [(0, 0), (1, 0)])  # noqa: E731
+    return Scores(align(logp_N), jax.lax.stop_gradient(align(entropy_N)), out.routing)
+
+
+def head_logprobs(hidden_ND, head_VD, targets_N, temperature: float, chunk: int) -> tuple[Array, Array]:
+    """log softmax(hidden head^T / temperature) at the targets, and the entropy; both float32, N.
+
+    The vocabulary is cut into equal slices of at most `chunk` tokens; a running (max, sum of exp, sum of z exp) makes
+    one pass over them, and the backward pass recomputes each slice, so that only N x chunk logits exist at a time.
+    """
+    V, D = head_VD.shape
+    n = next(n for n in range(-(-V // chunk), V + 1) if V % n == 0)
+    size = V // n
+
+    @jax.checkpoint
+    def one_slice(carry, slice_):
+        max_N, sum_N, weighted_N, target_N = carry
+        head, start = slice_
+        z = jnp.einsum("nd,vd->nv", hidden_ND, head, preferred_element_type=jnp.float32) / temperature
+        new_max = jnp.maximum(max_N, jax.lax.stop_gradient(z.max(axis=-1)))
+        shrink, exp = jnp.exp(max_N - new_max), jnp.exp(z - new_max[:, None])
+        local_N = targets_N - start
+        here_N = (local_N >= 0) & (local_N < size)
+        z_target = jnp.take_along_axis(z, jnp.clip(local_N, 0, size - 1)[:, None], axis=-1)[:, 0]
+        return (
+            new_max,
+            sum_N * shrink + exp.sum(axis=-1),
+            weighted_N * shrink + jax.lax.stop_gradient((exp * z).sum(axis=-1)),
+            target_N + jnp.where(here_N, z_target, 0.0),
+        ), None
+
+    zeros = jnp.zeros(len(hidden_ND), jnp.float32)
+    start = (jnp.full_like(zeros, -1e30), zeros, zeros, zeros)  # finite: -inf - -inf would be NaN
+    slices = (head_VD.reshape(n, size, D), jnp.arange(n) * size)
+    (max_N, sum_N, weighted_N, target_N), _ = jax.lax.scan(one_slice, start, slices)
+    log_z_N = max_N + jnp.log(sum_N)
+    return target_N - log_z_N, log_z_N - weighted_N / sum_N
+
+
+def make_scorer(policy: Policy, temperature: float, micro_batch: int) -> Callable[[Params, Batch], tuple[Array, Array]]:
+    """Jitted (params, batch) -> log-probs and entropies BT, `micro_batch` rows at a time (B a multiple of it)."""
+
+    @jax.jit
+    def scorer(params: Params, batch: Batch) -> tuple[Array, Array]:
+        model = policy.bind(params)
+
+        def one(micro: Batch):
+            scores = score(model, micro, temperature)
+            return scores.logp_BT, scores.entropy_BT
+
+        return jax.tree.map(join, jax.lax.map(one, split(batch, micro_batch)))
+
+    return scorer
+
+
+def split(batch: Batch, micro_batch: int) -> Batch:
+    """[B, ...] -> [B / micro_batch, micro_batch, ...] for every array of the batch."""
+    return jax.tree.map(lambda x: x.reshape(-1, micro_batch, *x.shape[1:]), batch)
+
+
+def join(x: Array) -> Array:
+    return x.reshape(-1, *x.shape[2:])
