@@ -23,6 +23,7 @@ class Scores:
 
     logp_BT: Array  # float32
     entropy_BT: Array  # float32, nats, of the distribution that token t was drawn from; no gradient
+    greedy_BT: Array  # bool, token t is a most probable one
     routing: Routing | None
 
 
@@ -32,13 +33,15 @@ def score(model: Qwen3, batch: Batch, temperature: float) -> Scores:
     B, T, D = out.hidden_BTD.shape
     hidden_ND = out.hidden_BTD[:, :-1].reshape(-1, D)
     targets_N = batch.tokens_BT[:, 1:].reshape(-1)
-    logp_N, entropy_N = head_logprobs(hidden_ND, model.head_VD(), targets_N, temperature, model.cfg.vocab_chunk)
+    logp_N, entropy_N, greedy_N = head_logprobs(
+        hidden_ND, model.head_VD(), targets_N, temperature, model.cfg.vocab_chunk
+    )
     align = lambda x_N: jnp.pad(x_N.reshape(B, T - 1), [(0, 0), (1, 0)])  # noqa: E731
-    return Scores(align(logp_N), jax.lax.stop_gradient(align(entropy_N)), out.routing)
+    return Scores(align(logp_N), jax.lax.stop_gradient(align(entropy_N)), align(greedy_N), out.routing)
 
 
-def head_logprobs(hidden_ND, head_VD, targets_N, temperature: float, chunk: int) -> tuple[Array, Array]:
-    """log softmax(hidden head^T / temperature) at the targets, and the entropy; both float32, N.
+def head_logprobs(hidden_ND, head_VD, targets_N, temperature: float, chunk: int) -> tuple[Array, Array, Array]:
+    """log softmax(hidden head^T / temperature) at the targets, the entropy, and whether the target is a mode; all N.
 
     The vocabulary is cut into equal slices of at most `chunk` tokens; a running (max, sum of exp, sum of z exp) makes
     one pass over them, and the backward pass recomputes each slice, so that only N x chunk logits exist at a time.
@@ -69,7 +72,7 @@ def head_logprobs(hidden_ND, head_VD, targets_N, temperature: float, chunk: int)
     slices = (head_VD.reshape(n, size, D), jnp.arange(n) * size)
     (max_N, sum_N, weighted_N, target_N), _ = jax.lax.scan(one_slice, start, slices)
     log_z_N = max_N + jnp.log(sum_N)
-    return target_N - log_z_N, log_z_N - weighted_N / sum_N
+    return target_N - log_z_N, log_z_N - weighted_N / sum_N, target_N >= max_N
 
 
 def make_scorer(policy: Policy, temperature: float, micro_batch: int) -> Callable[[Params, Batch], tuple[Array, Array]]:

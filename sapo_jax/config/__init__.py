@@ -1,3 +1,40 @@
-"""Configuration: the schema (`schema.py`), its loading (`load.py`) and the checks across keys (`checks.py`)."""
+"""Configuration: the schema (`schema.py`), its loading (`load.py`), the checks across keys (`checks.py`).
 
-from sapo_jax.config.schema import *  # noqa: F403
+Imports no JAX: a configuration is checked before anything heavy starts.
+"""
+
+from sapo_jax.config.advice import warnings
+from sapo_jax.config.checks import check, verify
+from sapo_jax.config.errors import ConfigError, Problem
+from sapo_jax.config.load import diff, dump, load
+from sapo_jax.config.presets import PRESETS
+from sapo_jax.config.schema import (
+    CISPO,
+    GRPO,
+    GSPO,
+    SAPO,
+    Advantage,
+    Checkpoint,
+    ColdStart,
+    Config,
+    Data,
+    Evaluate,
+    FileTask,
+    Loss,
+    Mesh,
+    Model,
+    Objective,
+    Optimizer,
+    ReasoningGymTask,
+    Rewards,
+    Rollout,
+    Task,
+    Train,
+    Yarn,
+)
+
+__all__ = [
+    "CISPO", "GRPO", "GSPO", "PRESETS", "SAPO", "Advantage", "Checkpoint", "ColdStart", "Config", "ConfigError",
+    "Data", "Evaluate", "FileTask", "Loss", "Mesh", "Model", "Objective", "Optimizer", "Problem", "ReasoningGymTask",
+    "Rewards", "Rollout", "Task", "Train", "Yarn", "check", "diff", "dump", "load", "verify", "warnings",
+]  # fmt: skip

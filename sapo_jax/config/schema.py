@@ -39,7 +39,10 @@ class Yarn:
 
 @_config
 class Model:
-    """A Qwen3 decoder; the keys are those of the Hugging Face config. `preset` fills in a published shape."""
+    """A Qwen3 decoder; the keys are those of the Hugging Face config.
+
+    `preset` names a published shape (`presets.PRESETS`), which `load` writes out under the keys given beside it.
+    """
 
     preset: str | None = None
     vocab_size: CountOrZero = 0  # 0: the tokenizer's size
@@ -176,7 +179,7 @@ class Advantage:
     """R - mean of the group; `group` also divides by std(ddof) + eps, `leave_one_out` leaves R out of its mean."""
 
     kind: Literal["group", "mean_only", "leave_one_out"] = "group"
-    ddof: Literal[0, 1] = 0
+    ddof: Annotated[int, pydantic.Field(ge=0, le=1)] = 0
     eps: NonNegative = 1e-6
 
 
@@ -189,7 +192,7 @@ class Loss:
     """
 
     normalization: Literal["sequence_mean", "token_mean", "constant"] = "sequence_mean"
-    kl: Literal["none", "k1", "k2", "k3"] = "none"  # estimator of KL(policy || reference); reference: the RL stage's start
+    kl: Literal["none", "k1", "k2", "k3"] = "none"  # estimator of KL(policy || its start of the RL stage)
     kl_coef: NonNegative = 0.0
     correction: Literal["none", "truncated", "masked"] = "none"  # weight exp(old logp - sampler logp)
     correction_cap: Annotated[float, pydantic.Field(gt=1)] = 2.0
@@ -232,14 +235,15 @@ class Train:
     old_logp: Literal["scorer", "sampler"] = "scorer"  # where the denominator of the ratio comes from
     seed: CountOrZero = 0
     max_nonfinite: Count = 5  # stop after so many non-finite updates in a row
-    log_samples_every: CountOrZero = 10  # RL steps between prints of a few completions; 0: never
+    log_samples: CountOrZero = 8  # completions of each step that go to samples.jsonl
+    print_samples_every: CountOrZero = 20  # RL steps between prints of a few completions; 0: never
 
 
 @_config
 class Evaluate:
     every: CountOrZero = 0  # RL steps between evaluations; 0: only before and after RL
     samples: Count = 8  # k of avg@k and pass@k
-    temperature: Positive = 1.0
+    temperature: NonNegative = 1.0  # 0: greedy
     batch_prompts: Count = 64  # held-out prompts sampled at once
 
 

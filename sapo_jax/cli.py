@@ -1,0 +1,145 @@
+"""`sapo-jax <command> CONFIG key=value ...`: the only place that reads a command line.
+
+Exit codes: 0 the steps asked for are done; 1 the run failed; 2 the command line or the config is wrong;
+75 the run was told to stop (SIGTERM, Ctrl-C), has saved, and the same command resumes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sapo_jax.config import Config, ConfigError, load, warnings
+
+EPILOG = """examples:
+  sapo-jax config configs/quickstart.yaml                      what would run: shapes, FLOPs, memory; compiles nothing
+  sapo-jax train configs/quickstart.yaml objective.name=grpo name=grpo
+  sapo-jax eval runs/quickstart evaluate.samples=32
+  sapo-jax sample runs/quickstart --prompt "Calculate 3 + 4."
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "sapo-jax", description="RL of language models with SAPO and its baselines, in JAX.", epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, summary: str, what: str = "a YAML file") -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=summary)
+        sub.add_argument("config", metavar="CONFIG", type=Path, help=what)
+        sub.add_argument("overrides", metavar="key=value", nargs="*", help="changes to the config, e.g. train.steps=50")
+        return sub
+
+    run = "a YAML file, or the folder of a run"
+    command("train", "cold start (if cold_start.steps > 0), then RL; on an existing run folder, resume it", run)
+    command("sft", "the cold start alone", run)
+    command("config", "dry run: the resolved config, parameters, tokens, FLOPs, memory; compiles nothing", run)
+    for name, summary in (
+        ("eval", "avg@k and pass@k of a run's checkpoint on its held-out problems"),
+        ("sample", "look at completions of a run's checkpoint"),
+    ):
+        sub = command(name, summary, run)
+        sub.add_argument("--step", type=int, help="RL step of the checkpoint (default: the newest)")
+        if name == "sample":
+            sub.add_argument("--prompt", action="append", help="a question (repeatable; default: held-out problems)")
+            sub.add_argument("-n", type=int, default=4, help="completions per prompt, and held-out problems shown (4)")
+            sub.add_argument("--greedy", action="store_true", help="the most probable tokens instead of samples")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parse(argv)
+    try:
+        path, overrides = args.config, list(args.overrides)
+        if path.is_dir():  # a run folder: its own config, wherever it was moved to
+            path, overrides = path / "config.yaml", [f"run_dir={json.dumps(str(path))}", *overrides]
+        cfg = load(path, overrides)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for warning in warnings(cfg):
+        print(f"warning: {warning}", file=sys.stderr)
+    return _guarded(COMMANDS[args.command], cfg, args)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """key=value words may stand before or after the options."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if wrong := [word for word in [*args.overrides, *rest] if word.startswith("-") or "=" not in word]:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)} (overrides look like key.path=value)")
+    args.overrides += rest
+    return args
+
+
+def _guarded(command, cfg: Config, args: argparse.Namespace) -> int:
+    """Errors with a message for people become that message; anything else is a bug and keeps its traceback."""
+    if command is describe_command:
+        return describe_command(cfg, args)
+    from sapo_jax.checkpoint import CheckpointError
+    from sapo_jax.rewards import WorkerError
+    from sapo_jax.run import STOPPED, RunError, Stopped
+
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        command(cfg, args)
+    except Stopped:
+        print("stopped as told; the state is saved, and the same command goes on from here", file=sys.stderr)
+        return STOPPED
+    except (CheckpointError, ConfigError, RunError, WorkerError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+# ---------------------------------------------------------------- commands; each imports what it needs, `--help` is quick
+
+
+def train_command(cfg: Config, _args: argparse.Namespace) -> None:
+    from sapo_jax.train import train
+
+    train(cfg)
+
+
+def sft_command(cfg: Config, _args: argparse.Namespace) -> None:
+    from sapo_jax.sft import sft
+
+    sft(cfg)
+
+
+def describe_command(cfg: Config, _args: argparse.Namespace) -> int:
+    from sapo_jax.data import load_tokenizer
+    from sapo_jax.describe import describe
+
+    print(describe(cfg, load_tokenizer(cfg.data.tokenizer).vocab_size))
+    return 0
+
+
+def eval_command(cfg: Config, args: argparse.Namespace) -> None:
+    from sapo_jax.evaluate import evaluate_run
+
+    evaluate_run(cfg, args.step)
+
+
+def sample_command(cfg: Config, args: argparse.Namespace) -> None:
+    from sapo_jax.evaluate import show_samples
+
+    show_samples(cfg, args.step, args.prompt, args.n, args.greedy)
+
+
+COMMANDS = {
+    "train": train_command,
+    "sft": sft_command,
+    "eval": eval_command,
+    "sample": sample_command,
+    "config": describe_command,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

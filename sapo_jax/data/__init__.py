@@ -1,0 +1,27 @@
+"""Data: sources -> prompts, split into training and held-out -> resumable batches; tokenizers, chat templates."""
+
+from sapo_jax.data.batches import PromptBatches
+from sapo_jax.data.common import DataError
+from sapo_jax.data.problems import Problems, PromptMaker, TaskReport, load_problems
+from sapo_jax.data.sft import check_response_template, sft_example
+from sapo_jax.data.sources import Problem, generate_reasoning_gym, read_problems
+from sapo_jax.data.template import ChatTemplate, load_template
+from sapo_jax.data.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = [
+    "ChatTemplate",
+    "DataError",
+    "Problem",
+    "Problems",
+    "PromptBatches",
+    "PromptMaker",
+    "TaskReport",
+    "Tokenizer",
+    "check_response_template",
+    "generate_reasoning_gym",
+    "load_problems",
+    "load_template",
+    "load_tokenizer",
+    "read_problems",
+    "sft_example",
+]

@@ -1,0 +1,52 @@
+"""What the data modules share: one error type, hashes that never change, largest-remainder shares."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+
+SHOWN = 20  # mistakes listed in one message
+
+
+class DataError(ValueError):
+    """Data or its settings cannot be used. `mistakes` holds all of them; the message shows the first 20."""
+
+    def __init__(self, *mistakes: str):
+        self.mistakes = list(mistakes)
+        lines = self.mistakes[:SHOWN]
+        if len(self.mistakes) > SHOWN:
+            lines.append(f"... and {len(self.mistakes) - SHOWN} more")
+        if len(self.mistakes) > 1:
+            lines.insert(0, f"{len(self.mistakes)} mistakes in the data:")
+        super().__init__("\n  ".join(lines))
+
+
+def stable_hash(*parts: str | int, bits: int = 63) -> int:
+    """An integer in [0, 2**bits) that depends on `parts` only: not on the process, the platform or any version."""
+    digest = hashlib.sha256(json.dumps(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> (64 - bits)
+
+
+def apportion(total: int, weights: Mapping[str, float], what: str) -> dict[str, int]:
+    """Split `total` into whole shares proportional to `weights` by the largest-remainder method (Hamilton).
+
+    The shares sum to `total` and differ from the exact ones by less than 1. A weight of 0 gives 0; a positive weight
+    that would get nothing is an error, as is a weight that is negative or not finite. `what` names the total in errors.
+    """
+    bad = {name: w for name, w in weights.items() if not (math.isfinite(w) and w >= 0)}
+    if bad or not sum(weights.values()) > 0:
+        raise DataError(f"task weights must be finite, >= 0 and not all 0, but they are {dict(weights)}")
+    scale = total / sum(weights.values())
+    exact = {name: w * scale for name, w in weights.items()}
+    shares = {name: math.floor(x) for name, x in exact.items()}
+    by_remainder = sorted(exact, key=lambda name: shares[name] - exact[name])  # stable: ties go to the earlier task
+    for name in by_remainder[: total - sum(shares.values())]:
+        shares[name] += 1
+    starved = [name for name, w in weights.items() if w > 0 and shares[name] == 0]
+    if starved:
+        raise DataError(
+            f"{what} = {total} leaves none for {', '.join(starved)}: raise it, or the weight (weights: {dict(weights)})"
+        )
+    return shares

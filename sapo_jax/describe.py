@@ -1,0 +1,233 @@
+"""The dry run: what a configuration amounts to in parameters, tokens, FLOPs and memory. Arithmetic; compiles nothing.
+
+All figures are bounds: every prompt has `max_prompt_tokens`, every completion `max_new_tokens`. Symbols as in types.py:
+P prompts, G completions each, B = P G; S prompt, C completion, T = S + C tokens; L layers, D width, H and K heads of
+width h, F mlp width, E experts of which k are used, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from sapo_jax.config import Config, Model, dump, warnings
+
+GiB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterCount:
+    total: int
+    active: int  # used by one token: all but the experts it is not sent to
+    embedding: int  # the token table and, if untied, the output head
+
+
+def parameter_count(model: Model, vocab_size: int) -> ParameterCount:
+    """Exact, from the shapes.
+
+    embedding V D (twice if untied); per layer q D H h, k and v D K h each, o H h D, q_norm and k_norm h each with
+    qk_norm, two norms D, and SwiGLU 3 D F or router D E + E experts of 3 D F_moe; a final norm D.
+    """
+    D, h = model.hidden_size, model.head_dim
+    attention = 2 * D * h * (model.num_attention_heads + model.num_key_value_heads) + 2 * h * model.qk_norm
+    layer = attention + 2 * D
+    unused = 0
+    if model.num_experts:
+        layer += D * model.num_experts + model.num_experts * _expert(model)
+        unused = (model.num_experts - model.num_experts_per_tok) * _expert(model)
+    else:
+        layer += 3 * D * model.intermediate_size
+    embedding = vocab_size * D * (1 if model.tie_word_embeddings else 2)
+    total = embedding + model.num_hidden_layers * layer + D
+    return ParameterCount(total, total - model.num_hidden_layers * unused, embedding)
+
+
+def _expert(model: Model) -> int:
+    return 3 * model.hidden_size * model.moe_intermediate_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of one RL step, over all devices."""
+
+    rollout: float
+    scoring: float
+    update: float
+
+    @property
+    def total(self) -> float:
+        return self.rollout + self.scoring + self.update
+
+
+def flops(cfg: Config, vocab_size: int) -> Flops:
+    """A multiplication and an addition per weight and token, 2 N, and 4 H h per layer, token and key attended to.
+
+    N are the active parameters but the table. The head V D counts only for tokens whose next one is predicted.
+
+        forward  = 2 N' tokens + 4 L H h keys + 2 V D predictions,   N' = N without the head
+        rollout  = forward of P prompts (one prediction each) and of B (C - 1) decoded tokens
+        scoring  = forward of B sequences of T, once for the old policy (old_logp: scorer), once for a KL reference
+        update   = epochs * forward of B sequences of T * 3 (backward is twice a forward: 6 N), plus what is
+                   recomputed: the head always, attention with remat `dots`, all of it with `full`
+    """
+    model, P, B = cfg.model, cfg.rollout.prompts_per_step, cfg.rollout.prompts_per_step * cfg.rollout.group_size
+    S, C = cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens
+    T = S + C
+    count = parameter_count(model, vocab_size)
+    body = 2 * (count.active - count.embedding)
+    head = 2 * vocab_size * model.hidden_size
+    key = 4 * model.num_hidden_layers * model.num_attention_heads * model.head_dim
+
+    keys_of = lambda n: n * (n + 1) / 2  # noqa: E731  (causal: token t attends to t keys)
+    prefill = P * (S * body + keys_of(S) * key + head)
+    decode = B * ((C - 1) * (body + head) + (keys_of(T - 1) - keys_of(S)) * key)
+    passes = (cfg.train.old_logp == "scorer") + (cfg.loss.kl != "none")
+    in_body, in_keys, in_head = B * T * body, B * keys_of(T) * key, B * (T - 1) * head
+    again = {"none": 0, "dots": in_keys, "full": in_body + in_keys}[model.remat] + in_head
+    update = cfg.train.epochs * (3 * (in_body + in_keys + in_head) + again)
+    return Flops(prefill + decode, passes * (in_body + in_keys + in_head), update)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device."""
+
+    parameters: float  # float32
+    moments: float  # AdamW's two, float32
+    reference: float  # parameters of the KL reference
+    gradients: float  # float32; twice while micro-batches are added up
+    activations: float  # kept for the backward pass, and one layer being worked on
+    logits: float  # one slice of the vocabulary, and its gradient
+    kv_cache: float
+    decode_weights: float  # the layers, unstacked for the decode loop
+
+    @property
+    def resident(self) -> float:
+        return self.parameters + self.moments + self.reference
+
+    @property
+    def update(self) -> float:
+        return self.resident + self.gradients + self.activations + self.logits
+
+    @property
+    def rollout(self) -> float:
+        return self.resident + self.decode_weights + self.kv_cache
+
+    @property
+    def peak(self) -> float:
+        return max(self.update, self.rollout)
+
+
+def memory(cfg: Config, vocab_size: int) -> Memory:
+    """An estimate, good to tell what fits from what does not; `sapo-jax plan` measures the compiled programs.
+
+    Parameters are split over fsdp * tensor, experts also over expert; sequences over data * fsdp (`mesh.data: 0`
+    counts as 1). Activations of n sequences on a device: with remat `none` all that a layer computes, with `dots`
+    the results of its matmuls, with `full` its input; the last two also hold one layer that is being recomputed.
+    The KV cache is that of the rollout or of an evaluation batch, whichever has more sequences.
+    """
+    model, mesh = cfg.model, cfg.mesh
+    T = cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
+    shards = max(1, mesh.data) * mesh.fsdp
+    itemsize = 4 if model.compute_dtype == "float32" else 2
+    count = parameter_count(model, vocab_size)
+
+    in_experts = model.num_hidden_layers * model.num_experts * _expert(model)
+    split = mesh.fsdp * mesh.tensor
+    parameters = 4 * ((count.total - in_experts) + in_experts / mesh.expert) / split
+    layers = parameters - 4 * count.embedding / split
+
+    mini = cfg.rollout.prompts_per_step * cfg.rollout.group_size // cfg.train.mini_batches
+    rows = cfg.train.micro_batch or mini
+    n = max(rows, cfg.cold_start.batch_size if cfg.cold_start.steps else 0) / shards
+    everything, results, inputs = _layer_bytes(model, n * T, T, itemsize, mesh.tensor)
+    kept = {"none": everything, "dots": results, "full": inputs}[model.remat] * model.num_hidden_layers
+    activations = kept + (0 if model.remat == "none" else everything)
+
+    evaluated = min(cfg.evaluate.batch_prompts, cfg.data.held_out) * cfg.evaluate.samples
+    sampled = max(cfg.rollout.prompts_per_step * cfg.rollout.group_size, evaluated) / shards
+    per_token = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim / mesh.tensor * itemsize
+    return Memory(
+        parameters=parameters,
+        moments=2 * parameters,
+        reference=parameters if cfg.loss.kl != "none" else 0,
+        gradients=parameters * (2 if rows < mini else 1),
+        activations=activations,
+        logits=2 * 4 * n * T * min(vocab_size, model.vocab_chunk),
+        kv_cache=sampled * (T - 1) * per_token,
+        decode_weights=layers,
+    )
+
+
+def _layer_bytes(model: Model, tokens: float, T: int, itemsize: int, tensor: int) -> tuple[float, float, float]:
+    """Bytes of one layer's activations for `tokens` tokens in rows of T: all, matmul results, input.
+
+    Per token: residual stream and norms 4 D; q, k, v as projected, then normed and rotated, and attention's output,
+    3 (H + K) h; scores (float32) and probabilities, H T each; SwiGLU's gate, up and product 3 F, k times with experts,
+    whose rows are also copied in and out, 2 k D.
+    """
+    D, h, H, K = model.hidden_size, model.head_dim, model.num_attention_heads, model.num_key_value_heads
+    k = model.num_experts_per_tok if model.num_experts else 0
+    F = k * model.moe_intermediate_size if model.num_experts else model.intermediate_size
+    everything = itemsize * (4 * D + 2 * k * D + (3 * (H + K) * h + 3 * F) / tensor) + (4 + itemsize) * H * T / tensor
+    results = itemsize * (3 * D + ((H + 2 * K) * h + 2 * F) / tensor)
+    return tokens * everything, tokens * results, tokens * itemsize * D
+
+
+def describe(cfg: Config, vocab_size: int) -> str:
+    """The dry run's text: resolved configuration, sizes, costs, warnings. `vocab_size` is the tokenizer's."""
+    V = cfg.model.vocab_size or vocab_size
+    P, G = cfg.rollout.prompts_per_step, cfg.rollout.group_size
+    S, C = cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens
+    count, cost, space = parameter_count(cfg.model, V), flops(cfg, V), memory(cfg, V)
+    per_rollout = cfg.train.mini_batches * cfg.train.epochs
+    notes = warnings(cfg)
+    blocks = {
+        "parameters": {
+            "total": _si(count.total),
+            "active per token": _si(count.active),
+            "embedding and head": f"{_si(count.embedding)}  (vocabulary {V})",
+        },
+        "one RL step, at most": {
+            "prompts": f"{P} x {S} = {_si(P * S)} tokens",
+            "completions": f"{P} x {G} x {C} = {_si(P * G * C)} tokens",
+            "optimiser steps": f"{per_rollout} on {P * G // cfg.train.mini_batches} sequences each",
+            "rollout": _si(cost.rollout, "FLOP"),
+            "scoring": _si(cost.scoring, "FLOP"),
+            "update": _si(cost.update, "FLOP"),
+            "together": _si(cost.total, "FLOP"),
+        },
+        f"memory on one device, estimated ({_mesh(cfg)})": {
+            **{field.name.replace("_", " "): _gib(getattr(space, field.name)) for field in dataclasses.fields(space)},
+            "during rollout": _gib(space.rollout),
+            "during update": _gib(space.update),
+        },
+        "the whole run": {
+            "RL steps": str(cfg.train.steps),
+            "optimiser steps": f"{cfg.train.steps * per_rollout}  (and {cfg.cold_start.steps} of cold start)",
+            "completions": f"{_si(cfg.train.steps * P * G)}, at most {_si(cfg.train.steps * P * G * C)} tokens",
+            "FLOP": _si(cfg.train.steps * cost.total, "FLOP"),
+        },
+    }
+    text = [dump(cfg).rstrip()]
+    for title, lines in blocks.items():
+        text += ["", f"# {title}", *(f"#   {name:<20} {value}" for name, value in lines.items())]
+    text += ["", f"# warnings: {len(notes) or 'none'}", *(f"#   {note}" for note in notes)]
+    return "\n".join(text) + "\n"
+
+
+def _mesh(cfg: Config) -> str:
+    sizes = [f"{axis} {size}" for axis, size in dataclasses.asdict(cfg.mesh).items() if size > 1]
+    axes = " x ".join(sizes) or "one device"
+    return f"{axes}, data: all that are left, counted as 1" if cfg.mesh.data == 0 else axes
+
+
+def _si(number: float, unit: str = "") -> str:
+    """1234567 -> "1.23 M"."""
+    for scale, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G" if unit else "B"), (1e6, "M"), (1e3, "k")):
+        if number >= scale:
+            return f"{number / scale:.3g} {prefix}{unit}"
+    return f"{number:g} {unit}".rstrip()
+
+
+def _gib(number: float) -> str:
+    return f"{number / GiB:.3f} GiB"

@@ -1,0 +1,143 @@
+"""From a rollout to what the learner trains on: verdicts, advantages, mini-batches, and what to log of them. Host code."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sapo_jax.advantages import advantages
+from sapo_jax.config.schema import Config
+from sapo_jax.data import Tokenizer
+from sapo_jax.objectives.correction import CORRECTIONS
+from sapo_jax.objectives.weights import token_weights
+from sapo_jax.rewards import VerifierPool
+from sapo_jax.types import FINISH_REASONS, Batch, Prompt, Rollout, Verdict
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """The completions of a rollout, read and judged; B entries in group order."""
+
+    prompts: Sequence[Prompt]
+    rollout: Rollout
+    texts: list[str]
+    verdicts: list[Verdict]
+
+    @property
+    def group_size(self) -> int:
+        return len(self.verdicts) // len(self.prompts)
+
+    def per_group(self, values: Sequence) -> np.ndarray:
+        return np.array(values).reshape(len(self.prompts), self.group_size)
+
+    @property
+    def valid_PG(self) -> np.ndarray:
+        return self.per_group([v.valid for v in self.verdicts])
+
+    @property
+    def reward_PG(self) -> np.ndarray:
+        return self.per_group([v.reward if v.valid else 0.0 for v in self.verdicts]).astype(np.float32)
+
+    @property
+    def correct_PG(self) -> np.ndarray:
+        return self.per_group([v.correct for v in self.verdicts])
+
+
+def judge(pool: VerifierPool, tokenizer: Tokenizer, prompts: Sequence[Prompt], rollout: Rollout) -> Judged:
+    """Decode the completions and have them verified."""
+    G = len(rollout.length_B) // len(prompts)
+    texts = [tokenizer.decode(ids[:n]) for ids, n in zip(rollout.tokens_BC, rollout.length_B, strict=True)]
+    verdicts = pool.verify([(text, prompts[b // G]) for b, text in enumerate(texts)])
+    return Judged(prompts, rollout, texts, verdicts)
+
+
+def group_advantages(judged: Judged, cfg: Config) -> np.ndarray:
+    """Advantage of each completion, PG; 0 where the verifier failed."""
+    return advantages(judged.reward_PG, judged.valid_PG, cfg.advantage)
+
+
+def training_arrays(
+    rows: Mapping[str, np.ndarray], judged: Judged, adv_PG: np.ndarray, logps: Mapping[str, np.ndarray | None], cfg: Config
+) -> dict[str, np.ndarray]:
+    """All arrays of `types.Batch` but the weights, for the whole rollout.
+
+    logps: `sampler`, `old` and (with a KL penalty) `reference` log-probs, BT. Completions whose verifier failed are
+    masked out: their advantage is 0, and without the mask they would count in the means.
+    """
+    mask_BT = rows["mask_BT"] & judged.valid_PG.reshape(-1, 1)
+    arrays = dict(rows, mask_BT=mask_BT, old_logp_BT=logps["old"])
+    arrays["adv_BT"] = np.broadcast_to(adv_PG.reshape(-1, 1), mask_BT.shape).astype(np.float32)
+    if logps.get("reference") is not None:
+        arrays["ref_logp_BT"] = logps["reference"]
+    if cfg.loss.correction != "none":
+        weigh = CORRECTIONS[cfg.loss.correction]
+        arrays["correction_BT"] = np.asarray(weigh(logps["old"] - logps["sampler"], mask_BT, cfg.loss.correction_cap))
+    return arrays
+
+
+def mini_batches(arrays: Mapping[str, np.ndarray], cfg: Config) -> list[Batch]:
+    """`train.mini_batches` optimiser batches of whole groups, each with its own weights; the order is the rollout's."""
+    batches = []
+    for part in zip(*(np.split(a, cfg.train.mini_batches) for a in arrays.values()), strict=True):
+        fields = dict(zip(arrays, part, strict=True))
+        weight_BT = token_weights(
+            fields["mask_BT"], fields["segment_ids_BT"], cfg.loss.normalization, cfg.rollout.max_new_tokens
+        )
+        batches.append(Batch(**fields, weight_BT=weight_BT))
+    return batches
+
+
+# ---------------------------------------------------------------- what is logged
+
+
+def rollout_metrics(judged: Judged, adv_PG: np.ndarray) -> dict[str, float]:
+    """Rewards, accuracy, lengths and verifier states of a rollout; rates are over all its completions."""
+    valid_PG, reward_PG, length_B = judged.valid_PG, judged.reward_PG, judged.rollout.length_B
+    rewards = reward_PG[valid_PG]
+    statuses = [v.status for v in judged.verdicts]
+    metrics = {
+        "reward/mean": rewards.mean() if rewards.size else 0.0,
+        "reward/std": rewards.std() if rewards.size else 0.0,
+        "accuracy/mean": judged.correct_PG[valid_PG].mean() if rewards.size else 0.0,
+        "groups/no_signal_fraction": (adv_PG == 0).all(axis=1).mean(),
+        "completion/length_mean": length_B.mean(),
+        "completion/length_max": length_B.max(),
+        "completion/truncated_fraction": (judged.rollout.finish_B == FINISH_REASONS.index("length")).mean(),
+        **{f"verifier/{s}_fraction": statuses.count(s) / len(statuses) for s in ("unparsable", "timeout", "error")},
+    }
+    tasks = np.array([p.task for p in judged.prompts])
+    if len(set(tasks)) > 1:
+        metrics |= {f"accuracy/{task}": judged.correct_PG[tasks == task].mean() for task in sorted(set(tasks))}
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def mismatch_metrics(old_logp_BT: np.ndarray, sampler_logp_BT: np.ndarray, mask_BT: np.ndarray) -> dict[str, float]:
+    """How far scorer and sampler disagree on the same tokens: mean and max of |log ratio|, nats."""
+    gap_N = np.abs(old_logp_BT - sampler_logp_BT)[mask_BT]
+    return {"mismatch/mean": float(gap_N.mean()), "mismatch/max": float(gap_N.max())} if gap_N.size else {}
+
+
+def sample_rows(judged: Judged, adv_PG: np.ndarray | None = None, limit: int | None = None) -> list[dict[str, Any]]:
+    """One JSON-able row per completion (the first `limit`), for samples.jsonl and for people."""
+    G = judged.group_size
+    rows = []
+    for b, (text, verdict) in enumerate(zip(judged.texts[:limit], judged.verdicts, strict=False)):
+        prompt = judged.prompts[b // G]
+        row = {
+            "task": prompt.task,
+            "prompt_index": prompt.index,
+            "sample": b % G,
+            "question": prompt.question,
+            "answer": prompt.answer,
+            "completion": text,
+            "tokens": int(judged.rollout.length_B[b]),
+            "finish": FINISH_REASONS[int(judged.rollout.finish_B[b])],
+            "status": verdict.status,
+            "reward": verdict.reward if verdict.valid else None,
+            "detail": verdict.detail,
+        }
+        rows.append(row if adv_PG is None else row | {"advantage": float(adv_PG[b // G, b % G])})
+    return rows

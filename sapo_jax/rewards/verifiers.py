@@ -1,0 +1,96 @@
+"""The built-in verifiers exact, numeric and reasoning_gym (`math` has its own module). What one is: `registry.py`.
+
+The data row's own answer ("gold") is checked first: one that cannot be read raises ValueError (status "error", the
+sample is masked), so that "unparsable" and "wrong" always speak of the model's answer.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from fractions import Fraction
+from typing import Any
+
+from sapo_jax.rewards.allowlist import NEEDS_OPTIONS, REASONING_GYM_TASKS
+from sapo_jax.rewards.registry import Unparsable, register
+
+
+@register("exact")
+def exact(response: str, answer: str, metadata: dict[str, Any]) -> bool:
+    """Equal as text, runs of white space counted as one space. Upper and lower case differ."""
+    gold = answer.split()
+    if not gold:
+        raise ValueError("the gold answer is empty")
+    return response.split() == gold
+
+
+# ---------------------------------------------------------------- numbers
+
+_DECIMAL = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"  # 1,234.5 but not 1,23
+_NUMBER = re.compile(rf"([+-]?)({_DECIMAL})(?:[eE]([+-]?\d{{1,3}}))?(?:\s*/\s*({_DECIMAL}))?", re.ASCII)
+
+
+@register("numeric")
+def numeric(response: str, answer: str, metadata: dict[str, Any]) -> bool:
+    """Equal as exact numbers, nothing rounded: 1,234 = 1234.0, 3/4 = 0.75, 0.50 = .5, 1e3 = 1000. No units or words."""
+    gold = _number(answer)
+    if gold is None:
+        raise ValueError(f"the gold answer {answer[:80]!r} is not a number")
+    value = _number(response)
+    if value is None:
+        raise Unparsable("the answer is not a number")
+    return value == gold
+
+
+def _number(text: str) -> Fraction | None:
+    match = _NUMBER.fullmatch(text.strip().replace("\N{MINUS SIGN}", "-"))
+    if match is None:
+        return None
+    sign, numerator, exponent, denominator = match.groups()
+    try:
+        value = Fraction(numerator.replace(",", "")) / Fraction((denominator or "1").replace(",", ""))
+    except (ValueError, ZeroDivisionError):  # ValueError: thousands of digits, refused by int()
+        return None
+    return (-value if sign == "-" else value) * Fraction(10) ** int(exponent or 0)
+
+
+# ---------------------------------------------------------------- reasoning-gym
+
+
+@functools.cache
+def _reasoning_gym():
+    import reasoning_gym
+
+    return reasoning_gym
+
+
+@functools.lru_cache(maxsize=64)
+def _generator(task: str, options: str):
+    return _reasoning_gym().create_dataset(task, **json.loads(options))
+
+
+@register("reasoning_gym", prepare=_reasoning_gym)
+def reasoning_gym(response: str, answer: str, metadata: dict[str, Any]) -> bool:
+    """Full marks from the scorer of the task that `metadata["metadata"]["source_dataset"]` names.
+
+    metadata: the generator's entry as JSON values, as `allowlist.py` says. The scorers' partial credits mean something
+    else in each task, and many pay 0.01 to 0.5 for a well-formed wrong answer; so everything below 1 is simply wrong. A
+    scorer that raises on the response, having given the gold answer full marks, could not read it: unparsable.
+    """
+    task = metadata["metadata"]["source_dataset"]
+    if task not in REASONING_GYM_TASKS:
+        raise ValueError(f"reasoning-gym task {task!r} is not on the allow-list (sapo_jax/rewards/allowlist.py)")
+    if task in NEEDS_OPTIONS and "options" not in metadata:
+        raise ValueError(f"the scorer of {task!r} needs metadata['options'], the options of its generator")
+    options = metadata["options"] if task in NEEDS_OPTIONS else {}
+    scorer = _generator(task, json.dumps(options, sort_keys=True))
+    entry = {**metadata, "answer": answer}
+    if scorer.score_answer(answer, entry) != 1.0:
+        raise ValueError(f"the gold answer {answer[:80]!r} fails its own task {task!r}: answer or metadata is damaged")
+    try:
+        return bool(scorer.score_answer(response, entry) == 1.0)
+    except MemoryError:
+        raise
+    except Exception as problem:
+        raise Unparsable(f"the scorer of {task!r} cannot read the answer ({type(problem).__name__})") from problem

@@ -1,0 +1,181 @@
+"""A run: its folder, and everything that is built once from its config.
+
+    runs/NAME/  config.yaml  metrics.jsonl  samples.jsonl  summary.json  progress.png  tb/  checkpoints/{cold_start,rl}/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from sapo_jax import sharding
+from sapo_jax.checkpoint import Checkpoints
+from sapo_jax.config import Config, diff, dump, load
+from sapo_jax.data import Problems, PromptBatches, Tokenizer, load_problems, load_tokenizer
+from sapo_jax.learner import init_state, state_shardings
+from sapo_jax.models import Policy, make_policy
+from sapo_jax.rewards import VerifierPool
+from sapo_jax.rollout import Rule, Sampler
+from sapo_jax.types import Params, TrainState
+
+COLD_START, ROLLOUT, EVALUATE, INIT = range(4)  # streams of random numbers, all from train.seed
+STOPPED = 75  # exit code (EX_TEMPFAIL) of a run that was told to stop, has saved, and can be resumed
+
+# What may change between the parts of a resumed run: nothing that has a say in the numbers of a step already done.
+MAY_CHANGE = (
+    "train.steps", "train.log_samples", "train.print_samples_every", "train.max_nonfinite", "checkpoint.", "evaluate.", "run_dir",
+    "rewards.workers", "rewards.deadline", "rewards.memory_mb",
+)  # fmt: skip
+
+
+class Stopped(Exception):
+    """SIGTERM or SIGINT came; the state is saved."""
+
+
+class RunError(RuntimeError):
+    """The run cannot go on; the message says why and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    cfg: Config
+    dir: Path
+    tokenizer: Tokenizer
+    problems: Problems
+    policy: Policy
+    mesh: jax.sharding.Mesh
+    pool: VerifierPool
+    stop: dict[str, bool]  # {"now": True} once a signal came
+
+    def key(self, stream: int, step: int = 0) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(self.cfg.train.seed), stream), step)
+
+    def batches(self, stream: int, batch_size: int) -> PromptBatches:
+        weights = {name: task.weight for name, task in zip(self.problems.train, self.cfg.data.tasks, strict=True)}
+        return PromptBatches(self.problems.train, weights, batch_size, seed=4 * self.cfg.train.seed + stream)
+
+    def sampler(self, rule: Rule, group_size: int) -> Sampler:
+        cfg, tok = self.cfg.rollout, self.tokenizer
+        return Sampler(self.policy, rule, group_size, cfg.max_new_tokens, tok.stop_ids, tok.pad_id)
+
+    @functools.cached_property
+    def eval_sampler(self) -> Sampler:
+        return self.sampler(Rule(self.cfg.evaluate.temperature), self.cfg.evaluate.samples)
+
+    def checkpoints(self, stage: str, *, read_only: bool = False) -> Checkpoints:
+        return Checkpoints(self.dir / "checkpoints" / stage, None if read_only else self.cfg.checkpoint)
+
+    @functools.cached_property
+    def abstract_params(self) -> Params:
+        placed = sharding.shardings(self.mesh, self.policy.dims)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self.policy.shapes, placed)
+
+    def fresh_params(self) -> Params:
+        placed = sharding.shardings(self.mesh, self.policy.dims)
+        return jax.jit(self.policy.init, out_shardings=placed)(self.key(INIT))
+
+    def fresh_state(self, tx, params: Params) -> TrainState:
+        """Takes over `params` (their buffers are donated)."""
+        placed = state_shardings(self.policy, tx, self.mesh)
+        return jax.jit(lambda p: init_state(p, tx), donate_argnums=0, out_shardings=placed)(params)
+
+    def abstract_state(self, tx) -> TrainState:
+        shapes = jax.eval_shape(lambda p: init_state(p, tx), self.policy.shapes)
+        placed = state_shardings(self.policy, tx, self.mesh)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
+
+    def trained_params(self, step: int | None = None) -> tuple[str, int, Params]:
+        """(stage, step, parameters) of the newest checkpoint, RL before cold start; of RL step `step` if given."""
+        for stage in ("rl", "cold_start") if step is None else ("rl",):
+            with self.checkpoints(stage, read_only=True) as checkpoints:
+                if (found := checkpoints.restore_params(self.abstract_params, step)) is not None:
+                    return stage, found[0], found[1]
+        raise RunError(f"{self.dir} has no checkpoint yet: train it first")
+
+
+def run_dir(cfg: Config) -> Path:
+    return Path(cfg.run_dir.format(name=cfg.name, seed=cfg.train.seed))
+
+
+@contextlib.contextmanager
+def open_run(cfg: Config, *, write: bool = True) -> Iterator[Run]:
+    """Build the run; with `write`, also claim its folder, write config.yaml and catch signals.
+
+    Raises RunError if another process works in the folder, or if it holds a run with another config.
+    """
+    folder, stop = run_dir(cfg), {"now": False}
+    with contextlib.ExitStack() as stack:
+        try:
+            tokenizer = load_tokenizer(cfg.data.tokenizer)
+            cfg = with_vocabulary(cfg, tokenizer)
+            mesh = sharding.make_mesh(cfg.mesh)
+            pool = stack.enter_context(VerifierPool(cfg.rewards))  # first: its plug-ins register verifiers
+            problems = load_problems(cfg.data, tokenizer)
+        except ValueError as error:  # of the tokenizer, the mesh, the plug-ins, the data: all written for people
+            raise RunError(str(error)) from error
+        if write:
+            stack.enter_context(_claimed(folder))
+            _same_config(cfg, folder / "config.yaml")
+            stack.enter_context(_signals(stop))
+        stack.enter_context(jax.set_mesh(mesh))
+        yield Run(cfg, folder, tokenizer, problems, make_policy(cfg.model), mesh, pool, stop)
+
+
+def with_vocabulary(cfg: Config, tokenizer: Tokenizer) -> Config:
+    """model.vocab_size filled in from the tokenizer, or checked against it."""
+    size = cfg.model.vocab_size or tokenizer.vocab_size
+    if size < tokenizer.vocab_size:
+        raise RunError(f"model.vocab_size = {size} is smaller than the tokenizer's {tokenizer.vocab_size}; raise it")
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=size))
+
+
+@contextlib.contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """The lock goes with the process, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(f"another process is working in {folder}; wait for it, or set another run_dir") from None
+        yield
+
+
+def _same_config(cfg: Config, path: Path) -> None:
+    """Write the resolved config; refuse to go on with a run whose numbers came from another one."""
+    if path.exists():
+        changed = [key for key in diff(load(path), cfg) if not key.startswith(MAY_CHANGE)]
+        if "train.steps" in diff(load(path), cfg) and cfg.optimizer.schedule != "constant":
+            changed.append("train.steps (the learning rate's schedule depends on it)")
+        if changed:
+            raise RunError(
+                f"{path.parent} holds a run with another config; different: {', '.join(changed)}. "
+                "Undo that, remove the folder, or set another name or run_dir"
+            )
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(dump(cfg))
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def _signals(stop: dict[str, bool]) -> Iterator[None]:
+    """The first SIGTERM or SIGINT asks for a stop after the current step; a second one acts at once."""
+
+    def handle(number, _frame):
+        stop["now"] = True
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,90 @@
+"""The cold start: supervised fine-tuning on the tasks' own answers, so that RL has something to reinforce."""
+
+from __future__ import annotations
+
+import time
+
+import jax
+import numpy as np
+
+from sapo_jax.config import Config, dump
+from sapo_jax.data import sft_example
+from sapo_jax.display import Display
+from sapo_jax.evaluate import describe, evaluate
+from sapo_jax.learner import make_optimizer, make_schedule, make_update, sft_loss, state_shardings
+from sapo_jax.metrics import RunLog
+from sapo_jax.objectives.weights import token_weights
+from sapo_jax.rollout import token_rows
+from sapo_jax.run import COLD_START, EVALUATE, Run, RunError, Stopped, open_run
+from sapo_jax.sharding import put_batch
+from sapo_jax.types import Batch, Params, Prompt
+
+STAGE = "cold_start"
+
+
+def sft_batch(prompts: list[Prompt], run: Run) -> Batch:
+    """Rows of prompt + response; every response token weighs the same."""
+    examples = [sft_example(prompt, run.tokenizer, run.cfg.cold_start.response) for prompt in prompts]
+    rows = token_rows(examples, run.tokenizer.pad_id)
+    weight_BT = token_weights(rows["mask_BT"], rows["segment_ids_BT"], "token_mean", run.cfg.rollout.max_new_tokens)
+    return Batch(**rows, adv_BT=np.zeros_like(weight_BT), weight_BT=weight_BT)
+
+
+def cold_start(run: Run, log: RunLog, display: Display) -> Params:
+    """Run or resume the stage; returns its parameters. With cold_start.steps = 0 they are the fresh ones."""
+    cfg = run.cfg.cold_start
+    if cfg.steps == 0:
+        return run.fresh_params()
+    tx = make_optimizer(cfg.optimizer, cfg.steps)
+    schedule = make_schedule(cfg.optimizer, cfg.steps)
+    update = make_update(run.policy, tx, sft_loss, cfg.batch_size, state_shardings(run.policy, tx, run.mesh))
+    batches = run.batches(COLD_START, cfg.batch_size)
+
+    with run.checkpoints(STAGE) as checkpoints:
+        found = checkpoints.restore(run.abstract_state(tx))
+        if found is None:
+            step, state = 0, run.fresh_state(tx, run.fresh_params())
+        else:
+            step, state, extras = found
+            batches.set_state(extras["data"])
+        log.rewind(STAGE, step)
+        while step < cfg.steps:
+            start = time.perf_counter()
+            state, aux = update(state, put_batch(sft_batch(next(batches), run), run.mesh))
+            aux = jax.device_get(aux)
+            step += 1
+            if aux["nonfinite_in_row"] >= run.cfg.train.max_nonfinite:
+                raise RunError(nonfinite_message("cold_start", step, run.cfg.train.max_nonfinite))
+            hits, tokens = (float(x.sum()) for x in aux["stats"])
+            metrics = {
+                "loss": aux["loss"], "accuracy/token": hits / tokens, "grad_norm": aux["grad_norm"],
+                "learning_rate": schedule(step - 1), "nonfinite/total": aux["nonfinite_total"],
+                "time/step": time.perf_counter() - start,
+            }  # fmt: skip
+            log.write(STAGE, step, metrics)
+            display.step(STAGE, step, cfg.steps, metrics)
+            if step % run.cfg.checkpoint.every == 0 or step == cfg.steps or run.stop["now"]:
+                extras = {"data": batches.get_state(), "seed": run.cfg.train.seed, "config": dump(run.cfg)}
+                checkpoints.save(step, state, extras)
+            if run.stop["now"]:
+                raise Stopped
+    return state.params
+
+
+def nonfinite_message(stage: str, step: int, limit: int) -> str:
+    key = "cold_start.optimizer" if stage == "cold_start" else "optimizer"
+    return (
+        f"{stage} step {step}: {limit} updates in a row had gradients that are not finite; they were skipped and the "
+        f"parameters are unharmed. Lower {key}.learning_rate or {key}.max_grad_norm, or use model.compute_dtype=float32"
+    )
+
+
+def sft(cfg: Config) -> None:
+    """The cold start alone: `sapo-jax sft`. `sapo-jax train` of the same config goes on from it."""
+    if cfg.cold_start.steps == 0:
+        raise RunError("cold_start.steps is 0: there is nothing to do; set cold_start.steps")
+    with open_run(cfg) as run, RunLog(run.dir) as log, Display() as display:
+        params = cold_start(run, log, display)
+        metrics, _ = evaluate(run, params, run.key(EVALUATE))
+        print(f"after {cfg.cold_start.steps} cold-start steps: {describe(metrics, cfg.evaluate.samples)}")
+        print(f"run folder: {run.dir}")

@@ -1,0 +1,228 @@
+"""The RL loop.
+
+    prompts -> rollout -> rewards -> advantages -> scoring -> update x N -> metrics, checkpoint
+
+One step: take P prompts; sample G completions of each; verify them; advantages within each group; score the tokens
+under the policy that sampled them; split the rollout into N mini-batches and take one optimiser step on each, so that
+the ratio drifts from 1 and the gate has something to do. A resumed run repeats nothing and skips nothing: all random
+numbers come from (seed, step), the data iterator is in the checkpoint, and the logs are cut back to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from sapo_jax import diagnostics
+from sapo_jax.config import Config, dump
+from sapo_jax.display import Display
+from sapo_jax.evaluate import evaluate
+from sapo_jax.experience import (
+    group_advantages, judge, mini_batches, mismatch_metrics, rollout_metrics, sample_rows, training_arrays,
+)  # fmt: skip
+from sapo_jax.learner import make_optimizer, make_schedule, make_update, policy_loss, state_shardings
+from sapo_jax.metrics import RunLog
+from sapo_jax.plots import plot_run
+from sapo_jax.rollout import Rule, Sampler, rollout_rows
+from sapo_jax.run import EVALUATE, ROLLOUT, Run, RunError, Stopped, open_run
+from sapo_jax.scoring import make_scorer
+from sapo_jax.sft import cold_start, nonfinite_message
+from sapo_jax.sharding import put_batch
+from sapo_jax.types import Batch, Params, Prompt, TrainState
+
+STAGE = "rl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """The compiled parts of a step."""
+
+    run: Run
+    sampler: Sampler
+    scorer: Callable
+    update: Callable
+    schedule: Callable
+    reference: Params | None  # of the KL penalty
+
+    def step(self, state: TrainState, prompts: list[Prompt], step: int) -> tuple[TrainState, dict, list[dict]]:
+        """One RL step on P prompts: the new state, metrics, and sample rows."""
+        run, cfg, clock = self.run, self.run.cfg, Clock()
+        rollout = self.sampler(state.params, prompts, run.key(ROLLOUT, step))
+        clock.lap("rollout")
+        judged = judge(run.pool, run.tokenizer, prompts, rollout)
+        adv_PG = group_advantages(judged, cfg)
+        clock.lap("verify")
+        rows, sampler_logp_BT = rollout_rows(prompts, rollout, run.tokenizer.pad_id)
+        logps = {"sampler": sampler_logp_BT, "old": sampler_logp_BT}
+        if cfg.train.old_logp == "scorer":
+            logps["old"] = self._score(state.params, rows)
+        if self.reference is not None:
+            logps["reference"] = self._score(self.reference, rows)
+        clock.lap("score")
+        batches = mini_batches(training_arrays(rows, judged, adv_PG, logps, cfg), cfg)
+        auxes = []
+        for batch in batches * cfg.train.epochs:
+            state, aux = self.update(state, put_batch(batch, run.mesh))
+            auxes.append(aux)
+        auxes = jax.device_get(auxes)
+        clock.lap("update")
+        metrics = {
+            **rollout_metrics(judged, adv_PG),
+            **update_metrics(auxes, cfg),
+            **self._mismatch(logps, rows["mask_BT"], auxes[0]),
+            "learning_rate": self.schedule(state.step - 1),
+            **clock.laps,
+        }
+        return state, metrics, sample_rows(judged, adv_PG)
+
+    def _score(self, params: Params, rows: dict[str, np.ndarray]) -> np.ndarray:
+        unused = np.zeros(rows["tokens_BT"].shape, np.float32)
+        logp_BT, _ = self.scorer(params, put_batch(Batch(**rows, adv_BT=unused, weight_BT=unused), self.run.mesh))
+        return np.asarray(logp_BT)
+
+    def _mismatch(self, logps: dict, mask_BT: np.ndarray, first: dict) -> dict[str, float]:
+        """Sampler against scorer. Without a scoring pass, the first update's ratio (r = 1 but for it) tells as much."""
+        if self.run.cfg.train.old_logp == "scorer":
+            return mismatch_metrics(logps["old"], logps["sampler"], mask_BT)
+        ratio = diagnostics.finalize(diagnostics.reduce(first["stats"]))
+        return {"mismatch/max": max(abs(np.log(float(ratio[f"ratio/{end}"]))) for end in ("min", "max"))}
+
+
+class Clock:
+    """Seconds per phase."""
+
+    def __init__(self):
+        self.laps: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.laps[f"time/{phase}"], self._start = now - self._start, now
+
+
+def update_metrics(auxes: list[dict], cfg: Config) -> dict[str, Any]:
+    """Means over the N updates of loss and gradient norm; token statistics over all their tokens."""
+    stats = jax.tree.map(lambda *x: np.concatenate(x), *(aux["stats"] for aux in auxes))
+    metrics = {
+        "loss": np.mean([aux["loss"] for aux in auxes]),
+        "grad_norm": np.mean([aux["grad_norm"] for aux in auxes]),
+        "nonfinite/in_row": auxes[-1]["nonfinite_in_row"],
+        "nonfinite/total": auxes[-1]["nonfinite_total"],
+        **diagnostics.finalize(diagnostics.reduce(stats)),
+    }
+    if cfg.model.num_experts:
+        load_E, aux_loss = (np.concatenate(x).mean(axis=0) for x in zip(*(aux["routing"] for aux in auxes), strict=True))
+        metrics |= {"router/load_max": load_E.max() * cfg.model.num_experts, "router/aux_loss": aux_loss.mean()}
+    return metrics
+
+
+def make_trainer(run: Run, reference: Params | None) -> tuple[Trainer, Any]:
+    """The trainer and its optax transformation."""
+    cfg = run.cfg
+    rows = cfg.rollout.prompts_per_step * cfg.rollout.group_size // cfg.train.mini_batches
+    micro = cfg.train.micro_batch or rows
+    updates = cfg.train.steps * cfg.train.mini_batches * cfg.train.epochs
+    tx = make_optimizer(cfg.optimizer, updates)
+    rule = Rule(cfg.rollout.temperature, cfg.rollout.top_k, cfg.rollout.top_p, cfg.rollout.min_p)
+    trainer = Trainer(
+        run,
+        run.sampler(rule, cfg.rollout.group_size),
+        make_scorer(run.policy, cfg.rollout.temperature, micro),
+        make_update(run.policy, tx, policy_loss(cfg), micro, state_shardings(run.policy, tx, run.mesh)),
+        make_schedule(cfg.optimizer, updates),
+        reference,
+    )
+    return trainer, tx
+
+
+def reinforce(run: Run, log: RunLog, display: Display) -> None:
+    """The RL stage: start from the cold start or resume, and run to train.steps."""
+    cfg = run.cfg
+    needs_reference = cfg.loss.kl_coef > 0
+    batches = run.batches(ROLLOUT, cfg.rollout.prompts_per_step)
+    with run.checkpoints(STAGE) as checkpoints:
+        fresh = not checkpoints.steps()
+        start = cold_start(run, log, display) if fresh or needs_reference else None
+        reference = jax.tree.map(lambda x: x.copy(), start) if needs_reference else None
+        trainer, tx = make_trainer(run, reference)
+        if fresh:
+            log.rewind(STAGE, -1)
+            state, step = run.fresh_state(tx, start), 0
+            log_evaluation(run, log, display, state, step, {})
+            save(checkpoints, run, state, step, batches)
+        else:
+            step, state, extras = checkpoints.restore(run.abstract_state(tx))
+            batches.set_state(extras["data"])
+            log.rewind(STAGE, step)
+        while step < cfg.train.steps:
+            if run.stop["now"]:
+                save(checkpoints, run, state, step, batches)
+                raise Stopped
+            clock = Clock()
+            state, metrics, samples = trainer.step(state, next(batches), step)
+            step += 1
+            clock.lap("step")
+            if metrics["nonfinite/in_row"] >= cfg.train.max_nonfinite:
+                raise RunError(nonfinite_message(STAGE, step, cfg.train.max_nonfinite))
+            metrics |= clock.laps
+            log.samples(STAGE, step, ({"split": "train", **row} for row in samples[: cfg.train.log_samples]))
+            if step == cfg.train.steps or (cfg.evaluate.every and step % cfg.evaluate.every == 0):
+                log_evaluation(run, log, display, state, step, metrics)
+            else:
+                log.write(STAGE, step, metrics)
+            display.step(STAGE, step, cfg.train.steps, metrics)
+            if cfg.train.print_samples_every and step % cfg.train.print_samples_every == 0:
+                display.samples(samples[:3])
+            if step % cfg.checkpoint.every == 0 or step == cfg.train.steps:
+                save(checkpoints, run, state, step, batches)
+
+
+def log_evaluation(run: Run, log: RunLog, display: Display, state: TrainState, step: int, metrics: dict) -> None:
+    """Evaluate on the held-out problems and write the step's row with the result in it."""
+    clock = Clock()
+    found, rows = evaluate(run, state.params, run.key(EVALUATE))
+    clock.lap("eval")
+    metrics |= found | clock.laps
+    log.samples(STAGE, step, ({"split": "held_out", **row} for row in rows[: run.cfg.train.log_samples]))
+    log.write(STAGE, step, metrics)
+
+
+def save(checkpoints, run: Run, state: TrainState, step: int, batches) -> None:
+    extras = {"data": batches.get_state(), "seed": run.cfg.train.seed, "config": dump(run.cfg)}
+    checkpoints.save(step, state, extras)
+
+
+def train(cfg: Config) -> dict[str, Any]:
+    """The whole run: cold start, RL, summary, plot. Resumes what is there. Raises run.Stopped when told to stop."""
+    with open_run(cfg) as run, RunLog(run.dir) as log, Display() as display:
+        reinforce(run, log, display)
+        summary = summarize(log, run.cfg)
+        log.summary(summary)
+        display.summary(summary, run.dir, plot_run(run.dir))
+        return summary
+
+
+def summarize(log: RunLog, cfg: Config) -> dict[str, Any]:
+    """The figures of the finished run, from its log: so they are those of the whole run, resumed or not."""
+    rows = log.rows(STAGE)
+    first, last = rows[0], rows[-1]
+    return {
+        "name": cfg.name,
+        "seed": cfg.train.seed,
+        "objective": cfg.objective.name,
+        "cold_start_steps": cfg.cold_start.steps,
+        "rl_steps": last["step"],
+        "held_out_before": first["held_out/avg"],
+        "held_out_after": last["held_out/avg"],
+        "pass_before": first["held_out/pass"],
+        "pass_after": last["held_out/pass"],
+        "held_out_problems": last["held_out/problems"],
+        "held_out_samples": last["held_out/samples"],
+        "k": cfg.evaluate.samples,
+        "seconds": sum(r.get("time/step", 0.0) + r.get("time/eval", 0.0) for r in [*log.rows("cold_start"), *rows]),
+    }

@@ -1,0 +1,251 @@
+"""Rules across keys: each is broken alone and must be the only thing said. Then the warnings."""
+
+import dataclasses
+import re
+
+import pytest
+
+from sapo_jax.config import Config, ConfigError, Data, FileTask, ReasoningGymTask, check, load, verify, warnings
+from sapo_jax.config.advice import ADVICE
+from sapo_jax.config.checks import RULES, starved
+
+MOE = ["model.num_experts=8", "model.num_experts_per_tok=2"]
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # paths in a config are relative to the working directory
+    path = tmp_path / "run.yaml"
+    path.write_text("data: {tasks: [{kind: reasoning_gym, name: chain_sum}]}\n")
+    for name in ("rows.jsonl", "more.parquet", "rows.csv", "tokenizer.json", "chat.jinja"):
+        (tmp_path / name).touch()
+    return path
+
+
+FILE = "kind: file, path: rows.jsonl"
+BROKEN = [  # rule, overrides, keys, what the message says
+    ("tasks", ["data.tasks=[]"], "data.tasks", "no task is given"),
+    ("distinct_tasks", [f"data.tasks=[{{{FILE}}}, {{{FILE}}}]"],
+     "data.tasks.0, data.tasks.1", "called 'rows'; give each its own"),
+    ("distinct_tasks",
+     [f"data.tasks=[{{{FILE}, name: gcd}}, {{kind: reasoning_gym, name: gcd}}, {{{FILE}, name: gcd}}]"],
+     "data.tasks.0, data.tasks.2", "2 tasks are called 'gcd'"),
+    ("distinct_tasks", ["data.tasks=[{kind: reasoning_gym}, {kind: reasoning_gym, size: 5}]"],
+     "data.tasks.0, data.tasks.1", "make it one task"),
+    ("task_sources", ["data.tasks.0.name=chain_sun"],
+     "data.tasks.0.name", "not on the allow-list.*did you mean 'chain_sum'"),
+    ("task_sources", ["data.tasks.0.name=countdown"], "data.tasks.0.name", "not on the allow-list"),
+    ("task_sources", ["data.tasks=[{kind: file}]"], "data.tasks.0.path", "path of a JSONL or Parquet file is missing"),
+    ("task_sources", ["data.tasks=[{kind: file, path: gone.jsonl}]"], "data.tasks.0.path", "no file 'gone.jsonl'"),
+    ("task_sources", ["data.tasks=[{kind: file, path: rows.csv}]"],
+     "data.tasks.0.path", "must end in .jsonl or .parquet"),
+    ("task_sources", [f"data.tasks=[{{{FILE}, held_out_path: gone.jsonl}}]"],
+     "data.tasks.0.held_out_path", "no file 'gone.jsonl'"),
+    ("task_sources", [f"data.tasks=[{{{FILE}, verifier: maths}}]"],
+     "data.tasks.0.verifier, rewards.plugins", "did you mean 'math'"),
+    ("task_shares", [f"data.tasks=[{{{FILE}, weight: 0.01}}, {{kind: reasoning_gym}}]"],
+     "rollout.prompts_per_step, data.tasks.0.weight", "32 problems leave none for a task with 0.01 of 1.01 weights"),
+    ("task_shares", [f"data.tasks=[{{{FILE}}}, {{kind: reasoning_gym}}]", "data.held_out=1"],
+     "data.held_out, data.tasks.1.weight", "1 problems leave none"),
+    ("task_shares", [f"data.tasks=[{{{FILE}}}, {{kind: reasoning_gym}}]", "cold_start={steps: 1, batch_size: 1}"],
+     "cold_start.batch_size, data.tasks.1.weight", "1 problems leave none"),
+    ("named_files", ["data.tokenizer=bytes"], "data.tokenizer", "did you mean 'byte'"),
+    ("named_files", ["data.chat_template=chatlm"], "data.chat_template", "did you mean 'chatml'"),
+    ("plugins", ["rewards.plugins=[no_such_module]"], "rewards.plugins.0", "no module 'no_such_module'"),
+    ("plugins", ["rewards.plugins=[json, xml.no_such_module]"], "rewards.plugins.1", "no module 'xml.no_such_module'"),
+    ("plugins", ["rewards.plugins=[verifiers/mine.py]"], "rewards.plugins.0", "no module"),
+    ("format_reward", ["rewards.format_reward=0.1"], "rewards.format_reward, rewards.extract", "no form to reward"),
+    ("response_template", ["cold_start.response=yes"], "cold_start.response", "must contain {answer}"),
+    ("response_template", ["cold_start.response='{answer} {reason}'"], "cold_start.response", "holds {reason}"),
+    ("response_template", [r"cold_start.response='\boxed{answer}'"],
+     "cold_start.response", r"write \\boxed\{\{answer\}\}"),
+    ("run_folder", ["run_dir='runs/{nome}'"], "run_dir", r"holds \{nome\}; there are \{name\} and \{seed\}"),
+    ("run_folder", ["run_dir='runs/{name'"], "run_dir", "expected '}'"),
+    ("run_folder", ["name=''"], "name, run_dir", "no folder of its own"),
+    ("whole_groups", ["train.mini_batches=3"],
+     "rollout.prompts_per_step, train.mini_batches", "32 prompts cannot be split into 3"),
+    ("micro_batches", ["train.micro_batch=7"],
+     "train.micro_batch, train.mini_batches, rollout.prompts_per_step, rollout.group_size", "of 64 sequences.*of 7"),
+    ("batch_axes", ["mesh.fsdp=64", "train.mini_batches=1", "rollout.group_size=16", "train.micro_batch=128"],
+     "rollout.prompts_per_step, mesh.data, mesh.fsdp", "the 32 prompts of a rollout .* over data [*] fsdp = 64"),
+    ("batch_axes", ["mesh.data=32", "mesh.fsdp=1", "train.micro_batch=16"],
+     "train.micro_batch, rollout.prompts_per_step, mesh.data, mesh.fsdp", "the 16 sequences of a forward pass"),
+    ("batch_axes", ["mesh.data=16", "evaluate.batch_prompts=40"],
+     "evaluate.batch_prompts, data.held_out, mesh.data, mesh.fsdp", "the 40 prompts of an evaluation batch"),
+    ("batch_axes", ["mesh.data=16", "data.held_out=40"],
+     "evaluate.batch_prompts, data.held_out, mesh.data, mesh.fsdp", "the 40 prompts of an evaluation batch"),
+    ("batch_axes", ["mesh.data=16", "cold_start.steps=1", "cold_start.batch_size=24"],
+     "cold_start.batch_size, mesh.data, mesh.fsdp", "the 24 sequences of a cold-start batch"),
+    ("sequence_length", ["rollout.max_new_tokens=40705"],
+     "data.max_prompt_tokens, rollout.max_new_tokens, model.max_position_embeddings", "256 [+] 40705 tokens"),
+    ("heads", ["model.num_key_value_heads=3"], "model.num_attention_heads, model.num_key_value_heads", "4 query heads"),
+    ("heads", ["model.head_dim=33"], "model.head_dim", "33 is odd"),
+    ("experts", ["model.num_experts=1"], "model.num_experts_per_tok, model.num_experts", "2 of 1 experts"),
+    ("experts", ["mesh.expert=2"], "mesh.expert, model.num_experts", "the model is dense"),
+    ("model_axes", [*MOE, "mesh.expert=3"], "model.num_experts, mesh.expert", "8 cannot be split over 3"),
+    ("model_axes", ["mesh.tensor=4", "model.num_attention_heads=8"],
+     "model.num_key_value_heads, mesh.tensor", "2 cannot be split over 4"),
+    ("model_axes", ["mesh.tensor=2", "model.intermediate_size=385"], "model.intermediate_size, mesh.tensor", "385"),
+    ("model_axes", [*MOE, "mesh.tensor=2", "model.intermediate_size=385", "model.moe_intermediate_size=95"],
+     "model.moe_intermediate_size, mesh.tensor", "95"),
+    ("model_axes", ["mesh.tensor=2", "model.vocab_size=301"], "model.vocab_size, mesh.tensor", "301"),
+    ("model_axes", ["mesh.fsdp=2", "model.hidden_size=127"], "model.hidden_size, mesh.fsdp", "127"),
+    ("context_axis", ["mesh.context=2"], "mesh.context", "not implemented yet"),
+    ("truncated_sampling", ["train.old_logp=sampler", "rollout.top_p=0.9"],
+     "train.old_logp, rollout.top_p", "not start at 1"),
+    ("truncated_sampling", ["train.old_logp=sampler", "rollout.top_k=5", "rollout.min_p=0.1"],
+     "train.old_logp, rollout.top_k, rollout.min_p", "not start at 1"),
+    ("truncated_sampling", ["loss.correction=masked", "rollout.top_k=5"],
+     "loss.correction, rollout.top_k", "correction: none"),
+    ("kl_penalty", ["loss.kl_coef=0.1"], "loss.kl, loss.kl_coef", "no estimator is chosen"),
+    ("kl_penalty", ["loss.kl=k3"], "loss.kl, loss.kl_coef", "does nothing"),
+    ("warm_up", ["optimizer.warmup_steps=800", "train.epochs=2"],
+     "optimizer.warmup_steps, train.steps, train.mini_batches, train.epochs", "800 of 800 optimiser steps"),
+    ("warm_up", ["cold_start={steps: 5, optimizer: {warmup_steps: 5}}"],
+     "cold_start.optimizer.warmup_steps, cold_start.steps", "5 of 5"),
+    ("kept_checkpoints", ["checkpoint.keep_every=30"], "checkpoint.keep_every, checkpoint.every", "every 20 steps"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rule", "overrides", "keys", "message"), BROKEN, ids=[f"{b[0]}{i}" for i, b in enumerate(BROKEN)]
+)
+def test_a_broken_rule_is_the_only_thing_said(base, rule, overrides, keys, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(base, overrides)
+    (problem,) = caught.value.problems
+    assert ", ".join(problem.keys) == keys
+
+
+def test_every_rule_and_every_advice_is_tested():
+    assert {rule.__name__ for rule in RULES} == {broken[0] for broken in BROKEN}
+    assert {advise.__name__ for advise in ADVICE} == {doubtful[0] for doubtful in DOUBTFUL}
+
+
+SOUND = [
+    [f"data.tasks=[{{{FILE}}}, {{kind: file, path: more.parquet, held_out_path: rows.jsonl}}]"],
+    ["data.tasks=[{kind: reasoning_gym}, {kind: reasoning_gym, options: {min_terms: 4}}]"],
+    [f"data.tasks=[{{{FILE}, verifier: mine}}]", "rewards.plugins=[xml.etree.ElementTree]"],
+    ["data.tokenizer=tokenizer.json", "data.chat_template=chat.jinja"],
+    ["data.tokenizer=.", "data.chat_template=plain"],
+    [r"cold_start.response='\boxed{{answer}}'"],
+    ["rewards={extract: boxed, format_reward: 0.1}"],
+    ["run_dir='runs/{name}-{seed}'", "name=a/b"],
+    ["train.micro_batch=16", "mesh.data=4", "mesh.fsdp=4"],
+    [*MOE, "mesh.expert=4", "mesh.tensor=2", "model.moe_intermediate_size=94"],
+    ["train.old_logp=sampler"],
+    ["rollout.top_p=0.9"],
+    ["loss={kl: k3, kl_coef: 0.01, correction: truncated}"],
+    ["optimizer.warmup_steps=399", "checkpoint.keep_every=40", "data.max_prompt_tokens=40896"],
+]
+
+
+@pytest.mark.parametrize("overrides", SOUND)
+def test_what_keeps_the_rules_is_accepted(base, overrides):
+    load(base, overrides)
+
+
+def test_checking_a_plugin_imports_nothing(base, tmp_path, monkeypatch):
+    package = tmp_path / "noisy"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    (package / "verifiers.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    load(base, ["rewards.plugins=[noisy, noisy.verifiers]"])
+    with pytest.raises(ConfigError, match="no module 'noisy.verifiers.x'"):
+        load(base, ["rewards.plugins=[noisy.verifiers.x]"])
+
+
+@pytest.mark.parametrize("total", [1, 2, 5, 32])
+@pytest.mark.parametrize("weights", [[1], [1, 1], [0.5, 3, 1], [1, 1, 1, 10], [0.01, 1]])
+def test_starved_agrees_with_the_batches(total, weights):
+    from sapo_jax.data.common import DataError, apportion
+
+    named = {str(i): weight for i, weight in enumerate(weights)}
+    try:
+        shares = apportion(total, named, "the batch")
+    except DataError:
+        assert starved(total, named)
+    else:
+        assert starved(total, named) == [] and min(shares.values()) > 0
+
+
+def test_starved_by_hand():
+    # exact shares 0.38, 0.38, 0.38, 3.85: 3 are whole, the last 2 go to d (0.85) and a (the first of the ties)
+    assert set(starved(5, {"a": 1, "b": 1, "c": 1, "d": 10})) == {"b", "c"}
+
+
+# ---------------------------------------------------------------- once the machine is known
+
+
+def test_verify_completes_the_data_axis(base):
+    cfg = load(base, ["mesh.fsdp=2"])
+    verify(cfg, devices=8, vocab_size=300)
+    with pytest.raises(
+        ConfigError, match="the 32 prompts of a rollout cannot be split over data [*] fsdp = 64 devices"
+    ):
+        verify(cfg, devices=64, vocab_size=300)
+    with pytest.raises(ConfigError, match="take 2 devices, which does not divide the 7"):
+        verify(cfg, devices=7, vocab_size=300)
+    with pytest.raises(ConfigError, match="the axes take 8 devices, but there are 4"):
+        verify(load(base, ["mesh.data=8"]), devices=4, vocab_size=300)
+
+
+def test_verify_knows_the_vocabulary(base):
+    with pytest.raises(ConfigError, match="model.vocab_size, mesh.tensor: 301 cannot be split over 2"):
+        verify(load(base, ["mesh.tensor=2"]), devices=2, vocab_size=301)
+    with pytest.raises(ConfigError, match="model.vocab_size, data.tokenizer: 256 is smaller than the tokenizer's 301"):
+        verify(load(base, ["model.vocab_size=256"]), devices=1, vocab_size=301)
+    verify(load(base, ["model.vocab_size=302", "mesh.tensor=2"]), devices=2, vocab_size=301)
+
+
+def test_check_speaks_of_configs_made_in_code():
+    tasks = (ReasoningGymTask(), FileTask(path="gone.jsonl"))
+    problems = check(dataclasses.replace(Config(), data=Data(tasks=tasks)))
+    assert [str(problem) for problem in problems] == ["data.tasks.1.path: there is no file 'gone.jsonl'"]
+
+
+# ---------------------------------------------------------------- warnings
+
+
+ONE_STEP = ["train.mini_batches=1"]
+DOUBTFUL = [
+    ("gate_cannot_act", ONE_STEP,
+     "^train.mini_batches, train.epochs: .*r = 1 in every.*tau_pos and tau_neg.*tau sweep would be a no-op"),
+    ("gate_cannot_act", [*ONE_STEP, "objective.name=grpo"], "clip_low and clip_high change nothing [(]a clip sweep"),
+    ("gate_cannot_act", [*ONE_STEP, "train.old_logp=sampler"], "r = 1 up to rounding"),
+    ("tau_order", ["objective.tau_neg=0.95"], "^objective.tau_neg: tau_neg = 0.95 is below tau_pos = 1.*not sampled"),
+    ("learning_rate", ["model.preset=qwen3-0.6b"], "^optimizer.learning_rate: 0.001 suits tiny models"),
+    ("truncated_sampling", ["rollout.min_p=0.1"], "gradient is biased"),
+    ("correction", ["loss.correction=truncated", "train.old_logp=sampler"], "is 1 everywhere"),
+    ("kl_estimator", ["loss={kl: k1, kl_coef: 0.1}"], "expected gradient of k1"),
+    ("sequence_ratio", ["objective.name=gspo", "loss.normalization=token_mean"], "^loss.normalization: GSPO"),
+    ("answer_form", ["cold_start.steps=1", "rewards.extract=answer_tag"], "teaches no <answer>"),
+    ("answer_form", ["cold_start.steps=1", "rewards.extract=boxed"], "every completion would be unparsable"),
+    ("task_ratios", ["data.tasks=[{kind: reasoning_gym}, {kind: reasoning_gym, name: gcd, weight: 0.05}]"],
+     "^data.tasks.1.weight: its weight asks for 1.52 prompts"),
+    ("never_evaluated", ["evaluate.every=200"], "beyond train.steps = 100"),
+    ("yarn_reach", ["model.rope_scaling={factor: 1.0}"], "40960 positions are more than factor [*] original = 32768"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("advice", "overrides", "text"), DOUBTFUL, ids=[f"{d[0]}{i}" for i, d in enumerate(DOUBTFUL)])
+def test_a_warning_says_what_to_do(base, advice, overrides, text):
+    (warning,) = warnings(load(base, overrides))
+    assert re.search(text, warning)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["train.mini_batches=1", "train.epochs=2"],
+        ["objective.tau_neg=1.0"],
+        ["model.preset=qwen3-4b", "optimizer.learning_rate=1e-6"],
+        ["cold_start.steps=1", "rewards.extract=boxed", r"cold_start.response='\boxed{{answer}}'"],
+        ["cold_start.steps=1", "rewards.extract=answer_tag", "cold_start.response='<answer>{answer}</answer>'"],
+        ["model={rope_scaling: {}, max_position_embeddings: 131072}"],
+    ],
+)
+def test_no_warning_without_reason(base, overrides):
+    assert warnings(load(base, overrides)) == []

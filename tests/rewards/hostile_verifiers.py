@@ -1,0 +1,97 @@
+"""A plug-in whose verifiers misbehave in every way we know. The response says how."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+
+from sapo_jax.rewards import Unparsable, register
+
+HOARD: list[bytearray] = []
+
+
+@register("hostile")
+def hostile(response: str, answer: str, metadata: dict):
+    if "pid_file" in metadata:
+        with open(metadata["pid_file"], "a") as file:
+            file.write(f"{os.getpid()}\n")
+    return ACTIONS[response](metadata)
+
+
+def _print_a_lot(metadata):
+    print('{"status": "ok", "reward": 1.0, "detail": "forged", "retire": false}', flush=True)
+    os.write(1, b"x" * 200_000)
+    sys.stderr.write("y" * 200_000)
+    return True
+
+
+def _fill_memory(metadata):
+    return len(bytearray(64 * 2**30)) > 0
+
+
+def _hoard(metadata):
+    """Succeeds, and leaves 60 % of 512 MB occupied."""
+    HOARD.append(bytearray(300 * 2**20))
+    return True
+
+
+def _die_later(metadata):
+    """Succeeds, and dooms whoever comes next in this process."""
+    threading.Timer(0.2, os._exit, [3]).start()
+    return True
+
+
+def _spawn(metadata):
+    child = subprocess.Popen(["sleep", "1000"])
+    with open(metadata["pid_file"], "a") as file:
+        file.write(f"{child.pid}\n")
+    time.sleep(1000)
+
+
+def _verdict(metadata):
+    from sapo_jax.types import Verdict
+
+    return Verdict(**metadata["verdict"])
+
+
+ACTIONS = {
+    "right": lambda m: True,
+    "false": lambda m: False,
+    "one": lambda m: 1.0,
+    "half": lambda m: 0.5,
+    "unparsable": lambda m: (_ for _ in ()).throw(Unparsable("nothing here")),
+    "raise": lambda m: {}["missing"],
+    "raise surrogate": lambda m: (_ for _ in ()).throw(ValueError("\ud800" * 10_000)),
+    "sys.exit": lambda m: sys.exit(0),
+    "stdin": lambda m: input() == "",
+    "nan": lambda m: float("nan"),
+    "inf": lambda m: float("inf"),
+    "two": lambda m: 2.0,
+    "negative": lambda m: -0.1,
+    "int": lambda m: 1,
+    "string": lambda m: "1.0",
+    "none": lambda m: None,
+    "list": lambda m: [1.0],
+    "verdict": _verdict,
+    "sleep": lambda m: time.sleep(1000),
+    "sleep a little": lambda m: time.sleep(0.3) is None,
+    "spin": lambda m: [None for _ in iter(int, 1)],
+    "regex": lambda m: re.match(r"(a+)+$", "a" * 60 + "b"),  # holds the GIL for ever
+    "os._exit": lambda m: os._exit(0),
+    "segfault": lambda m: ctypes.string_at(0),
+    "abort": lambda m: os.abort(),
+    "close": lambda m: os.closerange(0, 100),
+    "print": _print_a_lot,
+    "memory": _fill_memory,
+    "hoard": _hoard,
+    "die later": _die_later,
+    "spawn": _spawn,
+    "pause": lambda m: time.sleep(0.4) is None,
+    "environment": lambda m: os.environ["PYTHONHASHSEED"] == "0" and "jax" not in sys.modules,
+    "signals": lambda m: os.getsid(0) == os.getpid(),
+}

@@ -1,0 +1,57 @@
+"""extract.py: which part of a completion is the answer."""
+
+import pytest
+
+from sapo_jax.rewards.extract import extract
+
+
+@pytest.mark.parametrize(
+    "form, completion, answer",
+    [
+        ("all", "  a b\n", "a b"),
+        ("all", " \n\t", None),
+        ("all", "", None),
+        ("answer_tag", "<answer>5</answer>", "5"),
+        ("answer_tag", "so <answer>\n 5 \n</answer> indeed", "5"),
+        ("answer_tag", "<answer>4</answer> no: <answer>5</answer>", "5"),
+        ("answer_tag", "<answer>5</answer> and </answer>", "5"),
+        ("answer_tag", "<answer>4 <answer>5</answer>", "5"),
+        ("answer_tag", "<answer>4</answer> <answer>5", "4"),
+        ("answer_tag", "<answer></answer>", None),
+        ("answer_tag", "<answer> </answer>", None),
+        ("answer_tag", "</answer>5<answer>", None),
+        ("answer_tag", "<Answer>5</Answer>", None),
+        ("answer_tag", "5", None),
+        ("answer_tag", "</answer>", None),
+        ("boxed", r"thus \boxed{5}.", "5"),
+        ("boxed", r"\boxed {5}", "5"),
+        ("boxed", r"\boxed{4} or \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        ("boxed", r"\boxed{\frac{1}{2}", None),
+        ("boxed", r"\boxed{4} then \boxed{5", "4"),
+        ("boxed", r"{{{ \boxed{5} }", "5"),
+        ("boxed", r"}}} \boxed{5}", "5"),
+        ("boxed", r"\boxed{a \boxed{b} c}", "b"),
+        ("boxed", r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        ("boxed", r"\boxed{\}", None),
+        ("boxed", r"\\\boxed{5}", "5"),  # a line break, then the box
+        ("boxed", r"\boxed{}", None),
+        ("boxed", "\\boxed{a\nb}", "a\nb"),
+        ("boxed", "boxed{5}", None),
+        ("boxed", "\\", None),
+    ],
+)
+def test_extract(form, completion, answer):
+    assert extract(completion, form) == answer
+
+
+def test_unknown_form_is_named():
+    with pytest.raises(ValueError, match="rewards.extract is 'tag'.*answer_tag"):
+        extract("5", "tag")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("form", ["answer_tag", "boxed"])
+@pytest.mark.parametrize("piece", ["<answer>", "</answer>", r"\boxed{", "{", "}", "\\", "\x00", "<answer></answer>"])
+def test_a_megabyte_of_one_piece_has_no_answer(form, piece):
+    """It ends at all: a quadratic scan would run into the time-out."""
+    assert extract(piece * (1_000_000 // len(piece)), form) is None

@@ -1,0 +1,379 @@
+"""pool.py, process.py, worker.py: verdicts in order, and nothing that one item does reaches another."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sapo_jax.config.schema import Rewards
+from sapo_jax.rewards import VERIFIERS, VerifierPool, WorkerError, process
+from sapo_jax.types import Prompt, Verdict
+
+HOSTILE = Rewards(workers=2, deadline=5.0, memory_mb=512, plugins=("hostile_verifiers",))
+RIGHT = Verdict("ok", 1.0)
+
+
+def prompt(answer="", verifier="exact", metadata=None, index=0):
+    return Prompt(index, "text", (1,), "question", answer, verifier, "task", metadata or {})
+
+
+def hostile(action, metadata=None):
+    return action, prompt(verifier="hostile", metadata=metadata)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with VerifierPool(HOSTILE) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def impatient():
+    with VerifierPool(dataclasses.replace(HOSTILE, deadline=0.5)) as pool:
+        yield pool
+
+
+def pids_of(pool):
+    return [worker._process.pid for worker in pool._workers if worker._process is not None]
+
+
+def is_alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_until(condition, seconds=30):
+    until = time.monotonic() + seconds
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.02)
+    assert condition()
+
+
+# ---------------------------------------------------------------- verdicts
+
+
+def test_verdicts_come_in_the_order_of_the_items(pool):
+    seen = []
+    items = [(str(i % 7), prompt(str(i % 5), index=i)) for i in range(200)]
+    verdicts = pool.verify(items, progress=lambda done, total: seen.append((done, total)))
+    assert [v.status for v in verdicts] == ["ok" if i % 7 == i % 5 else "wrong" for i in range(200)]
+    assert seen == [(i + 1, 200) for i in range(200)]
+
+
+def test_nothing_to_verify(pool):
+    assert pool.verify([]) == []
+
+
+@pytest.mark.parametrize(
+    "action, status, reward, detail",
+    [
+        ("right", "ok", 1.0, ""),
+        ("one", "ok", 1.0, ""),
+        ("false", "wrong", 0.0, ""),
+        ("half", "wrong", 0.5, ""),
+        ("unparsable", "unparsable", 0.0, "nothing here"),
+        ("raise", "error", 0.0, "KeyError: 'missing'"),
+        ("sys.exit", "error", 0.0, "SystemExit: 0"),
+        ("stdin", "error", 0.0, "EOFError"),
+        ("nan", "error", 0.0, "returned nan, outside [0, 1]"),
+        ("inf", "error", 0.0, "returned inf, outside [0, 1]"),
+        ("two", "error", 0.0, "returned 2.0, outside [0, 1]"),
+        ("negative", "error", 0.0, "returned -0.1, outside [0, 1]"),
+        ("int", "error", 0.0, "returned int, not bool, float or Verdict"),
+        ("string", "error", 0.0, "returned str, not bool"),
+        ("none", "error", 0.0, "returned NoneType, not bool"),
+        ("list", "error", 0.0, "returned list, not bool"),
+        ("print", "ok", 1.0, ""),  # what it prints is no reply
+        ("sleep a little", "ok", 1.0, ""),
+        ("environment", "ok", 1.0, ""),
+        ("signals", "ok", 1.0, ""),
+        ("os._exit", "error", 0.0, "the worker exited with code 0"),
+        ("segfault", "error", 0.0, "killed by SIGSEGV"),
+        ("abort", "error", 0.0, "killed by SIGABRT"),
+        ("memory", "error", 0.0, "needs more than rewards.memory_mb = 512"),
+    ],
+)
+def test_what_a_verifier_may_do(pool, action, status, reward, detail):
+    (verdict,) = pool.verify([hostile(action)])
+    assert (verdict.status, verdict.reward) == (status, reward)
+    assert detail in verdict.detail
+
+
+def test_details_are_cut_and_can_be_written(pool):
+    (verdict,) = pool.verify([hostile("raise surrogate")])
+    assert verdict.status == "error" and len(verdict.detail) == 500
+    assert verdict.detail.encode("utf-8").startswith(b"ValueError: ???")
+
+
+@pytest.mark.parametrize(
+    "returned, expected",
+    [
+        ({"status": "wrong", "reward": -0.5, "detail": "why"}, Verdict("wrong", -0.5, "why")),
+        ({"status": "ok", "reward": 1}, Verdict("ok", 1.0)),
+        ({"status": "timeout", "reward": 0.0}, Verdict("timeout", 0.0)),
+        ({"status": "fine", "reward": 1.0}, "malformed"),
+        ({"status": "ok", "reward": float("nan")}, "malformed"),
+        ({"status": "ok", "reward": "1"}, "malformed"),
+        ({"status": "ok", "reward": 1.0, "detail": None}, "malformed"),
+    ],
+)
+def test_a_verifier_may_return_a_verdict(returned, expected):
+    import hostile_verifiers  # noqa: F401  (registers it)
+
+    from sapo_jax.rewards.registry import judge
+
+    judgement = judge("hostile", "verdict", "", {"verdict": returned})
+    if expected == "malformed":
+        assert judgement.status == "error" and "malformed verdict" in judgement.detail
+    else:
+        assert Verdict(*judgement) == expected
+
+
+# ---------------------------------------------------------------- neighbours
+
+
+@pytest.mark.parametrize("action", ["sleep", "spin", "regex", "close"])
+def test_a_hang_is_a_timeout_and_touches_no_neighbour(impatient, action):
+    items = [(str(i), prompt(str(i))) for i in range(40)]
+    items[7] = items[8] = items[30] = hostile(action)
+    verdicts = impatient.verify(items)
+    for i, verdict in enumerate(verdicts):
+        if i in (7, 8, 30):
+            assert (verdict.status, verdict.reward) in [("timeout", 0.0), ("error", 0.0)]
+            assert verdict.status == "timeout" or action == "close"  # it has closed its reply channel: it died
+        else:
+            assert verdict == RIGHT
+
+
+@pytest.mark.parametrize("action", ["os._exit", "segfault", "memory", "hoard"])
+def test_a_crash_touches_no_neighbour(pool, action):
+    items = [(str(i), prompt(str(i))) for i in range(40)]
+    items[0] = items[1] = items[20] = hostile(action)
+    verdicts = pool.verify(items)
+    status = "ok" if action == "hoard" else "error"  # a hoarder leaves too little memory for the next hoarder
+    assert [v.status for v in verdicts] == [status if i in (0, 1, 20) else "ok" for i in range(40)]
+
+
+def test_who_inherits_a_doomed_worker_is_tried_again():
+    with VerifierPool(dataclasses.replace(HOSTILE, workers=1)) as pool:
+        assert pool.verify([hostile("right"), hostile("die later"), hostile("pause"), hostile("right")]) == [RIGHT] * 4
+        pool.verify([hostile("die later")])
+        time.sleep(0.5)  # now it dies while idle, before a verifier that it has yet to prepare
+        assert pool.verify([("1", prompt("1", "numeric"))]) == [RIGHT]
+
+
+def test_the_deadline_leaves_out_the_start_and_the_imports():
+    """math-verify takes about a second to import; the deadline is far below that."""
+    with VerifierPool(Rewards(workers=2, deadline=0.25)) as pool:
+        assert pool.verify([("1/2", prompt("0.5", "math"))] * 4) == [RIGHT] * 4
+
+
+def test_verifiers_only_import_what_they_need():
+    with VerifierPool(Rewards(workers=1)) as pool:
+        pool.verify([("1", prompt("1"))])
+        with open(f"/proc/{pids_of(pool)[0]}/maps") as maps:
+            assert not {"numpy", "jaxlib", "sympy"} & set(maps.read().replace("/", " ").split())
+
+
+# ---------------------------------------------------------------- completions
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["\x00", "a\ud800b", "\udfff" * 99, '{"verifier": "x"}\n{"prepare": 1}\n', "\r\n\u2028", "😀" * 999, "x" * 10**6],
+    ids=range(7),
+)
+def test_any_text_arrives_whole(text):
+    seen_by_verifier = text.encode("utf-8", "replace").decode()
+    with VerifierPool(Rewards(workers=1, max_chars=2 * 10**6)) as pool:
+        golds = [f"[{seen_by_verifier}]", "[x]"]
+        verdicts = pool.verify([*((f"[{text}]", prompt(gold)) for gold in golds), ("y", prompt("y"))])
+    assert [v.status for v in verdicts] == ["ok", "wrong", "ok"]
+
+
+def test_too_long_a_completion_is_not_run():
+    with VerifierPool(Rewards(workers=1, max_chars=10)) as pool:
+        verdicts = pool.verify([("x" * 11, prompt("x" * 11)), (" " * 10**7, prompt("x"))])
+        assert [v.status for v in verdicts] == ["unparsable"] * 2
+        assert verdicts[0].detail == "11 characters; rewards.max_chars is 10"
+        assert pids_of(pool) == []
+        assert pool.verify([("x" * 10, prompt("x" * 10))]) == [RIGHT]
+
+
+@pytest.mark.parametrize(
+    "form, completion, verifier, status, reward",
+    [
+        ("all", "5", "numeric", "ok", 1.0),
+        ("all", "five", "numeric", "unparsable", 0.0),
+        ("all", " ", "numeric", "unparsable", 0.0),
+        ("answer_tag", "<answer>5</answer>", "numeric", "ok", 1.25),
+        ("answer_tag", "<answer>6</answer>", "numeric", "wrong", 0.25),
+        ("answer_tag", "<answer>five</answer>", "numeric", "unparsable", 0.25),
+        ("answer_tag", "5", "numeric", "unparsable", 0.0),
+        ("answer_tag", "<answer></answer>", "numeric", "unparsable", 0.0),
+        ("answer_tag", "<answer>raise</answer>", "hostile", "error", 0.0),
+        ("boxed", r"so \boxed{5}", "numeric", "ok", 1.25),
+        ("boxed", r"so \boxed{\frac{10}{2}}", "math", "ok", 1.25),
+        ("boxed", "5", "numeric", "unparsable", 0.0),
+        ("boxed", r"\boxed{half}", "hostile", "wrong", 0.75),
+    ],
+)
+def test_extraction_and_format_reward(form, completion, verifier, status, reward):
+    with VerifierPool(dataclasses.replace(HOSTILE, workers=1, extract=form, format_reward=0.25)) as pool:
+        (verdict,) = pool.verify([(completion, prompt("5", verifier))])
+    assert (verdict.status, verdict.reward) == (status, reward)
+
+
+def test_reasoning_gym_through_the_pool():
+    import reasoning_gym
+
+    entries = [json.loads(json.dumps(entry)) for entry in reasoning_gym.create_dataset("chain_sum", seed=1, size=8)]
+    countdown = {"metadata": {"source_dataset": "countdown"}}
+    items = [(e["answer"], prompt(e["answer"], "reasoning_gym", e)) for e in entries]
+    items += [("0" + e["answer"] + "1", prompt(e["answer"], "reasoning_gym", e)) for e in entries]
+    items += [("__import__('os').abort()", prompt("1", "reasoning_gym", countdown))]
+    with VerifierPool(Rewards(workers=2)) as pool:
+        verdicts = pool.verify(items)
+    assert [v.status for v in verdicts] == ["ok"] * 8 + ["wrong"] * 8 + ["error"]
+    assert [v.reward for v in verdicts] == [1.0] * 8 + [0.0] * 9  # the scorer's own partial credit is not paid
+    assert "'countdown' is not on the allow-list" in verdicts[-1].detail
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+def test_an_unknown_verifier_is_named(pool):
+    message = "problem 17 of task 'task' asks for the verifier 'exactly'.*did you mean 'exact'"
+    with pytest.raises(ValueError, match=message):
+        pool.verify([("1", prompt("1")), ("1", prompt("1", "exactly", index=17))])
+    assert pool.verify([("1", prompt("1"))]) == [RIGHT]  # the pool lives on
+
+
+def test_a_plugin_that_cannot_be_imported_is_named():
+    with pytest.raises(ValueError, match="rewards.plugins: module 'no_such_plugin' cannot be imported"):
+        VerifierPool(Rewards(plugins=("no_such_plugin",)))
+
+
+def test_a_verifier_that_only_the_trainer_knows(monkeypatch):
+    monkeypatch.setitem(VERIFIERS, "homemade", VERIFIERS["exact"])
+    with VerifierPool(Rewards(workers=1)) as pool:
+        with pytest.raises(
+            WorkerError, match="cannot prepare the verifier 'homemade'(.|\n)*belongs in rewards.plugins"
+        ):
+            pool.verify([("1", prompt("1", "homemade"))])
+        with pytest.raises(RuntimeError, match="the verifier pool is closed"):
+            pool.verify([("1", prompt("1"))])
+
+
+_IN_WORKER = "import os, sys, time\nif 'sapo_jax.rewards.worker' in sys.orig_argv:\n"
+
+
+def test_a_worker_that_cannot_start_shows_its_last_words(tmp_path, monkeypatch):
+    (tmp_path / "stillborn.py").write_text(_IN_WORKER + "    os.write(2, b'no licence')\n    os._exit(9)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with VerifierPool(Rewards(plugins=("stillborn",))) as pool:
+        with pytest.raises(WorkerError, match="cannot start .*: the worker exited with code 9\nno licence"):
+            pool.verify([("1", prompt("1"))])
+
+
+def test_a_worker_that_never_gets_ready(tmp_path, monkeypatch):
+    (tmp_path / "sleepy.py").write_text(_IN_WORKER + "    time.sleep(99)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(process, "START_SECONDS", 1.0)
+    with VerifierPool(Rewards(plugins=("sleepy",))) as pool:
+        with pytest.raises(WorkerError, match="cannot start .*: no answer within 1 s"):
+            pool.verify([("1", prompt("1"))])
+
+
+def test_too_little_memory_to_start_is_said():
+    with VerifierPool(Rewards(memory_mb=40)) as pool:
+        with pytest.raises(WorkerError, match=r"cannot (start|prepare).*rewards.memory_mb = 40"):
+            pool.verify([("1", prompt("1", "math"))])
+
+
+def test_metadata_must_be_json():
+    with VerifierPool(Rewards(workers=1)) as pool:
+        with pytest.raises(ValueError, match="problem 3 of task 'task': its answer or metadata is not JSON"):
+            pool.verify([("1", prompt("1", metadata={"a": {1, 2}}, index=3))])
+
+
+# ---------------------------------------------------------------- processes
+
+
+def test_close_leaves_no_process(tmp_path):
+    pids = tmp_path / "pids"
+    with VerifierPool(dataclasses.replace(HOSTILE, deadline=0.5)) as pool:
+        pool.verify([hostile("right", {"pid_file": str(pids)})] * 8)
+        assert pool.verify([hostile("spawn", {"pid_file": str(pids)})])[0].status == "timeout"
+        started = {int(pid) for pid in pids.read_text().split()}
+        pool.verify([("1", prompt("1"))] * 50)
+        started |= set(pids_of(pool))
+    assert len(started) >= 3
+    wait_until(lambda: not any(is_alive(pid) for pid in started))
+    pool.close()  # again
+
+
+_SCRIPT = """
+import sys
+from sapo_jax.config.schema import Rewards
+from sapo_jax.rewards import VerifierPool
+from sapo_jax.types import Prompt
+
+def main():
+    action, pid_file, deadline = sys.argv[1:]
+    cfg = Rewards(workers=2, deadline=float(deadline), plugins=("hostile_verifiers",))
+    item = (action, Prompt(0, "t", (1,), "q", "", "hostile", "task", {"pid_file": pid_file}))
+    with VerifierPool(cfg) as pool:
+        pool.verify([item] * 2)
+
+main()
+"""
+
+
+def _run_until_busy(tmp_path, action, deadline, lines):
+    script, pid_file = tmp_path / "script.py", tmp_path / "pids"
+    script.write_text(_SCRIPT)
+    pid_file.touch()
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    arguments = [sys.executable, str(script), action, str(pid_file), str(deadline)]
+    trainer = subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE)
+    wait_until(lambda: pid_file.read_text().count("\n") == lines, 60)
+    pids = [int(pid) for pid in pid_file.read_text().split()]
+    assert trainer.poll() is None and all(is_alive(pid) for pid in pids)
+    return trainer, pids
+
+
+@pytest.mark.parametrize(
+    "action, deadline, lines",
+    [("sleep", 1000, 2), ("spin", 1000, 2), ("spawn", 1000, 4), ("regex", 1, 2)],
+    ids=["sleep", "spin", "grandchildren", "holding the GIL"],
+)
+def test_no_orphans_when_the_trainer_is_killed(tmp_path, action, deadline, lines):
+    trainer, pids = _run_until_busy(tmp_path, action, deadline, lines)
+    trainer.kill()
+    trainer.communicate()
+    wait_until(lambda: not any(is_alive(pid) for pid in pids))
+
+
+def test_no_orphans_when_the_trainer_is_interrupted(tmp_path):
+    trainer, pids = _run_until_busy(tmp_path, "sleep", 1000, 2)
+    trainer.send_signal(signal.SIGINT)
+    _, stderr = trainer.communicate(timeout=30)
+    assert b"KeyboardInterrupt" in stderr and trainer.returncode != 0
+    assert not any(is_alive(pid) for pid in pids)
+
+
+def test_interrupts_are_not_for_the_workers(pool):
+    pool.verify([hostile("right")] * 20)
+    before = pids_of(pool)
+    assert all(os.getpgid(pid) == pid != os.getpgid(0) for pid in before)
+    assert pool.verify([hostile("right")] * 20) == [RIGHT] * 20
+    assert pids_of(pool) == before

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sapo_jax.config import GRPO, SAPO
+from sapo_jax.diagnostics import collect, finalize, merge, reduce
+from sapo_jax.objectives.grpo import grpo
+from sapo_jax.objectives.sapo import sapo
+
+
+def batch(B=8, T=6, seed=0):
+    rng = np.random.default_rng(seed)
+    return dict(
+        log_ratio_BT=rng.normal(0, 0.5, (B, T)).astype(np.float32),
+        entropy_BT=rng.uniform(0, 3, (B, T)).astype(np.float32),
+        adv_BT=rng.choice([-1.0, 0.0, 2.0], (B, T)).astype(np.float32),
+        mask_BT=rng.random((B, T)) < 0.7,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("objective", "cfg"))
+def stats_of(tokens, objective=sapo, cfg=SAPO(), extra=None):
+    _, diagnostics = objective(tokens["log_ratio_BT"], tokens["adv_BT"], tokens["mask_BT"], cfg)
+    return collect(diagnostics, **tokens, extra=extra)
+
+
+def numbers(metrics):
+    return {name: np.asarray(value).item() for name, value in metrics.items()}
+
+
+def assert_metrics_close(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_allclose(actual[name], expected[name], rtol=1e-5, atol=1e-6, equal_nan=False, err_msg=name)
+
+
+def test_by_hand():
+    """GRPO: r = 2, A = 1 (clipped at 1.27); r = 1/2, A = -1 (clipped at 0.8); r = 1.2, A = -1; r = 1, A = 0; masked."""
+    tokens = dict(
+        log_ratio_BT=np.log(np.array([[2.0, 0.5, 1.2, 1.0, 9.0]], np.float32)),
+        entropy_BT=np.array([[1.0, 2.0, 3.0, 6.0, np.nan]], np.float32),
+        adv_BT=np.array([[1.0, -1.0, -1.0, 0.0, 1.0]], np.float32),
+        mask_BT=np.array([[True, True, True, True, False]]),
+    )
+    extra = {"kl/ref_k2": np.array([[1.0, 3.0, 5.0, 7.0, np.inf]], np.float32)}
+    metrics = numbers(finalize(stats_of(tokens, grpo, GRPO(), extra=extra)))
+    expected = {
+        "tokens/count": 4, "tokens/pos_count": 1, "tokens/neg_count": 2,
+        "ratio/mean": 4.7 / 4, "ratio/pos_mean": 2, "ratio/neg_mean": 0.85,
+        "ratio/min": 0.5, "ratio/pos_min": 2, "ratio/neg_min": 0.5,
+        "ratio/max": 2, "ratio/pos_max": 2, "ratio/neg_max": 1.2,
+        "gate/mean": 0.5, "gate/pos_mean": 0, "gate/neg_mean": 0.5,
+        "grad_weight/mean": 2.2 / 4, "grad_weight/pos_mean": 0, "grad_weight/neg_mean": 0.6,
+        "clip_fraction/mean": 0.5, "clip_fraction/pos_mean": 1, "clip_fraction/neg_mean": 0.5,
+        # surrogate - A: 1.27 - 1; -0.8 + 1; -1.2 + 1; 0
+        "surrogate/centered_mean": 0.27 / 4, "surrogate/centered_pos_mean": 0.27, "surrogate/centered_neg_mean": 0,
+        "entropy/mean": 3, "entropy/pos_mean": 1, "entropy/neg_mean": 2.5,
+        "kl/ref_k2_mean": 4, "kl/ref_k2_pos_mean": 1, "kl/ref_k2_neg_mean": 4,
+        # r - 1 - log r: 0.306853, 0.193147, 0.017678, 0
+        "kl/old_k3_mean": 0.517678 / 4, "kl/old_k3_pos_mean": 0.306853, "kl/old_k3_neg_mean": 0.1054127,
+    }  # fmt: skip
+    assert_metrics_close(metrics, expected)
+
+
+def test_micro_batches_merge_to_the_whole():
+    """By `merge`, and by `reduce` over the outputs of a scan, jitted."""
+    tokens = batch()
+    whole = numbers(finalize(stats_of(tokens)))
+    halves = [{name: x[rows] for name, x in tokens.items()} for rows in (slice(0, 3), slice(3, 8))]
+    assert_metrics_close(numbers(finalize(merge(*map(stats_of, halves)))), whole)
+
+    @jax.jit
+    def scanned(micro_batches):
+        return finalize(reduce(jax.lax.scan(lambda _, micro: (None, stats_of(micro)), None, micro_batches)[1]))
+
+    micro_batches = {name: jnp.asarray(x).reshape(4, 2, -1) for name, x in tokens.items()}
+    assert_metrics_close(numbers(scanned(micro_batches)), whole)
+
+
+@pytest.mark.parametrize("adv, absent", [(1.0, ["neg_"]), (-1.0, ["pos_"]), (0.0, ["pos_", "neg_"])])
+def test_an_absent_sign_is_zero_with_a_zero_count(adv, absent):
+    tokens = batch()
+    tokens["adv_BT"] = np.full_like(tokens["adv_BT"], adv)
+    metrics = numbers(finalize(stats_of(tokens)))
+    assert np.all(np.isfinite(list(metrics.values())))
+    assert metrics["ratio/min"] > 0
+    for name, value in metrics.items():
+        if any(group in name for group in absent):
+            assert value == 0, name
+
+
+def test_all_masked_is_all_zeros_and_merges_as_nothing():
+    tokens = batch()
+    nothing = stats_of({**tokens, "mask_BT": np.zeros_like(tokens["mask_BT"])})
+    assert set(numbers(finalize(nothing)).values()) == {0}
+    assert numbers(finalize(merge(nothing, stats_of(tokens)))) == numbers(finalize(stats_of(tokens)))
+
+
+def test_masked_tokens_are_never_read():
+    tokens = batch()
+    mask_BT = tokens["mask_BT"]
+    dirty = {name: np.where(mask_BT, x, np.float32(np.nan)) for name, x in tokens.items()} | {"mask_BT": mask_BT}
+    assert numbers(finalize(stats_of(dirty))) == numbers(finalize(stats_of(tokens)))
+
+
+def test_nan_at_a_trained_token_shows():
+    tokens = batch()
+    tokens["entropy_BT"][tokens["mask_BT"]] = np.nan
+    assert np.isnan(numbers(finalize(stats_of(tokens)))["entropy/mean"])
+
+
+def test_counts_are_exact_integers_beyond_float32():
+    """2^24 + 1 tokens: a float32 count would lose the one."""
+    stats = stats_of(batch(1, 1))
+    big = type(stats)(count=jnp.full(3, 2**24, jnp.int32), sum=stats.sum, min=stats.min, max=stats.max)
+    one = type(stats)(count=jnp.ones(3, jnp.int32), sum=stats.sum, min=stats.min, max=stats.max)
+    assert numbers(finalize(merge(big, one)))["tokens/count"] == 2**24 + 1
+
+
+def test_metrics_are_json_scalars_and_constants():
+    tokens = batch()
+    metrics = finalize(stats_of(tokens))
+    assert all(value.shape == () for value in metrics.values())
+    json.dumps(numbers(metrics), allow_nan=False)
+
+    def total(log_ratio_BT):
+        return sum(finalize(stats_of({**tokens, "log_ratio_BT": log_ratio_BT})).values())
+
+    np.testing.assert_array_equal(jax.grad(total)(jnp.asarray(tokens["log_ratio_BT"])), 0)
