@@ -13,12 +13,13 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from sapo_jax import sharding
 from sapo_jax.checkpoint import Checkpoints
-from sapo_jax.config import Config, diff, dump, load
+from sapo_jax.config import Config, diff, dump, load, verify
 from sapo_jax.data import Problems, PromptBatches, Tokenizer, load_problems, load_tokenizer
 from sapo_jax.learner import init_state, state_shardings
 from sapo_jax.models import Policy, make_policy
@@ -60,7 +61,14 @@ class Run:
 
     def batches(self, stream: int, batch_size: int) -> PromptBatches:
         weights = {name: task.weight for name, task in zip(self.problems.train, self.cfg.data.tasks, strict=True)}
-        return PromptBatches(self.problems.train, weights, batch_size, seed=4 * self.cfg.train.seed + stream)
+        return PromptBatches(self.problems.train, weights, batch_size, self.data_seed(stream))
+
+    def data_seed(self, stream: int) -> int:
+        return 4 * self.cfg.train.seed + stream
+
+    def extras(self, batches: PromptBatches) -> dict[str, Any]:
+        """What a checkpoint holds beside the arrays."""
+        return {"data": batches.get_state(), "seed": self.cfg.train.seed, "config": dump(self.cfg)}
 
     def sampler(self, rule: Rule, group_size: int) -> Sampler:
         cfg, tok = self.cfg.rollout, self.tokenizer
@@ -115,7 +123,7 @@ def open_run(cfg: Config, *, write: bool = True) -> Iterator[Run]:
     with contextlib.ExitStack() as stack:
         try:
             tokenizer = load_tokenizer(cfg.data.tokenizer)
-            cfg = with_vocabulary(cfg, tokenizer)
+            cfg = with_vocabulary(cfg, tokenizer.vocab_size)
             mesh = sharding.make_mesh(cfg.mesh)
             pool = stack.enter_context(VerifierPool(cfg.rewards))  # first: its plug-ins register verifiers
             problems = load_problems(cfg.data, tokenizer)
@@ -129,12 +137,12 @@ def open_run(cfg: Config, *, write: bool = True) -> Iterator[Run]:
         yield Run(cfg, folder, tokenizer, problems, make_policy(cfg.model), mesh, pool, stop)
 
 
-def with_vocabulary(cfg: Config, tokenizer: Tokenizer) -> Config:
-    """model.vocab_size filled in from the tokenizer, or checked against it."""
-    size = cfg.model.vocab_size or tokenizer.vocab_size
-    if size < tokenizer.vocab_size:
-        raise RunError(f"model.vocab_size = {size} is smaller than the tokenizer's {tokenizer.vocab_size}; raise it")
-    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=size))
+def with_vocabulary(cfg: Config, tokenizer_size: int) -> Config:
+    """model.vocab_size filled in from the tokenizer; and what the machine and the tokenizer decide is checked now."""
+    verify(cfg, devices=len(jax.devices()), vocab_size=tokenizer_size)
+    return dataclasses.replace(
+        cfg, model=dataclasses.replace(cfg.model, vocab_size=cfg.model.vocab_size or tokenizer_size)
+    )
 
 
 @contextlib.contextmanager

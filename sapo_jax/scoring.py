@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from sapo_jax.kernels import NEGATIVE
 from sapo_jax.models import Policy, Qwen3
 from sapo_jax.models.moe import Routing
 from sapo_jax.types import Array, Batch, Params
@@ -37,42 +38,49 @@ def score(model: Qwen3, batch: Batch, temperature: float) -> Scores:
         hidden_ND, model.head_VD(), targets_N, temperature, model.cfg.vocab_chunk
     )
     align = lambda x_N: jnp.pad(x_N.reshape(B, T - 1), [(0, 0), (1, 0)])  # noqa: E731
-    return Scores(align(logp_N), jax.lax.stop_gradient(align(entropy_N)), align(greedy_N), out.routing)
+    return Scores(align(logp_N), align(entropy_N), align(greedy_N), out.routing)
 
 
 def head_logprobs(hidden_ND, head_VD, targets_N, temperature: float, chunk: int) -> tuple[Array, Array, Array]:
     """log softmax(hidden head^T / temperature) at the targets, the entropy, and whether the target is a mode; all N.
 
-    The vocabulary is cut into equal slices of at most `chunk` tokens; a running (max, sum of exp, sum of z exp) makes
-    one pass over them, and the backward pass recomputes each slice, so that only N x chunk logits exist at a time.
+    The vocabulary is cut into equal slices of at most `chunk` tokens. One pass over them keeps a running max m, sum of
+    exp(z - m) and sum of (z - m) exp(z - m); the backward pass recomputes each slice, so that only N x chunk logits
+    exist at a time. Only the log-probabilities have a gradient.
     """
     V, D = head_VD.shape
-    n = next(n for n in range(-(-V // chunk), V + 1) if V % n == 0)
-    size = V // n
+    least = -(-V // chunk)
+    n = next((n for n in range(least, 2 * least) if V % n == 0), least)  # even slices, or else the last one is padded
+    size = -(-V // n)
+    padding = n * size - V
+    head_VD = jnp.pad(head_VD, [(0, padding), (0, 0)]) if padding else head_VD
 
     @jax.checkpoint
     def one_slice(carry, slice_):
-        max_N, sum_N, weighted_N, target_N = carry
+        max_N, sum_N, centered_N, target_N = carry
         head, start = slice_
         z = jnp.einsum("nd,vd->nv", hidden_ND, head, preferred_element_type=jnp.float32) / temperature
+        z = jnp.where(start + jnp.arange(size) < V, z, NEGATIVE) if padding else z
         new_max = jnp.maximum(max_N, jax.lax.stop_gradient(z.max(axis=-1)))
-        shrink, exp = jnp.exp(max_N - new_max), jnp.exp(z - new_max[:, None])
+        shift, below = max_N - new_max, z - new_max[:, None]
+        exp = jnp.exp(below)
         local_N = targets_N - start
         here_N = (local_N >= 0) & (local_N < size)
         z_target = jnp.take_along_axis(z, jnp.clip(local_N, 0, size - 1)[:, None], axis=-1)[:, 0]
         return (
             new_max,
-            sum_N * shrink + exp.sum(axis=-1),
-            weighted_N * shrink + jax.lax.stop_gradient((exp * z).sum(axis=-1)),
+            sum_N * jnp.exp(shift) + exp.sum(axis=-1),
+            (centered_N + shift * sum_N) * jnp.exp(shift) + (exp * below).sum(axis=-1),
             target_N + jnp.where(here_N, z_target, 0.0),
         ), None
 
     zeros = jnp.zeros(len(hidden_ND), jnp.float32)
-    start = (jnp.full_like(zeros, -1e30), zeros, zeros, zeros)  # finite: -inf - -inf would be NaN
+    start = (jnp.full_like(zeros, NEGATIVE), zeros, zeros, zeros)
     slices = (head_VD.reshape(n, size, D), jnp.arange(n) * size)
-    (max_N, sum_N, weighted_N, target_N), _ = jax.lax.scan(one_slice, start, slices)
-    log_z_N = max_N + jnp.log(sum_N)
-    return target_N - log_z_N, log_z_N - weighted_N / sum_N, target_N >= max_N
+    (max_N, sum_N, centered_N, target_N), _ = jax.lax.scan(one_slice, start, slices)
+    log_sum_N = jnp.log(sum_N)
+    # The max comes off first: adding it to log_sum would round the latter to the digits that a large max leaves.
+    return (target_N - max_N) - log_sum_N, jax.lax.stop_gradient(log_sum_N - centered_N / sum_N), target_N >= max_N
 
 
 def make_scorer(policy: Policy, temperature: float, micro_batch: int) -> Callable[[Params, Batch], tuple[Array, Array]]:

@@ -7,8 +7,8 @@ import time
 import jax
 import numpy as np
 
-from sapo_jax.config import Config, dump
-from sapo_jax.data import sft_example
+from sapo_jax.config import Config
+from sapo_jax.data import PromptBatches, load_demonstrations, sft_example
 from sapo_jax.display import Display
 from sapo_jax.evaluate import describe, evaluate
 from sapo_jax.learner import make_optimizer, make_schedule, make_update, sft_loss, state_shardings
@@ -20,6 +20,15 @@ from sapo_jax.sharding import put_batch
 from sapo_jax.types import Batch, Params, Prompt
 
 STAGE = "cold_start"
+
+
+def sft_batches(run: Run) -> PromptBatches:
+    """Endless batches of what is imitated: the demonstrations, or the tasks' own problems and answers."""
+    cfg = run.cfg.cold_start
+    if cfg.demonstrations is None:
+        return run.batches(COLD_START, cfg.batch_size)
+    found = load_demonstrations(cfg.demonstrations, run.cfg.data, run.tokenizer, run.problems.held_out)
+    return PromptBatches({"demonstrations": found}, {"demonstrations": 1.0}, cfg.batch_size, run.data_seed(COLD_START))
 
 
 def sft_batch(prompts: list[Prompt], run: Run) -> Batch:
@@ -38,7 +47,7 @@ def cold_start(run: Run, log: RunLog, display: Display) -> Params:
     tx = make_optimizer(cfg.optimizer, cfg.steps)
     schedule = make_schedule(cfg.optimizer, cfg.steps)
     update = make_update(run.policy, tx, sft_loss, cfg.batch_size, state_shardings(run.policy, tx, run.mesh))
-    batches = run.batches(COLD_START, cfg.batch_size)
+    batches = sft_batches(run)
 
     with run.checkpoints(STAGE) as checkpoints:
         found = checkpoints.restore(run.abstract_state(tx))
@@ -64,11 +73,20 @@ def cold_start(run: Run, log: RunLog, display: Display) -> Params:
             log.write(STAGE, step, metrics)
             display.step(STAGE, step, cfg.steps, metrics)
             if step % run.cfg.checkpoint.every == 0 or step == cfg.steps or run.stop["now"]:
-                extras = {"data": batches.get_state(), "seed": run.cfg.train.seed, "config": dump(run.cfg)}
-                checkpoints.save(step, state, extras)
+                checkpoints.save(step, state, run.extras(batches))
             if run.stop["now"]:
                 raise Stopped
     return state.params
+
+
+def reference_params(run: Run) -> Params:
+    """The parameters that the RL stage started from, for its KL penalty: a copy, the stage's own are donated."""
+    if run.cfg.cold_start.steps == 0:
+        return run.fresh_params()
+    with run.checkpoints(STAGE, read_only=True) as checkpoints:
+        if (found := checkpoints.restore_params(run.abstract_params, run.cfg.cold_start.steps)) is None:
+            raise RunError(f"{run.dir} lost its cold-start checkpoint, the KL reference; train it in another folder")
+        return found[2]
 
 
 def nonfinite_message(stage: str, step: int, limit: int) -> str:

@@ -19,7 +19,9 @@ import jax
 import numpy as np
 
 from sapo_jax import diagnostics
-from sapo_jax.config import Config, dump
+from sapo_jax.checkpoint import Checkpoints
+from sapo_jax.config import Config
+from sapo_jax.data import PromptBatches
 from sapo_jax.display import Display
 from sapo_jax.evaluate import evaluate
 from sapo_jax.experience import (
@@ -31,7 +33,7 @@ from sapo_jax.plots import plot_run
 from sapo_jax.rollout import Rule, Sampler, rollout_rows
 from sapo_jax.run import EVALUATE, ROLLOUT, Run, RunError, Stopped, open_run
 from sapo_jax.scoring import make_scorer
-from sapo_jax.sft import cold_start, nonfinite_message
+from sapo_jax.sft import cold_start, nonfinite_message, reference_params
 from sapo_jax.sharding import put_batch
 from sapo_jax.types import Batch, Params, Prompt, TrainState
 
@@ -143,22 +145,21 @@ def make_trainer(run: Run, reference: Params | None) -> tuple[Trainer, Any]:
 def reinforce(run: Run, log: RunLog, display: Display) -> None:
     """The RL stage: start from the cold start or resume, and run to train.steps."""
     cfg = run.cfg
-    needs_reference = cfg.loss.kl_coef > 0
     batches = run.batches(ROLLOUT, cfg.rollout.prompts_per_step)
     with run.checkpoints(STAGE) as checkpoints:
         fresh = not checkpoints.steps()
-        start = cold_start(run, log, display) if fresh or needs_reference else None
-        reference = jax.tree.map(lambda x: x.copy(), start) if needs_reference else None
-        trainer, tx = make_trainer(run, reference)
+        start = cold_start(run, log, display) if fresh else None
+        trainer, tx = make_trainer(run, reference_params(run) if cfg.loss.kl_coef > 0 else None)
         if fresh:
             log.rewind(STAGE, -1)
             state, step = run.fresh_state(tx, start), 0
-            log_evaluation(run, log, display, state, step, {})
+            log_evaluation(run, log, state, step, {})
             save(checkpoints, run, state, step, batches)
         else:
             step, state, extras = checkpoints.restore(run.abstract_state(tx))
             batches.set_state(extras["data"])
             log.rewind(STAGE, step)
+        saving: dict[str, float] = {}
         while step < cfg.train.steps:
             if run.stop["now"]:
                 save(checkpoints, run, state, step, batches)
@@ -169,20 +170,22 @@ def reinforce(run: Run, log: RunLog, display: Display) -> None:
             clock.lap("step")
             if metrics["nonfinite/in_row"] >= cfg.train.max_nonfinite:
                 raise RunError(nonfinite_message(STAGE, step, cfg.train.max_nonfinite))
-            metrics |= clock.laps
+            metrics |= clock.laps | saving
             log.samples(STAGE, step, ({"split": "train", **row} for row in samples[: cfg.train.log_samples]))
             if step == cfg.train.steps or (cfg.evaluate.every and step % cfg.evaluate.every == 0):
-                log_evaluation(run, log, display, state, step, metrics)
+                log_evaluation(run, log, state, step, metrics)
             else:
                 log.write(STAGE, step, metrics)
             display.step(STAGE, step, cfg.train.steps, metrics)
             if cfg.train.print_samples_every and step % cfg.train.print_samples_every == 0:
                 display.samples(samples[:3])
             if step % cfg.checkpoint.every == 0 or step == cfg.train.steps:
-                save(checkpoints, run, state, step, batches)
+                saving = save(checkpoints, run, state, step, batches)  # seconds; they go into the next step's row
+            else:
+                saving = {}
 
 
-def log_evaluation(run: Run, log: RunLog, display: Display, state: TrainState, step: int, metrics: dict) -> None:
+def log_evaluation(run: Run, log: RunLog, state: TrainState, step: int, metrics: dict) -> None:
     """Evaluate on the held-out problems and write the step's row with the result in it."""
     clock = Clock()
     found, rows = evaluate(run, state.params, run.key(EVALUATE))
@@ -192,9 +195,12 @@ def log_evaluation(run: Run, log: RunLog, display: Display, state: TrainState, s
     log.write(STAGE, step, metrics)
 
 
-def save(checkpoints, run: Run, state: TrainState, step: int, batches) -> None:
-    extras = {"data": batches.get_state(), "seed": run.cfg.train.seed, "config": dump(run.cfg)}
-    checkpoints.save(step, state, extras)
+def save(checkpoints: Checkpoints, run: Run, state: TrainState, step: int, batches: PromptBatches) -> dict[str, float]:
+    """Start saving; the seconds that took (writing goes on in the background)."""
+    clock = Clock()
+    checkpoints.save(step, state, run.extras(batches))
+    clock.lap("checkpoint")
+    return clock.laps
 
 
 def train(cfg: Config) -> dict[str, Any]:

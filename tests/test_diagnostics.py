@@ -13,19 +13,21 @@ from sapo_jax.diagnostics import collect, finalize, merge, reduce
 from sapo_jax.objectives.grpo import grpo
 from sapo_jax.objectives.sapo import sapo
 
+DEFAULT = SAPO()
+
 
 def batch(B=8, T=6, seed=0):
     rng = np.random.default_rng(seed)
-    return dict(
-        log_ratio_BT=rng.normal(0, 0.5, (B, T)).astype(np.float32),
-        entropy_BT=rng.uniform(0, 3, (B, T)).astype(np.float32),
-        adv_BT=rng.choice([-1.0, 0.0, 2.0], (B, T)).astype(np.float32),
-        mask_BT=rng.random((B, T)) < 0.7,
-    )
+    return {
+        "log_ratio_BT": rng.normal(0, 0.5, (B, T)).astype(np.float32),
+        "entropy_BT": rng.uniform(0, 3, (B, T)).astype(np.float32),
+        "adv_BT": rng.choice([-1.0, 0.0, 2.0], (B, T)).astype(np.float32),
+        "mask_BT": rng.random((B, T)) < 0.7,
+    }
 
 
 @functools.partial(jax.jit, static_argnames=("objective", "cfg"))
-def stats_of(tokens, objective=sapo, cfg=SAPO(), extra=None):
+def stats_of(tokens, objective=sapo, cfg=DEFAULT, extra=None):
     _, diagnostics = objective(tokens["log_ratio_BT"], tokens["adv_BT"], tokens["mask_BT"], cfg)
     return collect(diagnostics, **tokens, extra=extra)
 
@@ -42,12 +44,12 @@ def assert_metrics_close(actual, expected):
 
 def test_by_hand():
     """GRPO: r = 2, A = 1 (clipped at 1.27); r = 1/2, A = -1 (clipped at 0.8); r = 1.2, A = -1; r = 1, A = 0; masked."""
-    tokens = dict(
-        log_ratio_BT=np.log(np.array([[2.0, 0.5, 1.2, 1.0, 9.0]], np.float32)),
-        entropy_BT=np.array([[1.0, 2.0, 3.0, 6.0, np.nan]], np.float32),
-        adv_BT=np.array([[1.0, -1.0, -1.0, 0.0, 1.0]], np.float32),
-        mask_BT=np.array([[True, True, True, True, False]]),
-    )
+    tokens = {
+        "log_ratio_BT": np.log(np.array([[2.0, 0.5, 1.2, 1.0, 9.0]], np.float32)),
+        "entropy_BT": np.array([[1.0, 2.0, 3.0, 6.0, np.nan]], np.float32),
+        "adv_BT": np.array([[1.0, -1.0, -1.0, 0.0, 1.0]], np.float32),
+        "mask_BT": np.array([[True, True, True, True, False]]),
+    }
     extra = {"kl/ref_k2": np.array([[1.0, 3.0, 5.0, 7.0, np.inf]], np.float32)}
     metrics = numbers(finalize(stats_of(tokens, grpo, GRPO(), extra=extra)))
     expected = {

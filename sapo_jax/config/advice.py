@@ -70,8 +70,8 @@ def sequence_ratio(cfg: Config) -> Iterator[tuple[str, str]]:
 
 
 def answer_form(cfg: Config) -> Iterator[tuple[str, str]]:
-    needed = {"answer_tag": "<answer>", "boxed": "\\boxed{", "all": ""}[cfg.rewards.extract]
-    if cfg.cold_start.steps and needed not in cfg.cold_start.response:
+    needed = {"answer_tag": "<answer>", "boxed": "\\boxed{"}.get(cfg.rewards.extract, "")
+    if cfg.cold_start.steps and cfg.cold_start.demonstrations is None and needed not in cfg.cold_start.response:
         text = f"it teaches no {needed}, from which rewards.extract: {cfg.rewards.extract} takes the answer"
         yield "cold_start.response", f"{text}: every completion would be unparsable"
 

@@ -145,6 +145,9 @@ def named_files(cfg: Config) -> Breaches:
     if template not in ("chatml", "plain") and not Path(template).is_file():
         text = f"{template!r} is neither 'chatml' nor 'plain' nor the path of a Jinja template"
         yield ("data.chat_template",), text + did_you_mean(template, ["chatml", "plain"])
+    demonstrations = cfg.cold_start.demonstrations
+    if demonstrations is not None and not Path(demonstrations).is_file():
+        yield ("cold_start.demonstrations",), f"there is no file {demonstrations!r} (from the working directory)"
 
 
 def plugins(cfg: Config) -> Breaches:
@@ -169,8 +172,10 @@ def _importable(name: str) -> bool:
 
 
 def format_reward(cfg: Config) -> Breaches:
-    if cfg.rewards.format_reward > 0 and cfg.rewards.extract == "all":
-        text = "with `extract: all` there is no form to reward; set rewards.extract, or format_reward: 0"
+    from sapo_jax.rewards.extract import FORMLESS
+
+    if cfg.rewards.format_reward > 0 and cfg.rewards.extract in FORMLESS:
+        text = f"with `extract: {cfg.rewards.extract}` there is no form to reward; set rewards.extract, or format_reward: 0"
         yield ("rewards.format_reward", "rewards.extract"), text
 
 

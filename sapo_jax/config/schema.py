@@ -111,7 +111,7 @@ class Data:
 
 @_config
 class Rewards:
-    extract: Literal["all", "answer_tag", "boxed"] = "all"  # which part of the completion is the answer
+    extract: Literal["all", "final", "answer_tag", "boxed"] = "all"  # which part of the completion is the answer
     format_reward: NonNegative = 0.0  # added when the completion has the form that `extract` asks for
     workers: Count = 2  # verifier processes
     deadline: Positive = 5.0  # seconds per completion; then its worker is killed
@@ -223,6 +223,7 @@ class ColdStart:
     steps: CountOrZero = 0
     batch_size: Count = 64  # sequences per optimiser step
     response: str = "{answer}"  # what the model learns to say; the end token is appended
+    demonstrations: str | None = None  # JSONL or Parquet whose `answer`s are whole responses; None: the tasks' problems
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
 
 

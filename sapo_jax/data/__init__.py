@@ -2,7 +2,7 @@
 
 from sapo_jax.data.batches import PromptBatches
 from sapo_jax.data.common import DataError
-from sapo_jax.data.problems import Problems, PromptMaker, TaskReport, load_problems
+from sapo_jax.data.problems import Problems, PromptMaker, TaskReport, load_demonstrations, load_problems
 from sapo_jax.data.sft import check_response_template, sft_example
 from sapo_jax.data.sources import Problem, generate_reasoning_gym, read_problems
 from sapo_jax.data.template import ChatTemplate, load_template
@@ -19,6 +19,7 @@ __all__ = [
     "Tokenizer",
     "check_response_template",
     "generate_reasoning_gym",
+    "load_demonstrations",
     "load_problems",
     "load_template",
     "load_tokenizer",

@@ -77,6 +77,22 @@ def load_problems(cfg: Data, tokenizer: Tokenizer, verifiers: Collection[str] | 
     return _join(splits)
 
 
+def load_demonstrations(path: str, cfg: Data, tokenizer: Tokenizer, held_out: Iterable[Prompt]) -> list[Prompt]:
+    """The rows of a problem file whose answers are whole responses to imitate, as prompts with that answer.
+
+    A row about a held-out question is left out, and one whose prompt is over-long. Raises DataError if nothing is left.
+    """
+    kept_out = {question_key(prompt.question) for prompt in held_out}
+    to_prompt, taken, prompts = PromptMaker(cfg, tokenizer), set(), []
+    for problem in read_problems(path, "exact", ("exact",)):
+        prompt = to_prompt(problem, "demonstrations")
+        if prompt is not None and question_key(problem.question) not in kept_out:
+            prompts.append(_numbered(prompt, taken))
+    if not prompts:
+        raise DataError(f"{path}: every prompt is over-long or held out, no demonstration is left")
+    return prompts
+
+
 def _join(splits: dict[str, _Split]) -> Problems:
     """Drop from the training problems what another task holds out, and number everything."""
     kept_out = set().union(*(split.kept_out for split in splits.values()))

@@ -29,9 +29,8 @@ def safe_log_ratio(log_ratio_BT: Array, mask_BT: Array) -> jax.Array:
     """log r, 0 where masked and clipped to +-20, so that exp of it and the gradient of that are finite.
 
     Both must come BEFORE exp: masking exp(100) afterwards multiplies its infinite gradient by 0, which is NaN. The
-    derivative is exactly `is_live`: 1, but 0 where masked and 0 beyond the bounds, where the ratio no longer
-    says anything. So a token that has become e^20 times likelier passes no gradient, whatever the objective and
-    the sign of A, instead of one so large that it would be the whole update.
+    derivative is exactly `is_live`: 1, but 0 where masked and 0 beyond the bounds. So the ratio of a token that has
+    become e^20 times likelier passes no gradient, whatever the sign of A, where it would be the whole update.
     """
     log_ratio_BT = masked(log_ratio_BT, mask_BT)
     bounded_BT = jnp.clip(jax.lax.stop_gradient(log_ratio_BT), -MAX_LOG_RATIO, MAX_LOG_RATIO)
@@ -78,9 +77,13 @@ def token_diagnostics(mask_BT: Array, *, ratio_BT, gate_BT, clipped_BT, centered
     clipped      1 where a hard clip zeroes the gradient
     centered     the surrogate minus its value at r = 1; unlike the surrogate itself, its mean tells progress
     """
-    values = dict(
-        ratio=ratio_BT, gate=gate_BT, grad_weight=ratio_BT * gate_BT, clipped=clipped_BT, centered=centered_BT
-    )
+    values = {
+        "ratio": ratio_BT,
+        "gate": gate_BT,
+        "grad_weight": ratio_BT * gate_BT,
+        "clipped": clipped_BT,
+        "centered": centered_BT,
+    }
     return {
         name: jax.lax.stop_gradient(masked(value_BT.astype(ratio_BT.dtype), mask_BT))
         for name, value_BT in values.items()

@@ -6,20 +6,25 @@ import re
 
 FORMS = {
     "all": "text",
+    "final": "text after the last </think>",
     "answer_tag": "<answer>...</answer>",
     "boxed": "balanced \\boxed{...}",
 }
+FORMLESS = ("all", "final")  # every completion has them, so there is no form to reward
 _BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)  # an escaped brace is text
 
 
 def extract(completion: str, form: str) -> str | None:
     """The answer in a completion, stripped; None where there is none (an empty answer is none).
 
-    form: "all" the whole completion; "answer_tag" the last <answer>...</answer>; "boxed" the last balanced
+    form: "all" the whole completion; "final" what follows the last </think> (Qwen3's mark for the end of its
+    thinking), or the whole completion without one; "answer_tag" the last <answer>...</answer>; "boxed" the last balanced
     \\boxed{...}, of nested ones the inner one.
     """
     if form == "all":
         answer = completion
+    elif form == "final":
+        answer = completion.rpartition("</think>")[2]
     elif form == "answer_tag":
         answer = _last_tag(completion, "<answer>", "</answer>")
     elif form == "boxed":

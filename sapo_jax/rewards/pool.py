@@ -10,7 +10,7 @@ verdict of another item. Status is kept apart from reward (`types.py`):
     error         the verifier raised, crashed, ran out of memory or returned something else: mask the sample
 
 `format_reward` is added to the reward of a valid verdict where the completion has the form that `extract` asks for
-("all" asks for none).
+("all" and "final" ask for none).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from sapo_jax.config.schema import Rewards
-from sapo_jax.rewards.extract import FORMS, extract
+from sapo_jax.rewards.extract import FORMLESS, FORMS, extract
 from sapo_jax.rewards.process import WorkerError, WorkerProcess
 from sapo_jax.rewards.registry import load_plugins, require
 from sapo_jax.types import Prompt, Verdict
@@ -103,7 +103,7 @@ class VerifierPool:
         finally:
             self._idle.put(worker)
         verdict = Verdict(*judgement)
-        if not verdict.valid or cfg.extract == "all":
+        if not verdict.valid or cfg.extract in FORMLESS:
             return verdict
         return dataclasses.replace(verdict, reward=verdict.reward + cfg.format_reward)
 

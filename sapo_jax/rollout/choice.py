@@ -54,5 +54,4 @@ def choose(key_B: Array, logits_BV: Array, rule: Rule) -> tuple[Array, Array]:
     logits_BV = truncate(logits_BV.astype(jnp.float32) / rule.temperature, rule)
     noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[-1:], jnp.float32))(key_B)
     token_B = jnp.argmax(logits_BV + noise_BV, axis=-1).astype(jnp.int32)  # the Gumbel-max trick
-    chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
-    return token_B, chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
+    return token_B, jnp.take_along_axis(jax.nn.log_softmax(logits_BV), token_B[:, None], axis=-1)[:, 0]

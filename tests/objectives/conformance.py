@@ -16,7 +16,7 @@ from sapo_jax.config import CISPO, GRPO, GSPO, SAPO
 from sapo_jax.objectives.weights import token_weights
 
 VARIANTS = {
-    "sapo": [SAPO(), SAPO(tau_pos=0.3, tau_neg=4.0), SAPO(tau_pos=1e-3, tau_neg=50.0)],
+    "sapo": [SAPO(), SAPO(tau_pos=1e-3, tau_neg=50.0)],
     "grpo": [GRPO(), GRPO(clip_low=0.6, clip_high=2.0)],
     "gspo": [
         GSPO(),
@@ -132,7 +132,10 @@ def check_padding(objective, cfg):
     """More padding, columns and whole rows, changes nothing."""
     tokens = example()
     B, T = tokens.mask_BT.shape
-    pad = lambda x, fill: np.pad(x, ((0, 2), (0, 3)), constant_values=fill)  # noqa: E731
+
+    def pad(x, fill):
+        return np.pad(x, ((0, 2), (0, 3)), constant_values=fill)
+
     padded = weighted(pad(tokens.log_ratio_BT, 7.0), pad(tokens.adv_BT, -3.0), pad(tokens.mask_BT, False))
     result = evaluate(objective, cfg, padded)
     assert_close(jax.tree.map(lambda x: x[:B, :T], result), evaluate(objective, cfg, tokens))
@@ -143,7 +146,10 @@ def check_packing(objective, cfg):
     """Three sequences in a row, told apart by segment ids, are worth the same as one per row."""
     tokens = example()
     B, T = tokens.mask_BT.shape
-    pack = lambda x: x.reshape(B // 3, 3 * T)  # noqa: E731
+
+    def pack(x):
+        return x.reshape(B // 3, 3 * T)
+
     # Prompts belong to their sequence's segment, padding (here also between the sequences) to segment 0.
     inside_BT = tokens.mask_BT | (np.arange(T) < 2)
     segment_ids = pack(np.where(inside_BT, np.tile([[1], [2], [3]], (B // 3, 1)), 0))

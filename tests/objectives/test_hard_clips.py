@@ -28,7 +28,10 @@ PPO_TABLE = [
 def test_sign_table(objective, cfg, adv, ratio, surrogate, passes):
     """For GSPO with one-token sequences, whose sequence ratio is the token's."""
     log_ratio_11, adv_11, mask_11 = jnp.log(jnp.full((1, 1), ratio)), jnp.full((1, 1), adv), jnp.ones((1, 1), bool)
-    total = lambda x_11: objective(x_11, adv_11, mask_11, cfg)[0].sum()  # noqa: E731
+
+    def total(x_11):
+        return objective(x_11, adv_11, mask_11, cfg)[0].sum()
+
     np.testing.assert_allclose(total(log_ratio_11), surrogate, rtol=1e-6)
     np.testing.assert_allclose(jax.grad(total)(log_ratio_11), ratio * adv if passes else 0, rtol=1e-6)
     d = objective(log_ratio_11, adv_11, mask_11, cfg)[1]
@@ -63,7 +66,10 @@ def test_gspo_levels_have_the_same_gradient_when_advantages_are_per_sequence(cli
             results = []
             for level in ("sequence", "token"):
                 cfg = GSPO(clip_low=clip[0], clip_high=clip[1], level=level)
-                total = lambda x_BT, cfg=cfg: (weight_BT * gspo(x_BT, adv_BT, mask_BT, cfg)[0]).sum()  # noqa: E731
+
+                def total(x_BT, cfg=cfg):
+                    return (weight_BT * gspo(x_BT, adv_BT, mask_BT, cfg)[0]).sum()
+
                 results.append(jax.value_and_grad(total)(jnp.asarray(log_ratio_BT)))
             return results
 
@@ -83,7 +89,10 @@ def test_cispo_by_hand():
     adv_1T, mask_1T = jnp.array([[3.0, -3.0, -3.0]]), jnp.ones((1, 3), bool)
     for cfg, weights in ((CISPO(), [1.27, 1, 0.25]), (CISPO(clip_low=0.2), [1.27, 1, 0.8])):
         weights = np.array([weights])
-        total = lambda x_1T, cfg=cfg: cispo(x_1T, adv_1T, mask_1T, cfg)[0].sum()  # noqa: E731
+
+        def total(x_1T, cfg=cfg):
+            return cispo(x_1T, adv_1T, mask_1T, cfg)[0].sum()
+
         np.testing.assert_allclose(jax.grad(total)(log_ratio_1T), weights * adv_1T, rtol=1e-6)
         surrogate_1T, d = cispo(log_ratio_1T, adv_1T, mask_1T, cfg)
         np.testing.assert_allclose(surrogate_1T, weights * adv_1T * log_ratio_1T, rtol=1e-6)
@@ -93,5 +102,15 @@ def test_cispo_by_hand():
 
 def test_cispo_drops_no_token_however_far_off_policy():
     log_ratio_1T, ones_1T = jnp.array([[21.0, 200.0]]), jnp.ones((1, 2))
-    total = lambda x_1T: cispo(x_1T, -ones_1T, ones_1T.astype(bool), CISPO())[0].sum()  # noqa: E731
+
+    def total(x_1T):
+        return cispo(x_1T, -ones_1T, ones_1T.astype(bool), CISPO())[0].sum()
+
     np.testing.assert_allclose(jax.grad(total)(log_ratio_1T), [[-1.27, -1.27]], rtol=1e-6)
+
+
+def test_gspo_levels_have_the_same_ratio_to_the_last_bit():
+    """Also where a token's log-ratio dwarfs the sequence's mean: pi_t / sg[pi_t] is exactly 1, not 1 after rounding."""
+    log_ratio_1T, ones_1T = np.array([[100.0, -99.0, 57.3, -58.2999]], np.float32), np.ones((1, 4), np.float32)
+    ratio = [gspo(log_ratio_1T, ones_1T, ones_1T > 0, GSPO(level=level))[1]["ratio"] for level in ("sequence", "token")]
+    np.testing.assert_array_equal(ratio[0], ratio[1])

@@ -20,8 +20,8 @@ WEIGHTS = {
     "token_mean": 1 / sum(LENGTHS),
     "constant": 1 / (len(LENGTHS) * MAX_NEW_TOKENS),
 }
-CLIPS = dict(clip_low=0.2, clip_high=0.27)
-TINY_CLIPS = dict(clip_low=3e-4, clip_high=4e-4)
+CLIPS = {"clip_low": 0.2, "clip_high": 0.27}
+TINY_CLIPS = {"clip_low": 3e-4, "clip_high": 4e-4}
 
 AGGREGATIONS = {
     "sequence_mean": ref.mean_over_sequences_of_token_means,
@@ -29,12 +29,12 @@ AGGREGATIONS = {
     "constant": lambda terms: ref.constant_length(terms, MAX_NEW_TOKENS),
 }
 TERMS = [  # our config, the paper's terms_{i,t} and their parameters
-    (SAPO(), ref.sapo_terms, dict(tau_pos=1.0, tau_neg=1.05)),
-    (SAPO(tau_pos=0.4, tau_neg=2.5), ref.sapo_terms, dict(tau_pos=0.4, tau_neg=2.5)),
+    (SAPO(), ref.sapo_terms, {"tau_pos": 1.0, "tau_neg": 1.05}),
+    (SAPO(tau_pos=0.4, tau_neg=2.5), ref.sapo_terms, {"tau_pos": 0.4, "tau_neg": 2.5}),
     (GRPO(), ref.grpo_terms, CLIPS),
     (GSPO(**CLIPS, level="token"), ref.gspo_token_terms, CLIPS),
-    (CISPO(), ref.cispo_terms, dict(clip_low=1.0, clip_high=0.27)),
-    (CISPO(clip_low=0.3, clip_high=0.5), ref.cispo_terms, dict(clip_low=0.3, clip_high=0.5)),
+    (CISPO(), ref.cispo_terms, {"clip_low": 1.0, "clip_high": 0.27}),
+    (CISPO(clip_low=0.3, clip_high=0.5), ref.cispo_terms, {"clip_low": 0.3, "clip_high": 0.5}),
 ]
 CASES = [
     pytest.param(cfg, lambda *x, t=terms, p=params, a=aggregate: a(t(*x, **p)), norm, id=f"{cfg}-{norm}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +17,10 @@ def run(ratio_N, adv, cfg):
         log_ratio_1N = jnp.asarray(np.log(np.resize(np.asarray(ratio_N, np.float64), (1, 1000))))
         adv_1N = jnp.full(log_ratio_1N.shape, adv, jnp.float64)
         mask_1N = jnp.ones(log_ratio_1N.shape, bool)
-        objective = lambda x_1N: sapo(x_1N, adv_1N, mask_1N, cfg)  # noqa: E731
+
+        def objective(x_1N):
+            return sapo(x_1N, adv_1N, mask_1N, cfg)
+
         surrogate_1N, diagnostics = objective(log_ratio_1N)
         gradient_1N = jax.grad(lambda x_1N: objective(x_1N)[0].sum())(log_ratio_1N)
         return jax.tree.map(lambda x: np.asarray(x)[0, : len(ratio_N)], (surrogate_1N, gradient_1N, diagnostics))
@@ -78,11 +79,12 @@ def test_tau_neg_is_used_where_the_advantage_is_negative_and_only_there():
         np.testing.assert_array_equal(unmoved[0], base[0])
         np.testing.assert_array_equal(unmoved[1], base[1])
         assert np.all(np.abs(moved[1]) < np.abs(base[1]))  # a larger tau fades out faster
-    # One batch with both signs: a faster-fading tau_neg damps the negative tokens and leaves the positive ones.
-    adv_1N, mask_1N = np.array([[1.0, -1.0]], np.float32), np.ones((1, 2), bool)
-    log_ratio_1N = np.log(np.array([[3.0, 3.0]], np.float32))
+    # One batch with both signs: a faster-fading tau_neg damps the negative tokens and leaves the positive ones. Where
+    # A = 0 there is no gradient; the gate is reported with the paper's "otherwise", tau_neg.
+    adv_1N, mask_1N = np.array([[1.0, -1.0, 0.0]], np.float32), np.ones((1, 3), bool)
+    log_ratio_1N = np.log(np.array([[3.0, 3.0, 3.0]], np.float32))
     _, d = sapo(log_ratio_1N, adv_1N, mask_1N, SAPO(tau_pos=1.0, tau_neg=2.0))
-    np.testing.assert_allclose(d["gate"], [[1 / math.cosh(1) ** 2, 1 / math.cosh(2) ** 2]], rtol=1e-6)
+    np.testing.assert_allclose(d["gate"], [1 / np.cosh([[1, 2, 2]]) ** 2][0], rtol=1e-6)
 
 
 def test_small_tau_converges_to_importance_weighted_reinforce():

@@ -1,0 +1,103 @@
+"""What a policy is made of: shapes, logical dims, initial values."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sapo_jax import sharding
+from sapo_jax.config import PRESETS, Model
+from sapo_jax.describe import parameter_count
+from sapo_jax.models import make_policy
+from tests.models import tiny
+
+VARIANTS = {
+    "dense": {},
+    "untied": dict(tie_word_embeddings=False),
+    "no-qk-norm": dict(qk_norm=False, num_key_value_heads=1),
+    "wide-heads": dict(head_dim=12, num_key_value_heads=4),
+    "one-layer": dict(num_hidden_layers=1),
+}
+MODELS = {
+    f"{kind}-{name}": dataclasses.replace(cfg, **changes)
+    for kind, cfg in tiny.MODELS.items()
+    for name, changes in VARIANTS.items()
+}
+
+
+def total(shapes) -> int:
+    return sum(x.size for x in jax.tree.leaves(shapes))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameter_count_is_the_real_number(name):
+    cfg = MODELS[name]
+    shapes = make_policy(cfg).shapes
+    count = parameter_count(cfg, cfg.vocab_size)
+    assert count.total == total(shapes)
+    assert count.embedding == total([shapes["embed"], shapes.get("head", ())])
+    idle_share = 1 - cfg.num_experts_per_tok / cfg.num_experts if cfg.num_experts else 0
+    experts = {key: x for key, x in shapes["layers"]["mlp"].items() if key != "router"}
+    assert count.active == total(shapes) - round(idle_share * total(experts))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_can_be_traced_without_memory(preset):
+    """A 235 B model is made abstractly: nothing is allocated."""
+    cfg = Model(**PRESETS[preset])
+    assert total(make_policy(cfg).shapes) == parameter_count(cfg, cfg.vocab_size).total
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_dim_of_every_parameter_has_a_name(name):
+    policy = make_policy(MODELS[name])
+    known = {*sharding.RULES, "layers", None}
+    flat_dims = jax.tree.leaves_with_path(policy.dims, is_leaf=lambda x: isinstance(x, tuple))
+    for (path, dims), (same_path, x) in zip(flat_dims, jax.tree.leaves_with_path(policy.shapes), strict=True):
+        assert path == same_path and len(dims) == x.ndim and set(dims) <= known, jax.tree_util.keystr(path)
+        assert (dims[0] == "layers") == ("layers" in jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("name", ["dense-untied", "moe-untied"])
+def test_initial_values(name):
+    """float32; N(0, initializer_range^2), other numbers in every layer; norms are 1; the key decides."""
+    cfg = dataclasses.replace(MODELS[name], hidden_size=64, initializer_range=0.05)
+    policy = make_policy(cfg)
+    init = jax.jit(policy.init)
+    params = init(jax.random.key(3))
+    chex.assert_trees_all_equal_shapes_and_dtypes(params, policy.shapes)
+    for path, x in jax.tree.leaves_with_path(params):
+        key = jax.tree_util.keystr(path)
+        assert x.dtype == jnp.float32
+        if "scale" in key:
+            np.testing.assert_array_equal(x, 1)
+            continue
+        assert abs(float(x.std()) / 0.05 - 1) < 5 / np.sqrt(2 * x.size), key
+        assert abs(float(x.mean())) < 5 * 0.05 / np.sqrt(x.size), key
+        if "layers" in key:
+            assert not np.any(x[0] == x[1]), key
+    chex.assert_trees_all_equal(params, init(jax.random.key(3)))
+    assert not np.any(params["embed"] == init(jax.random.key(4))["embed"])
+    assert not np.any(params["embed"] == params["head"])
+
+
+@pytest.mark.parametrize("name", ["dense-untied", "moe-dense", "dense-no-qk-norm"])
+def test_bind_gives_the_arrays_back_and_leaves_the_template_alone(name):
+    policy = make_policy(MODELS[name])
+    params = jax.tree.map(lambda x: np.random.default_rng(x.size).standard_normal(x.shape, np.float32), policy.shapes)
+    other = jax.tree.map(lambda x: x + 1, params)
+    model, second = policy.bind(params), policy.bind(other)
+    np.testing.assert_array_equal(model.layers.attention.q[...], params["layers"]["attention"]["q"])
+    np.testing.assert_array_equal(second.embed[...], other["embed"])
+    np.testing.assert_array_equal(model.embed[...], params["embed"])
+    assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(policy.state))
+
+
+def test_a_policy_needs_a_vocabulary():
+    with pytest.raises(ValueError, match="model.vocab_size is 0"):
+        make_policy(Model())

@@ -1,0 +1,60 @@
+"""Tiny models, prompts and batches that the tests of models, rollout, scoring and learner share."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+
+from sapo_jax.config import Model
+from sapo_jax.models import Policy, make_policy
+from sapo_jax.objectives.weights import token_weights
+from sapo_jax.rollout import token_rows
+from sapo_jax.types import Batch, Params, Prompt
+
+PAD = 0
+# initializer_range: wide, so that the tokens to come depend strongly on all that came before
+DENSE = Model(
+    vocab_size=37, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+    intermediate_size=40, rope_theta=1e4, initializer_range=0.3, vocab_chunk=16,
+)  # fmt: skip
+MOE = dataclasses.replace(DENSE, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=16)
+MODELS = {"dense": DENSE, "moe": MOE}
+
+
+@functools.cache
+def policy(cfg: Model = DENSE) -> Policy:
+    return make_policy(cfg)
+
+
+@functools.cache
+def params(cfg: Model = DENSE) -> Params:
+    """Random parameters, the same for every config that differs in compute alone; norms are not 1."""
+    rng = np.random.default_rng(8)
+
+    def shake(path, x):
+        return x * (1 + 0.3 * rng.standard_normal(x.shape, np.float32)) if path[-1].key == "scale" else x
+
+    return jax.tree.map_with_path(shake, jax.jit(policy(cfg).init)(jax.random.key(7)))
+
+
+def prompt(index: int, length: int) -> Prompt:
+    """A prompt of random tokens; it depends on nothing but its arguments."""
+    ids = tuple(int(i) for i in np.random.default_rng((index, length)).integers(1, DENSE.vocab_size, length))
+    return Prompt(index, "", ids, "", "", "exact", "none")
+
+
+def batch(seed: int = 0, lengths: tuple[int, ...] = (12, 7, 16, 10), *, completion: int = 5, signs: int = 2) -> Batch:
+    """Rows of random tokens; the last `completion` of each row, one fewer in each further row (but one), are trained
+    on. Advantages are of both signs (signs=2) or all negative (signs=1); old log-probs are not set."""
+    rng = np.random.default_rng(seed)
+    n_prompt = [n - max(1, completion - i) for i, n in enumerate(lengths)]
+    rows = token_rows(
+        [(rng.integers(1, DENSE.vocab_size, n).tolist(), p) for n, p in zip(lengths, n_prompt, strict=True)], PAD
+    )
+    weight_BT = token_weights(rows["mask_BT"], rows["segment_ids_BT"], "sequence_mean", completion)
+    adv_B = rng.uniform(0.5, 1.5, len(lengths)) * np.where(np.arange(len(lengths)) % signs, 1, -1)
+    adv_BT = np.broadcast_to(adv_B[:, None], weight_BT.shape).astype(np.float32)
+    return Batch(**rows, adv_BT=adv_BT, weight_BT=weight_BT)

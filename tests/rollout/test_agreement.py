@@ -1,0 +1,217 @@
+"""Sampler and scorer are one model: the same tokens get the same log-probabilities, whatever surrounds them. float32."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sapo_jax.rollout import Rule, Sampler, rollout_rows
+from sapo_jax.rollout.rows import left_padded
+from sapo_jax.rollout.sampler import _prefill
+from sapo_jax.scoring import make_scorer, score
+from sapo_jax.types import Batch, Prompt, Rollout
+from tests.models import tiny
+
+TEMPERATURE, C, G = 0.8, 12, 2
+KEY = jax.random.key(11)  # completions of many lengths
+PROMPTS = [tiny.prompt(11, 3), tiny.prompt(5, 9), tiny.prompt(8, 16)]
+each_model = pytest.mark.parametrize("kind", tiny.MODELS)
+
+
+@functools.cache
+def sampler(kind: str) -> Sampler:
+    return Sampler(tiny.policy(tiny.MODELS[kind]), Rule(TEMPERATURE), G, C, stop_ids=(1, 2), pad_id=tiny.PAD)
+
+
+def sample(kind: str, prompts: list[Prompt], **kwargs) -> Rollout:
+    return sampler(kind)(tiny.params(tiny.MODELS[kind]), prompts, KEY, **kwargs)
+
+
+@functools.cache
+def sampled(kind: str) -> Rollout:
+    rollout = sample(kind, PROMPTS)
+    assert set(rollout.finish_B) == {0, 1} and len(set(rollout.length_B)) > 2  # a varied example
+    return rollout
+
+
+def as_batch(rows) -> Batch:
+    zeros = np.zeros(rows["tokens_BT"].shape, np.float32)
+    return Batch(**rows, adv_BT=zeros, weight_BT=zeros)
+
+
+@functools.cache
+def scorer(kind: str):
+    return make_scorer(tiny.policy(tiny.MODELS[kind]), TEMPERATURE, 1)
+
+
+@functools.cache
+def scored(kind: str) -> tuple[dict, np.ndarray, np.ndarray]:
+    """The rollout's rows, with the sampler's log-probs and the scorer's, BT."""
+    rows, sampler_logp_BT = rollout_rows(PROMPTS, sampled(kind), tiny.PAD)
+    logp_BT, _ = scorer(kind)(tiny.params(tiny.MODELS[kind]), as_batch(rows))
+    return rows, sampler_logp_BT, np.asarray(logp_BT)
+
+
+def assert_same(a: Rollout, b: Rollout):
+    for field in ("tokens_BC", "length_B", "finish_B"):
+        np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
+    np.testing.assert_allclose(a.logp_BC, b.logp_BC, atol=1e-5)
+
+
+def of_prompt(rollout: Rollout, p: int) -> Rollout:
+    return jax.tree.map(lambda x: x[p * G : (p + 1) * G], rollout)
+
+
+# ---------------------------------------------------------------- scorer == prefill == decode
+
+
+@each_model
+def test_scorer_equals_sampler(kind):
+    rows, sampler_logp_BT, logp_BT = scored(kind)
+    mask_BT = rows["mask_BT"]
+    assert mask_BT.sum() == sampled(kind).length_B.sum() > 30
+    assert sampler_logp_BT[mask_BT].std() > 0.5
+    np.testing.assert_allclose(logp_BT[mask_BT], sampler_logp_BT[mask_BT], atol=1e-5)
+
+
+@each_model
+def test_prefill_equals_decode(kind):
+    """The token after prompt + 4 completion tokens: with all of them as a prompt, and as it was decoded."""
+    rollout, made = sampled(kind), sampler(kind)
+    rows = [b for b in range(len(rollout.length_B)) if rollout.length_B[b] > 4]
+    prefixes = [
+        dataclasses.replace(PROMPTS[b // G], ids=(*PROMPTS[b // G].ids, *rollout.tokens_BC[b, :4].tolist())) for b in rows
+    ]
+
+    @jax.jit
+    def next_logits(params, tokens_PS, length_P):
+        model = made.policy.bind(params)
+        return model.logits(_prefill(made, model, tokens_PS, length_P)[0])
+
+    logits_PV = next_logits(tiny.params(made.policy.cfg), *left_padded(prefixes, tiny.PAD))
+    logp_PV = np.asarray(jax.nn.log_softmax(logits_PV / TEMPERATURE))
+    assert len(rows) > 3
+    np.testing.assert_allclose(logp_PV[np.arange(len(rows)), rollout.tokens_BC[rows, 4]], rollout.logp_BC[rows, 4], atol=1e-5)
+
+
+# ---------------------------------------------------------------- padding, order, composition, packing
+
+
+@each_model
+def test_left_padding_and_the_other_prompts_change_nothing(kind):
+    """Alone; in another order; next to a longer prompt, so in a longer bucket."""
+    together = sampled(kind)
+    backwards = sample(kind, PROMPTS[::-1])
+    longer = sample(kind, [PROMPTS[1], tiny.prompt(3, 20), PROMPTS[0]])
+    for p in range(3):
+        assert_same(of_prompt(backwards, 2 - p), of_prompt(together, p))
+    assert_same(of_prompt(longer, 0), of_prompt(together, 1))
+    assert_same(of_prompt(longer, 2), of_prompt(together, 0))
+    for p in (0, 2):
+        assert_same(sample(kind, [PROMPTS[p]]), of_prompt(together, p))
+
+
+def test_filling_up_a_batch_changes_nothing_and_is_cut_off():
+    """batch_prompts: two prompts in the program of three."""
+    two = sample("dense", PROMPTS[:2], batch_prompts=3)
+    assert two.tokens_BC.shape == (2 * G, C)
+    assert_same(two, jax.tree.map(lambda x: x[: 2 * G], sampled("dense")))
+
+
+@each_model
+def test_packed_rows(kind):
+    """Two sequences in a row, positions restarted: the log-probs of separate rows. Padding between and after them."""
+    rows, _, logp_BT = scored(kind)
+    B, T = rows["tokens_BT"].shape
+    length_B = rows["segment_ids_BT"].sum(axis=1)
+    packed = {name: np.zeros((B // 2, 3 * T), x.dtype) for name, x in rows.items()}
+    expected_BT = np.zeros((B // 2, 3 * T), np.float32)
+    for b in range(B):
+        start = 0 if b % 2 == 0 else length_B[b - 1] + b % 3
+        to = (b // 2, slice(start, start + length_B[b]))
+        for name, x in rows.items():
+            packed[name][to] = x[b, : length_B[b]] * (1 + b % 2 if name == "segment_ids_BT" else 1)
+        expected_BT[to] = logp_BT[b, : length_B[b]]
+    packed_BT, _ = scorer(kind)(tiny.params(tiny.MODELS[kind]), as_batch(packed))
+    mask_BT = packed["mask_BT"]
+    assert mask_BT.sum() == rows["mask_BT"].sum() and packed["segment_ids_BT"].max() == 2
+    np.testing.assert_allclose(np.asarray(packed_BT)[mask_BT], expected_BT[mask_BT], atol=1e-5)
+
+
+@each_model
+def test_right_padding(kind):
+    """Longer rows, filled with another pad id."""
+    rows, _, logp_BT = scored(kind)
+    T = rows["tokens_BT"].shape[1]
+    longer = {name: np.pad(x, [(0, 0), (0, 13)]) for name, x in rows.items()}
+    longer["tokens_BT"] = np.where(longer["segment_ids_BT"] > 0, longer["tokens_BT"], 17)
+    longer_BT, _ = scorer(kind)(tiny.params(tiny.MODELS[kind]), as_batch(longer))
+    real_BT = rows["segment_ids_BT"] > 0
+    np.testing.assert_allclose(np.asarray(longer_BT)[:, :T][real_BT], logp_BT[real_BT], atol=1e-5)
+
+
+@each_model
+def test_micro_batches_of_the_scorer(kind):
+    rows, _, logp_BT = scored(kind)
+    for micro_batch in (3, 6):
+        made = make_scorer(tiny.policy(tiny.MODELS[kind]), TEMPERATURE, micro_batch)
+        other_BT, _ = made(tiny.params(tiny.MODELS[kind]), as_batch(rows))
+        np.testing.assert_allclose(other_BT, logp_BT, atol=1e-5)
+
+
+# ---------------------------------------------------------------- remat, compute dtype
+
+
+@pytest.mark.parametrize("kind", ["dense", pytest.param("moe", marks=pytest.mark.slow)])
+def test_remat_changes_no_gradient(kind):
+    batch = tiny.batch()
+    params = tiny.params(tiny.MODELS[kind])
+
+    def gradient(remat: str):
+        policy = tiny.policy(dataclasses.replace(tiny.MODELS[kind], remat=remat))
+        loss = lambda params: jnp.sum(batch.weight_BT * batch.adv_BT * score(policy.bind(params), batch, 1.0).logp_BT)  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    plain = gradient("none")
+    assert min(float(jnp.abs(g).max()) for g in jax.tree.leaves(plain[1])) > 1e-3
+    for remat in ("dots", "full"):
+        chex.assert_trees_all_close(gradient(remat), plain, atol=1e-5, rtol=1e-5)
+
+
+def test_remat_keeps_less_for_the_backward_pass():
+    """`full` keeps less than `dots`, `dots` less than `none`."""
+    batch = tiny.batch()
+
+    def residuals(remat: str) -> int:
+        policy = tiny.policy(dataclasses.replace(tiny.DENSE, remat=remat))
+        logp = lambda params: score(policy.bind(params), batch, 1.0).logp_BT  # noqa: E731
+        kept = jax.eval_shape(lambda params: jax.vjp(logp, params)[1], tiny.params())
+        return sum(x.size for x in jax.tree.leaves(kept))
+
+    assert residuals("full") < residuals("dots") < residuals("none")
+
+
+def test_bfloat16_compute_is_close_and_its_log_probs_are_float32():
+    """bfloat16 has 8 bits: after two layers the log-probs (std about 1) stay within 0.15, 0.03 on average. The
+    sampler's cache is bfloat16 too; its log-probs agree with the bfloat16 scorer's within half of that."""
+    cfg = dataclasses.replace(tiny.DENSE, compute_dtype="bfloat16")
+    rows, _, logp_BT = scored("dense")
+    bf16_BT, entropy_BT = make_scorer(tiny.policy(cfg), TEMPERATURE, 1)(tiny.params(), as_batch(rows))
+    assert bf16_BT.dtype == entropy_BT.dtype == jnp.float32
+    real_BT = rows["segment_ids_BT"] > 0
+    gap_N = np.abs(np.asarray(bf16_BT) - logp_BT)[real_BT]
+    assert 1e-4 < gap_N.mean() < 0.03 and gap_N.max() < 0.15, (gap_N.mean(), gap_N.max())
+
+    made = dataclasses.replace(sampler("dense"), policy=tiny.policy(cfg), max_new_tokens=8)
+    rollout = made(tiny.params(), PROMPTS, KEY)
+    rows, sampler_logp_BT = rollout_rows(PROMPTS, rollout, tiny.PAD)
+    bf16_BT, _ = make_scorer(tiny.policy(cfg), TEMPERATURE, 1)(tiny.params(), as_batch(rows))
+    gap_N = np.abs(np.asarray(bf16_BT) - sampler_logp_BT)[rows["mask_BT"]]
+    assert rollout.logp_BC.dtype == np.float32
+    assert gap_N.mean() < 0.015 and gap_N.max() < 0.08, (gap_N.mean(), gap_N.max())

@@ -1,0 +1,269 @@
+"""The sampler: greedy decode, stopping, what a draw depends on, the distribution it draws from, how often it compiles."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from sapo_jax.models import Qwen3
+from sapo_jax.rollout import Rule, Sampler, rollout_rows
+from sapo_jax.rollout import sampler as sampler_module
+from sapo_jax.types import FINISH_REASONS, Prompt, Rollout
+from tests.models import tiny
+from tests.rollout.test_choice import slow_truncate
+
+STOP, LENGTH = FINISH_REASONS.index("stop"), FINISH_REASONS.index("length")
+KEY = jax.random.key(11)
+PROMPTS = [tiny.prompt(11, 3), tiny.prompt(5, 9), tiny.prompt(8, 16)]
+each_model = pytest.mark.parametrize("kind", tiny.MODELS)
+
+
+def make(kind: str = "dense", rule: Rule = Rule(), group_size=2, max_new_tokens=8, stop_ids=(), **kwargs) -> Sampler:  # noqa: B008
+    return Sampler(tiny.policy(tiny.MODELS[kind]), rule, group_size, max_new_tokens, stop_ids, tiny.PAD, **kwargs)
+
+
+def sample(sampler: Sampler, prompts: list[Prompt] = PROMPTS, key=KEY, **kwargs) -> Rollout:
+    return sampler(tiny.params(sampler.policy.cfg), prompts, key, **kwargs)
+
+
+@functools.cache
+def full_forward(kind: str):
+    """(tokens T, n) -> logits V of the token after the first n: one whole row, no cache."""
+    policy = tiny.policy(tiny.MODELS[kind])
+
+    @jax.jit
+    def logits(tokens_T, n):
+        model, t = policy.bind(tiny.params(policy.cfg)), jnp.arange(len(tokens_T))
+        out = model.forward(tokens_T[None], jnp.where(t < n, t, 0)[None], (t < n).astype(jnp.int32)[None])
+        return model.logits(out.hidden_BTD[0, n - 1])
+
+    def run(ids) -> np.ndarray:
+        return np.asarray(logits(np.pad(np.array(ids, np.int32), (0, 48 - len(ids))), len(ids)))
+
+    return run
+
+
+# ---------------------------------------------------------------- greedy decode, stop tokens
+
+N_GREEDY = 28
+
+
+@functools.cache
+def argmax_loop(kind: str) -> list[list[int]]:
+    completions = []
+    for prompt in PROMPTS:
+        ids = list(prompt.ids)
+        for _ in range(N_GREEDY):
+            ids.append(int(full_forward(kind)(ids).argmax()))
+        completions.append(ids[len(prompt.ids) :])
+    return completions
+
+
+@each_model
+def test_greedy_decode_is_the_argmax_loop(kind):
+    rollout = sample(make(kind, Rule(temperature=0.0), max_new_tokens=N_GREEDY))
+    expected = argmax_loop(kind)
+    assert min(len(set(ids)) for ids in expected) > 3 and len(set(sum(expected, []))) > 12  # not one token over and over
+    assert rollout.tokens_BC.tolist() == [ids for ids in expected for _ in range(2)]
+    assert set(rollout.finish_B) == {LENGTH} and set(rollout.length_B) == {N_GREEDY}
+    np.testing.assert_array_equal(rollout.logp_BC, 0)
+    assert rollout.expert_ids_BTLk is None
+
+
+@each_model
+def test_greedy_decode_with_stop_tokens(kind):
+    """Cut after the first stop token, which is part of the completion; pad ids and log-prob 0 follow."""
+    expected = argmax_loop(kind)
+    first = {ids[6] for ids in expected[:1]} | {ids[12] for ids in expected[1:2]}
+    lengths = [next((i + 1 for i, token in enumerate(ids) if token in first), N_GREEDY) for ids in expected]
+    assert len(set(lengths)) > 1 and min(lengths) < 8
+    rollout = sample(make(kind, Rule(temperature=0.0), group_size=1, max_new_tokens=N_GREEDY, stop_ids=tuple(sorted(first))))
+    assert rollout.length_B.tolist() == lengths
+    assert rollout.finish_B.tolist() == [STOP if ids[n - 1] in first else LENGTH for ids, n in zip(expected, lengths, strict=True)]
+    for tokens_C, ids, n in zip(rollout.tokens_BC, expected, lengths, strict=True):
+        assert tokens_C.tolist() == ids[:n] + [tiny.PAD] * (N_GREEDY - n)
+
+
+@functools.cache
+def stopped() -> Rollout:
+    return sample(make(rule=Rule(0.8), group_size=4, max_new_tokens=10, stop_ids=(1, 2, 3)))
+
+
+def test_sampled_completions_end_at_stop_tokens():
+    """Length, finish reason, pads and log-probs all tell the same story."""
+    rollout = stopped()
+    assert set(rollout.finish_B) == {STOP, LENGTH} and len(set(rollout.length_B)) > 3
+    for tokens_C, logp_C, length, finish in zip(*jax.tree.leaves(rollout), strict=True):
+        stops = np.flatnonzero(np.isin(tokens_C, (1, 2, 3)))
+        assert (finish == STOP) == bool(len(stops))
+        assert length == (stops[0] + 1 if len(stops) else 10)
+        assert np.all(tokens_C[length:] == tiny.PAD) and np.all(logp_C[length:] == 0)
+        assert np.all(logp_C[:length] < 0)
+    assert [x.dtype.name for x in jax.tree.leaves(rollout)] == ["int32", "float32", "int32", "int32"]
+    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(rollout))
+
+
+def test_a_pad_id_that_is_a_stop_token_ends_a_completion_once():
+    """As in tokenizers whose pad and end token are one."""
+    rollout = sample(dataclasses.replace(make(group_size=4, max_new_tokens=10, stop_ids=(1, 2, 3)), pad_id=3, rule=Rule(0.8)))
+    expected = stopped()
+    np.testing.assert_array_equal(rollout.length_B, expected.length_B)
+    np.testing.assert_array_equal(rollout.finish_B, expected.finish_B)
+    real_BC = np.arange(10) < expected.length_B[:, None]
+    np.testing.assert_array_equal(rollout.tokens_BC, np.where(real_BC, expected.tokens_BC, 3))
+
+
+def test_one_token_completions():
+    rollout = sample(make(max_new_tokens=1))
+    assert rollout.tokens_BC.shape == (6, 1) and rollout.length_B.tolist() == [1] * 6
+
+
+# ---------------------------------------------------------------- how much is computed, how often it compiles
+
+
+def test_prompts_are_passed_once_and_the_loop_ends_with_the_last_completion(monkeypatch):
+    """forward sees P rows, not P * G; decode runs (longest completion - 1) times, not max_new_tokens - 1."""
+    forwards, decodes = [], []
+    forward, decode = Qwen3.forward, Qwen3.decode
+
+    def counted_forward(self, tokens_BT, *args, **kwargs):
+        forwards.append(tokens_BT.shape)
+        return forward(self, tokens_BT, *args, **kwargs)
+
+    def counted_decode(self, blocks, tokens_B, *args):
+        jax.debug.callback(lambda: decodes.append(tokens_B.shape))
+        return decode(self, blocks, tokens_B, *args)
+
+    monkeypatch.setattr(Qwen3, "forward", counted_forward)
+    monkeypatch.setattr(Qwen3, "decode", counted_decode)
+    stop_ids = tuple(range(1, 13))  # a third of the vocabulary: all rows stop soon
+    rollout = sample(make(group_size=3, max_new_tokens=100, stop_ids=stop_ids))
+    jax.effects_barrier()
+    assert forwards == [(3, 16)]
+    longest = rollout.length_B.max()
+    assert set(rollout.finish_B) == {STOP} and 3 < longest < 60
+    assert decodes == [(9,)] * (longest - 1)
+
+
+def test_batches_of_a_bucket_compile_once(monkeypatch):
+    """Prompts of 1 to 16 tokens, any key, a batch that is filled up: one program. 17 tokens: another."""
+    prefill = chex.assert_max_traces(sampler_module._prefill, n=1)
+    monkeypatch.setattr(sampler_module, "_prefill", prefill)
+    sampler = make(max_new_tokens=3)
+    for i, lengths in enumerate([(3, 9, 16), (1, 1, 1), (16, 2, 5)]):
+        sample(sampler, [tiny.prompt(i, n) for n in lengths], jax.random.key(i))
+    sample(sampler, [tiny.prompt(0, 4)], batch_prompts=3)
+    with pytest.raises(AssertionError, match="traced > 1 times"):
+        sample(sampler, [tiny.prompt(0, 17)] * 3)
+
+
+# ---------------------------------------------------------------- what a draw depends on
+
+
+def test_draws_depend_on_prompt_index_sample_and_position_alone():
+    """Changed: the group size, the number of prompts, their order, the bucket, the fellow prompts, the length limit."""
+    expected = stopped().tokens_BC.reshape(3, 4, 10)
+    prompts = [PROMPTS[2], tiny.prompt(3, 20), PROMPTS[0]]
+    other = sample(make(rule=Rule(0.8), group_size=6, max_new_tokens=7, stop_ids=(1, 2, 3)), prompts)
+    other = other.tokens_BC.reshape(3, 6, 7)
+    np.testing.assert_array_equal(other[0, :4], expected[2, :, :7])
+    np.testing.assert_array_equal(other[2, :4], expected[0, :, :7])
+
+
+def test_draws_differ_between_samples_prompts_positions_and_keys():
+    """The same tokens under another index, another key: other completions. So are the samples of a group."""
+    sampler = make(rule=Rule(0.8), group_size=4, max_new_tokens=10, stop_ids=(1, 2, 3))
+    twins = [PROMPTS[0], dataclasses.replace(PROMPTS[0], index=12), dataclasses.replace(PROMPTS[0], index=11 + 2**31)]
+    first, second = (sample(sampler, twins, key).tokens_BC for key in (KEY, jax.random.key(12)))
+    np.testing.assert_array_equal(first[:4], stopped().tokens_BC[:4])
+    assert len({tuple(row) for row in [*first, *second]}) == 24
+    assert len(set(first[:, 0])) > 1
+
+
+def test_prompt_indices_beyond_32_bits_are_taken_modulo():
+    """Documented nowhere else: an index is cut to 32 bits, never refused."""
+    sampler = make(rule=Rule(0.8), group_size=4, max_new_tokens=10, stop_ids=(1, 2, 3))
+    far = [dataclasses.replace(p, index=p.index + 2**32) for p in PROMPTS]
+    np.testing.assert_array_equal(sample(sampler, far).tokens_BC, stopped().tokens_BC)
+
+
+# ---------------------------------------------------------------- the distribution
+
+
+def test_log_probs_are_those_of_the_truncated_distribution():
+    """temperature, top-k, top-p and min-p together, along whole completions."""
+    rule = Rule(temperature=1.4, top_k=12, top_p=0.9, min_p=0.04)
+    rollout = sample(make(rule=rule, group_size=3, max_new_tokens=6))
+    rows, logp_BT = rollout_rows(PROMPTS, rollout, tiny.PAD)
+    sizes = []
+    for ids_T, mask_T, logp_T in zip(rows["tokens_BT"], rows["mask_BT"], logp_BT, strict=True):
+        for t in np.flatnonzero(mask_T):
+            z_V = slow_truncate(full_forward("dense")(ids_T[:t]) / rule.temperature, rule)
+            prob_V = np.exp(z_V - z_V.max())
+            sizes.append(np.sum(prob_V > 0))
+            assert logp_T[t] == pytest.approx(np.log(prob_V[ids_T[t]] / prob_V.sum()), abs=1e-5)
+    assert len(sizes) == 9 * 6 and 1 <= min(sizes) < max(sizes) <= 12
+
+
+def test_pairs_of_tokens_have_the_right_frequencies():
+    """4000 completions of two tokens over a vocabulary of 6: chi-square over the 36 pairs."""
+    cfg = dataclasses.replace(tiny.DENSE, vocab_size=6, initializer_range=0.15, num_hidden_layers=1)
+    policy, n = tiny.policy(cfg), 4000
+    sampler = Sampler(policy, Rule(temperature=1.3), n, 2, (), pad_id=0)
+    prompt = Prompt(4, "", (3, 1, 5), "", "", "exact", "none")
+    pairs = sampler(tiny.params(cfg), [prompt], KEY).tokens_BC
+
+    model = policy.bind(tiny.params(cfg))
+    tokens = np.array([[3, 1, 5, first] for first in range(6)], np.int32)
+    positions = np.broadcast_to(np.arange(4), (6, 4))
+    logits = jax.jit(lambda: model.logits(model.forward(tokens, positions, np.ones_like(positions)).hidden_BTD[:, 2:]))()
+    prob = np.asarray(jax.nn.softmax(logits / 1.3), np.float64)
+    expected = prob[0, 0][:, None] * prob[:, 1]  # p(first) p(second | first)
+    counts = np.zeros((6, 6))
+    np.add.at(counts, (pairs[:, 0], pairs[:, 1]), 1)
+    assert expected.min() * n > 5 and expected.max() / expected.min() > 3
+    assert stats.chisquare(counts.ravel(), (n * expected / expected.sum()).ravel()).pvalue > 1e-3
+    shuffled = np.roll(expected, 1, axis=0)  # the test can fail
+    assert stats.chisquare(counts.ravel(), (n * shuffled / shuffled.sum()).ravel()).pvalue < 1e-6
+
+
+# ---------------------------------------------------------------- routing
+
+
+def test_recorded_routing_is_that_of_a_full_forward_pass():
+    """Slot s of a row is column s: left-padded prompt, then completion; the last token never passed the model."""
+    C, G = 9, 2
+    rollout = sample(make("moe", Rule(0.8), G, C, (1, 2, 3), record_routing=True))
+    cfg = tiny.MOE
+    assert rollout.expert_ids_BTLk.shape == (6, 16 + C, cfg.num_hidden_layers, cfg.num_experts_per_tok)
+    assert rollout.expert_ids_BTLk.dtype == np.uint8
+    assert set(rollout.finish_B) == {STOP, LENGTH}
+
+    rows, _ = rollout_rows(PROMPTS, rollout, tiny.PAD)
+    arrays = (rows[name] for name in ("tokens_BT", "positions_BT", "segment_ids_BT"))
+    forward = jax.jit(lambda params, *arrays: tiny.policy(cfg).bind(params).forward(*arrays).routing.expert_ids_BTk)
+    expected_LBTk = np.asarray(forward(tiny.params(cfg), *arrays))
+    for b, length in enumerate(rollout.length_B):
+        S = len(PROMPTS[b // G].ids)
+        passed = slice(16 - S, 16 + length - 1)
+        found_tLk = rollout.expert_ids_BTLk[b, passed]
+        np.testing.assert_array_equal(found_tLk, expected_LBTk[:, b, : S + length - 1].transpose(1, 0, 2))
+    assert len(np.unique(rollout.expert_ids_BTLk)) == cfg.num_experts
+    np.testing.assert_array_equal(sample(make("moe", Rule(0.8), G, C, (1, 2, 3))).tokens_BC, rollout.tokens_BC)
+
+
+def test_a_dense_model_has_no_routing_to_record():
+    with pytest.raises(ValueError, match="record_routing: the model is dense"):
+        make("dense", record_routing=True)
+
+
+def test_no_prompts():
+    with pytest.raises(ValueError, match="no prompts to sample from"):
+        sample(make(), [])

@@ -1,0 +1,159 @@
+"""The exact kernels against loops over heads, positions and experts in float64 numpy."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sapo_jax.kernels import attention, expert_mlp
+
+# ---------------------------------------------------------------- attention
+
+
+def slow_attention(q, k, v, q_positions, k_positions, q_segments, k_segments):
+    """One query, one head at a time, over the visible keys alone; NaN where there is none."""
+    B, T, H, h = q.shape
+    out = np.full(q.shape, np.nan)
+    for b, t, head in np.ndindex(B, T, H):
+        visible = (k_segments[b] == q_segments[b, t]) & (k_segments[b] > 0) & (k_positions[b] <= q_positions[b, t])
+        if visible.any():
+            kv_head = head // (H // k.shape[2])
+            score = k[b, visible, kv_head] @ q[b, t, head] / np.sqrt(h)
+            weight = np.exp(score - score.max())
+            out[b, t, head] = weight @ v[b, visible, kv_head] / weight.sum()
+    return out
+
+
+def attention_example(H: int, K: int, T: int = 11, S: int = 11, h: int = 5):
+    """A packed row with padding at its end, a left-padded one, one that is padding alone."""
+    rng = np.random.default_rng(H * 10 + K)
+    q, k, v = (rng.standard_normal((3, n, heads, h)).astype(np.float32) * 2 for n, heads in ((T, H), (S, K), (S, K)))
+    segments = np.array([[1] * 4 + [2] * 5 + [0] * 2, [0] * 3 + [1] * 8, [0] * 11])
+    positions = np.array([[*range(4), *range(5), 0, 0], [0] * 3 + [*range(8)], [0] * 11])
+    return q, k, v, positions[:, :T], positions[:, :S], segments[:, :T], segments[:, :S]
+
+
+def call(q, k, v, q_positions, k_positions, q_segments, k_segments):
+    return attention(
+        q, k, v, q_positions_BT=q_positions, k_positions_BS=k_positions, q_segments_BT=q_segments, k_segments_BS=k_segments
+    )
+
+
+@pytest.mark.parametrize(("H", "K"), [(4, 4), (4, 2), (6, 1)])
+def test_attention(H, K):
+    """Grouped heads, packed rows, padding: finite at the padding, right everywhere else."""
+    example = attention_example(H, K)
+    out = np.asarray(jax.jit(call)(*example))
+    expected = slow_attention(*example)
+    real_BT = example[5] > 0
+    assert np.isfinite(out).all()
+    assert np.isfinite(expected[real_BT]).all() and real_BT.any(axis=1).tolist() == [True, True, False]
+    np.testing.assert_allclose(out[real_BT], expected[real_BT], atol=1e-6)
+
+
+def test_attention_over_a_longer_cache():
+    """One query per row over the slots of a cache, some of which are empty."""
+    q, k, v, positions, _, segments, _ = attention_example(4, 2)
+    q, q_positions, q_segments = q[:, -3:-2], np.array([[4], [5], [0]]), np.array([[2], [1], [1]])
+    example = (q, k, v, q_positions, positions, q_segments, segments)
+    out, expected = np.asarray(call(*example)), slow_attention(*example)
+    np.testing.assert_allclose(out[:2], expected[:2], atol=1e-6)
+    assert np.isfinite(out[2]).all()  # nothing to attend to
+
+
+def test_attention_gradients_do_not_leak():
+    """Finite; zero for keys and values at the padding and in the other segments."""
+    q, k, v, *rest = attention_example(4, 2)
+
+    def first_segment(q, k, v):
+        return jnp.sum(jnp.sin(call(q, k, v, *rest)[0, :4]))
+
+    for gradient, t in zip(jax.jit(jax.grad(first_segment, argnums=(0, 1, 2)))(q, k, v), (4, 4, 4), strict=True):
+        assert np.isfinite(gradient).all() and np.any(gradient[0, :t])
+        np.testing.assert_array_equal(gradient[0, t:], 0)
+        np.testing.assert_array_equal(gradient[1:], 0)
+
+
+def test_attention_scores_are_float32_in_bfloat16_compute():
+    """Two keys whose scores, 256 and 257, are one number in bfloat16 get different weights."""
+    q = jnp.ones((1, 2, 1, 4), jnp.bfloat16) * 2  # scale h^-0.5 = 0.5
+    k = jnp.array([[256, 0, 0, 0], [256, 1, 0, 0]], jnp.bfloat16)[None, :, None]
+    v = jnp.array([[0.0] * 4, [1.0] * 4], jnp.bfloat16)[None, :, None]
+    zeros, ones = np.zeros((1, 2), int), np.ones((1, 2), int)
+    out = call(q, k, v, zeros + 1, zeros, ones, ones)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out[0, 0, 0].astype(np.float32), 1 / (1 + np.exp(-1)), rtol=0.01)
+
+
+# ---------------------------------------------------------------- experts
+
+D, F, E = 6, 10, 5
+ROUTES = {  # the expert of each row
+    "mixed": lambda rng: rng.integers(0, E, 83),
+    "whole-blocks": lambda rng: rng.permutation(np.repeat(np.arange(E), 32)),
+    "empty-experts": lambda rng: rng.choice([1, 3], 70),
+    "first-and-last-empty": lambda rng: rng.integers(1, E - 1, 40),
+    "all-to-one": lambda rng: np.full(50, 2),
+    "all-to-the-last": lambda rng: np.full(33, E - 1),
+    "fewer-rows-than-experts": lambda rng: np.array([4, 0, 4]),
+    "one-row": lambda rng: np.array([3]),
+}
+
+
+def dense_experts(x_ND, expert_N, gate, up, down, cotangent_ND):
+    """Values and gradients, one expert at a time on the rows that are its own, from the formula, in float64."""
+    y_ND, dx_ND = np.zeros((2, *x_ND.shape))
+    d_gate, d_up, d_down = np.zeros(gate.shape), np.zeros(up.shape), np.zeros(down.shape)
+    for e in np.unique(expert_N):
+        own = expert_N == e
+        x, g = x_ND[own].astype(np.float64), cotangent_ND[own].astype(np.float64)
+        a, b = x @ gate[e], x @ up[e]
+        sigmoid = 1 / (1 + np.exp(-a))
+        y_ND[own] = (a * sigmoid * b) @ down[e]
+        d_hidden = g @ down[e].T
+        d_a, d_b = d_hidden * b * sigmoid * (1 + a * (1 - sigmoid)), d_hidden * a * sigmoid
+        dx_ND[own] = d_a @ gate[e].T + d_b @ up[e].T
+        d_gate[e], d_up[e], d_down[e] = x.T @ d_a, x.T @ d_b, (a * sigmoid * b).T @ g
+    return y_ND, (dx_ND, d_gate, d_up, d_down)
+
+
+def expert_example(route: str):
+    rng = np.random.default_rng(4)
+    expert_N = ROUTES[route](rng).astype(np.int32)
+    shapes = ((len(expert_N), D), (E, D, F), (E, D, F), (E, F, D), (len(expert_N), D))
+    x, gate, up, down, cotangent = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+    return expert_N, (x, gate, up, down), cotangent
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def value_and_gradients(arrays, expert_N, cotangent, block):
+    y, pull = jax.vjp(lambda x, *weights: expert_mlp(x, expert_N, *weights, block=block), *arrays)
+    return y, pull(cotangent)
+
+
+@pytest.mark.parametrize(("route", "block"), [*((r, 32) for r in ROUTES), ("mixed", 1), ("mixed", 7), ("mixed", 128)])
+def test_expert_mlp(route, block):
+    """Values and all gradients; no row is dropped, however the rows fall."""
+    expert_N, arrays, cotangent = expert_example(route)
+    y, gradients = value_and_gradients(arrays, expert_N, cotangent, block)
+    expected_y, expected = dense_experts(arrays[0], expert_N, *arrays[1:], cotangent)
+    assert np.all(np.any(np.asarray(y) != 0, axis=1))  # a dropped row would be 0
+    names = ("y", "rows", "gate", "up", "down")
+    for name, ours, theirs in zip(names, (y, *gradients), (expected_y, *expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6 * np.abs(theirs).max(), err_msg=name)
+    idle = np.setdiff1d(np.arange(E), expert_N)
+    assert not any(np.any(np.asarray(g)[idle]) for g in gradients[1:])
+
+
+def test_expert_mlp_gives_rows_back_in_order():
+    """Expert e multiplies by e + 1, so that every row can be told from the others (silu(x) = x for large x)."""
+    expert_N = np.array([3, 0, 2, 0, 3, 1, 4, 0], np.int32)
+    x_ND = 100.0 + np.arange(8, dtype=np.float32)[:, None]
+    gate, down = np.ones((E, 1, 1), np.float32), np.ones((E, 1, 1), np.float32)
+    up = np.arange(1, E + 1, dtype=np.float32)[:, None, None] / 100
+    y_ND = jax.jit(expert_mlp)(x_ND, expert_N, gate, up, down)
+    np.testing.assert_allclose(y_ND, x_ND**2 * (expert_N[:, None] + 1) / 100, rtol=1e-6)

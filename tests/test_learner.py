@@ -1,0 +1,403 @@
+"""The update: optimiser, losses, one golden step, micro-batches, non-finite batches, donation, compilation."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+
+from sapo_jax import diagnostics, learner, sharding
+from sapo_jax.config import GRPO, SAPO, Config, Loss, Mesh, Optimizer, Rollout, load
+from sapo_jax.learner import (
+    init_state, make_optimizer, make_schedule, make_update, policy_loss, sft_loss, state_shardings,
+)  # fmt: skip
+from sapo_jax.objectives.correction import CORRECTIONS
+from sapo_jax.objectives.weights import token_weights
+from sapo_jax.scoring import Scores, make_scorer, score
+from sapo_jax.types import Batch, TrainState
+from tests.models import tiny
+
+TEMPERATURE = 0.9
+# Closer to a real start than tiny.MODELS: gradients are near 1, so that 1e-6 is near float32's rounding.
+DENSE, MOE = (dataclasses.replace(model, initializer_range=0.06) for model in tiny.MODELS.values())
+CFG = Config(
+    model=DENSE, objective=SAPO(tau_pos=0.8, tau_neg=1.7), rollout=Rollout(temperature=TEMPERATURE),
+    optimizer=Optimizer(learning_rate=0.01, b1=0.8, b2=0.9, eps=1e-3, weight_decay=0.1, max_grad_norm=0.5),
+)  # fmt: skip
+SGD = optax.apply_if_finite(optax.sgd(1.0), 9)  # parameters before - after are the gradients
+
+
+def changed(cfg, **changes):
+    return dataclasses.replace(cfg, **changes)
+
+
+@functools.cache
+def drifted_batch(seed: int = 0, model=DENSE) -> Batch:
+    """A batch whose old log-probs differ from the model's by N(0, 0.5^2), so that the ratios have drifted from 1."""
+    batch = tiny.batch(seed)
+    logp_BT, _ = make_scorer(tiny.policy(model), TEMPERATURE, len(batch.tokens_BT))(tiny.params(model), batch)
+    noise_BT = np.random.default_rng(seed + 1).normal(0, 0.5, logp_BT.shape).astype(np.float32)
+    return changed(batch, old_logp_BT=np.asarray(logp_BT) + noise_BT)
+
+
+def fresh_state(tx, model=DENSE) -> TrainState:
+    """On copies: the update donates its state."""
+    return init_state(jax.tree.map(jnp.array, tiny.params(model)), tx)
+
+
+# ---------------------------------------------------------------- optimiser
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1, 1]),
+        ("linear", [0.25, 0.5, 0.75, 1, 1, 0.85, 0.7, 0.55, 0.4, 0.4, 0.4]),
+        ("cosine", [0.25, 0.5, 0.75, 1, 1, *(0.4 + 0.3 * (1 + np.cos(np.pi * i / 4)) for i in (1, 2, 3)), 0.4, 0.4, 0.4]),
+    ],
+)
+def test_schedules_by_hand(schedule, expected):
+    """Warm-up counts from 1 and reaches the peak; the decay ends at final_fraction and stays there."""
+    cfg = Optimizer(learning_rate=2e-3, schedule=schedule, warmup_steps=4, final_fraction=0.4)
+    rate = make_schedule(cfg, total_steps=8)
+    np.testing.assert_allclose([rate(i) for i in range(11)], 2e-3 * np.array(expected), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("schedule", "expected"), [("constant", [1, 1, 1]), ("linear", [1, 0.55, 0.1])])
+def test_schedules_without_warm_up(schedule, expected):
+    rate = make_schedule(Optimizer(learning_rate=3.0, schedule=schedule), total_steps=2)
+    np.testing.assert_allclose([rate(i) for i in range(3)], 3 * np.array(expected), rtol=1e-6)
+
+
+@pytest.mark.parametrize("model", tiny.MODELS.values(), ids=tiny.MODELS)
+def test_weight_decay_is_on_matrices_alone(model):
+    """With no gradient at all, matrices shrink by learning rate * decay and norms stay."""
+    tx = make_optimizer(changed(CFG.optimizer, weight_decay=0.2), 10)
+    params = tiny.params(changed(model, tie_word_embeddings=False))
+    updates = jax.jit(lambda params: tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)[0])(params)
+    scales = 0
+    for (path, update), param in zip(jax.tree.leaves_with_path(updates), jax.tree.leaves(params), strict=True):
+        scales += (is_scale := path[-1].key == "scale")
+        np.testing.assert_allclose(update, 0 if is_scale else -0.01 * 0.2 * param, rtol=1e-5)
+    assert scales == 5
+
+
+def test_three_steps_equal_those_of_torch():
+    """AdamW after clipping by the norm over all parameters, with warm-up; the first gradient is below the clip."""
+    cfg = changed(CFG.optimizer, warmup_steps=2)
+    rng = np.random.default_rng(0)
+    params = {"w": rng.standard_normal((3, 4), np.float32), "norm": {"scale": rng.standard_normal(4, np.float32)}}
+    gradients = [jax.tree.map(lambda x, s=s: s * rng.standard_normal(x.shape, np.float32), params) for s in (0.05, 1, 9)]
+
+    w, scale = (torch.tensor(x, requires_grad=True) for x in (params["w"], params["norm"]["scale"]))
+    groups = [{"params": [w], "weight_decay": cfg.weight_decay}, {"params": [scale], "weight_decay": 0.0}]
+    reference = torch.optim.AdamW(groups, lr=1.0, betas=(cfg.b1, cfg.b2), eps=cfg.eps)
+    tx = make_optimizer(cfg, 10)
+    state = tx.init(params)
+    for rate, gradient in zip((0.005, 0.01, 0.01), gradients, strict=True):
+        w.grad, scale.grad = torch.tensor(gradient["w"]), torch.tensor(gradient["norm"]["scale"])
+        torch.nn.utils.clip_grad_norm_([w, scale], cfg.max_grad_norm)
+        for group in reference.param_groups:
+            group["lr"] = rate
+        reference.step()
+        updates, state = tx.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    expected = {"w": w.detach().numpy(), "norm": {"scale": scale.detach().numpy()}}
+    chex.assert_trees_all_close(params, expected, rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------- the loss as a function of the log-probs
+
+
+@pytest.fixture
+def loss_and_gradient(monkeypatch):
+    """(cfg, batch, logp_BT) -> loss, statistics, d loss / d logp_BT: `score` is replaced by the log-probs given."""
+
+    def given(logp_BT, batch, temperature):
+        assert temperature == TEMPERATURE
+        return Scores(logp_BT, jnp.ones_like(logp_BT), jnp.zeros(logp_BT.shape, bool), None)
+
+    monkeypatch.setattr(learner, "score", given)
+
+    def run(cfg, batch, logp_BT):
+        (loss, (stats, _)), gradient_BT = jax.value_and_grad(policy_loss(cfg), has_aux=True)(jnp.asarray(logp_BT), batch)
+        return float(loss), diagnostics.finalize(stats), np.asarray(gradient_BT)
+
+    return run
+
+
+@functools.cache
+def logp_example() -> tuple[Batch, np.ndarray, np.ndarray]:
+    """A batch with old and reference log-probs, the policy's log-probs, and log r."""
+    rng = np.random.default_rng(2)
+    batch = tiny.batch()
+    logp_BT, drift_BT, ref_BT = rng.normal(-1.5, 0.5, (3, *batch.tokens_BT.shape)).astype(np.float32)
+    drift_BT = np.clip(drift_BT + 1.5, -1.2, 1.2)
+    return changed(batch, old_logp_BT=logp_BT - drift_BT, ref_logp_BT=ref_BT), logp_BT, drift_BT
+
+
+def sapo_gradient(batch: Batch, log_ratio_BT, cfg: SAPO) -> np.ndarray:
+    """d loss / d log pi = -weight A r sech^2(tau / 2 (r - 1)), Eq. 16."""
+    r_BT = np.exp(log_ratio_BT)
+    tau_BT = np.where(batch.adv_BT > 0, cfg.tau_pos, cfg.tau_neg)
+    return -batch.weight_BT * batch.adv_BT * r_BT / np.cosh(tau_BT / 2 * (r_BT - 1)) ** 2
+
+
+def test_gradient_of_the_sapo_loss(loss_and_gradient):
+    batch, logp_BT, log_ratio_BT = logp_example()
+    loss, stats, gradient_BT = loss_and_gradient(CFG, batch, logp_BT)
+    np.testing.assert_allclose(gradient_BT, sapo_gradient(batch, log_ratio_BT, CFG.objective), atol=1e-6)
+    tau_BT = np.where(batch.adv_BT > 0, 0.8, 1.7)
+    f_BT = 4 / tau_BT / (1 + np.exp(-tau_BT * (np.exp(log_ratio_BT) - 1)))
+    assert loss == pytest.approx(-np.sum(batch.weight_BT * batch.adv_BT * f_BT), abs=1e-6)
+    assert stats["ratio/mean"] == pytest.approx(np.exp(log_ratio_BT)[batch.mask_BT].mean(), rel=1e-5)
+    assert stats["tokens/count"] == batch.mask_BT.sum() and not any("reference" in name for name in stats)
+
+
+@pytest.mark.parametrize(
+    ("kl", "value", "slope"),
+    [
+        ("k1", lambda x: x, np.ones_like),
+        ("k2", lambda x: x**2 / 2, lambda x: x),
+        ("k3", lambda x: np.exp(-x) - 1 + x, lambda x: 1 - np.exp(-x)),
+    ],
+)
+def test_kl_adds_its_own_gradient(loss_and_gradient, kl, value, slope):
+    """loss + coef * sum(weight * kl(log pi - log pi_ref)), and the same weights."""
+    batch, logp_BT, _ = logp_example()
+    x_BT = logp_BT - batch.ref_logp_BT
+    plain_loss, _, plain_BT = loss_and_gradient(CFG, batch, logp_BT)
+    loss, stats, gradient_BT = loss_and_gradient(changed(CFG, loss=Loss(kl=kl, kl_coef=0.3)), batch, logp_BT)
+    np.testing.assert_allclose(gradient_BT - plain_BT, 0.3 * batch.weight_BT * slope(x_BT), atol=1e-6)
+    assert loss - plain_loss == pytest.approx(0.3 * np.sum(batch.weight_BT * value(x_BT)), abs=1e-6)
+    assert stats["kl/reference_mean"] == pytest.approx(value(x_BT)[batch.mask_BT].mean(), rel=1e-5)
+
+
+def test_kl_without_a_coefficient_is_not_computed(loss_and_gradient):
+    batch, logp_BT, _ = logp_example()
+    without = loss_and_gradient(changed(CFG, loss=Loss(kl="k3", kl_coef=0.0)), changed(batch, ref_logp_BT=None), logp_BT)
+    chex.assert_trees_all_equal(without, loss_and_gradient(CFG, batch, logp_BT))
+
+
+@pytest.mark.parametrize("kind", CORRECTIONS)
+@pytest.mark.parametrize("objective", [SAPO(), GRPO()], ids=lambda o: o.name)
+def test_correction_multiplies_the_surrogate_and_not_the_kl(loss_and_gradient, kind, objective):
+    """Each token's gradient is multiplied by its weight: the capped one, or 0 where it is out of bounds."""
+    batch, logp_BT, _ = logp_example()
+    cfg = changed(CFG, objective=objective)
+    mismatch_BT = np.random.default_rng(5).normal(0, 1, logp_BT.shape).astype(np.float32)
+    w_BT = np.exp(mismatch_BT)
+    expected_BT = np.minimum(w_BT, 2) if kind == "truncated" else np.where((w_BT >= 0.5) & (w_BT <= 2), w_BT, 0)
+    weighted = changed(batch, correction_BT=CORRECTIONS[kind](mismatch_BT, batch.mask_BT, 2.0))
+
+    _, _, plain_BT = loss_and_gradient(cfg, batch, logp_BT)
+    _, _, gradient_BT = loss_and_gradient(cfg, weighted, logp_BT)
+    np.testing.assert_allclose(gradient_BT, expected_BT * plain_BT, atol=1e-6)
+    assert np.abs(gradient_BT - plain_BT).max() > 0.01
+
+    with_kl = changed(cfg, loss=Loss(kl="k2", kl_coef=0.3))
+    _, _, kl_BT = loss_and_gradient(with_kl, weighted, logp_BT)
+    np.testing.assert_allclose(kl_BT - gradient_BT, 0.3 * batch.weight_BT * (logp_BT - batch.ref_logp_BT), atol=1e-6)
+
+
+# ---------------------------------------------------------------- the config file reaches the loss
+
+YAML = """
+model: {vocab_size: 37, hidden_size: 24, num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2, head_dim: 8,
+        intermediate_size: 40, rope_theta: 1.0e+4, vocab_chunk: 16}
+data: {tasks: [{kind: reasoning_gym, name: chain_sum}]}
+rollout: {temperature: 0.9, prompts_per_step: 2, group_size: 4}
+train: {mini_batches: 2}
+objective: {name: sapo, tau_pos: 0.8, tau_neg: TAU}
+"""
+
+
+def test_tau_of_the_config_file_reaches_the_update(tmp_path):
+    """Two files that differ in tau_neg: two updates, each the one that the formula predicts, by way of the model."""
+    batch, params = drifted_batch(), tiny.params(DENSE)
+    policy = tiny.policy(DENSE)
+    logp = lambda params: score(policy.bind(params), batch, TEMPERATURE).logp_BT  # noqa: E731
+    logp_BT = np.asarray(jax.jit(logp)(params))
+    pull = jax.jit(lambda cotangent_BT: jax.vjp(logp, params)[1](cotangent_BT)[0])
+
+    norms = []
+    for tau_neg in (1.05, 6.0):
+        (tmp_path / f"{tau_neg}.yaml").write_text(YAML.replace("TAU", str(tau_neg)))
+        cfg = load(tmp_path / f"{tau_neg}.yaml")
+        assert (cfg.objective.tau_neg, cfg.rollout.temperature) == (tau_neg, TEMPERATURE)
+        state, aux = make_update(policy, SGD, policy_loss(cfg), 4)(fresh_state(SGD), batch)
+        gradients = jax.tree.map(lambda before, after: before - after, params, state.params)
+        expected = pull(sapo_gradient(batch, logp_BT - batch.old_logp_BT, SAPO(tau_pos=0.8, tau_neg=tau_neg)).astype(np.float32))
+        chex.assert_trees_all_close(gradients, expected, atol=2e-6)
+        assert aux["grad_norm"] == pytest.approx(float(optax.global_norm(expected)), rel=1e-5)
+        norms.append(float(aux["grad_norm"]))
+    assert abs(norms[0] / norms[1] - 1) > 0.05
+
+
+# ---------------------------------------------------------------- the update
+
+
+@functools.cache
+def adam_update():
+    """One program for the tests below: two micro-batches of two rows."""
+    tx = make_optimizer(CFG.optimizer, 10)
+    counted = chex.assert_max_traces(policy_loss(CFG), n=1)
+    return tx, make_update(tiny.policy(DENSE), tx, counted, 2)
+
+
+GOLDEN = {
+    "loss": -0.985825717,
+    "grad_norm": 5.01254749,
+    "gate/mean": 0.982803226,
+    "entropy/mean": 3.5252521,
+    "embed": 0.0549787283,
+    "q": -0.0790989622,
+    "down": 0.0208911337,
+    "norm": 0.876115084,
+}
+
+
+def test_golden_step():
+    """Stored numbers of one AdamW step. A change here changes training: know why before you store new ones."""
+    tx, update = adam_update()
+    state, aux = update(fresh_state(tx), drifted_batch())
+    stats = diagnostics.finalize(diagnostics.reduce(aux["stats"]))
+    layers = state.params["layers"]
+    found = {
+        "loss": aux["loss"],
+        "grad_norm": aux["grad_norm"],
+        "gate/mean": stats["gate/mean"],
+        "entropy/mean": stats["entropy/mean"],
+        "embed": state.params["embed"][5, 3],
+        "q": layers["attention"]["q"][1, 2, 3, 4],
+        "down": layers["mlp"]["down"][0, 7, 11],
+        "norm": state.params["norm"]["scale"][2],
+    }
+    assert {name: float(x) for name, x in found.items()} == pytest.approx(GOLDEN, rel=1e-5, abs=1e-6)
+    assert state.step == 1
+
+
+def test_a_non_finite_batch_is_skipped_and_counted():
+    """Parameters and moments stay bit for bit; a good batch then resets the count in a row, not the total."""
+    tx, update = adam_update()
+    good = drifted_batch()
+    bad = changed(good, weight_BT=np.where(np.arange(16) == 7, np.nan, good.weight_BT))
+    state, aux = update(fresh_state(tx), good)
+    before = jax.device_get(state)
+    for i in (1, 2):
+        state, aux = update(state, bad)
+        assert not np.isfinite(aux["loss"]) and not np.isfinite(aux["grad_norm"])
+        assert (aux["nonfinite_in_row"], aux["nonfinite_total"]) == (i, i)
+        chex.assert_trees_all_equal(state.params, before.params)
+        chex.assert_trees_all_equal(state.opt_state.inner_state, before.opt_state.inner_state)
+    state, aux = update(state, good)
+    assert (aux["nonfinite_in_row"], aux["nonfinite_total"], state.step) == (0, 2, 4)
+
+    undisturbed, _ = update(jax.tree.map(jnp.array, before), good)
+    chex.assert_trees_all_equal(state.params, undisturbed.params)
+    assert np.any(state.params["embed"] != before.params["embed"])
+
+
+def test_non_finite_updates_are_never_accepted():
+    """optax gives in after a number of them: ours is beyond any run."""
+    tx = make_optimizer(CFG.optimizer, 10)
+    params = {"w": jnp.ones(2)}
+    update = jax.jit(tx.update)
+    state = tx.init(params)
+    for _ in range(50):
+        updates, state = update({"w": jnp.array([jnp.inf, 1.0])}, state, params)
+        np.testing.assert_array_equal(updates["w"], 0)
+    assert state.notfinite_count == 50
+
+
+def test_the_state_is_donated_and_the_batch_is_not():
+    tx, update = adam_update()
+    state, batch = fresh_state(tx), jax.device_put(drifted_batch())
+    update(state, batch)
+    assert all(x.is_deleted() for x in jax.tree.leaves((state.params, state.opt_state.inner_state)))
+    assert not any(x.is_deleted() for x in jax.tree.leaves(batch))
+
+
+def test_all_mini_batches_run_one_program():
+    """The loss is traced once (see `adam_update`), for fresh states, states from an update, other batches."""
+    tx, update = adam_update()
+    state = fresh_state(tx)
+    for seed in (0, 1, 2):
+        state, aux = update(state, drifted_batch(seed))
+    assert state.step == 3 and np.isfinite(aux["loss"])
+
+
+def test_placed_states_run_one_program():
+    """As the trainer does it: the state placed on a mesh, batches put on it."""
+    mesh = sharding.make_mesh(Mesh(data=1), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        tx = make_optimizer(CFG.optimizer, 10)
+        placed = state_shardings(tiny.policy(DENSE), tx, mesh)
+        state = jax.device_put(fresh_state(tx), placed)
+        counted = chex.assert_max_traces(policy_loss(CFG), n=1)
+        update = make_update(tiny.policy(DENSE), tx, counted, 4, placed)
+        for seed in (0, 1, 2):
+            state, aux = update(state, sharding.put_batch(drifted_batch(seed), mesh))
+    assert update._cache_size() == 1 and state.step == 3
+    chex.assert_trees_all_equal(jax.tree.map(lambda x: x.sharding, state), placed)
+
+
+@pytest.mark.parametrize("kind", ["dense", pytest.param("moe", marks=pytest.mark.slow)])
+def test_micro_batches_change_nothing(kind):
+    """One or four of them: the same gradients, loss and statistics. (Without an aux loss; see the module.)"""
+    model = {"dense": DENSE, "moe": MOE}[kind]
+    batch = drifted_batch(model=model)
+
+    def run(micro_batch):
+        state, aux = make_update(tiny.policy(model), SGD, policy_loss(CFG), micro_batch)(fresh_state(SGD, model), batch)
+        assert len(aux["stats"].count) == 4 // micro_batch
+        return state.params, aux["loss"], aux["grad_norm"], diagnostics.reduce(aux["stats"])
+
+    whole = run(4)
+    assert whole[2] > 0.1
+    chex.assert_trees_all_close(run(1), whole, atol=1e-6, rtol=1e-6)
+
+
+def test_aux_loss_is_added_as_the_mean_of_the_micro_batches():
+    """loss = policy loss + coef * mean over layers and micro-batches; its gradient moves the router."""
+    batch = drifted_batch(model=MOE)
+    model = changed(MOE, router_aux_loss_coef=0.25)
+    zeros = changed(batch, weight_BT=np.zeros_like(batch.weight_BT))  # the policy loss is 0: what is left is the aux loss
+    state, aux = make_update(tiny.policy(model), SGD, policy_loss(CFG), 2)(fresh_state(SGD, model), zeros)
+    load_nLE, aux_nL = aux["routing"]
+    assert load_nLE.shape == (2, 2, 5) and aux_nL.shape == (2, 2)
+    np.testing.assert_allclose(load_nLE.sum(axis=-1), 1, rtol=1e-5)
+    assert np.all(aux_nL > 0.9) and aux["loss"] == pytest.approx(0.25 * float(aux_nL.mean()), rel=1e-6)
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.params, tiny.params(model))
+    assert moved["layers"]["mlp"]["router"] > 1e-3 and moved["norm"]["scale"] == 0
+
+
+# ---------------------------------------------------------------- supervised fine-tuning
+
+
+def test_sft_loss_is_torch_cross_entropy():
+    """Mean over the response tokens of the batch; the accuracy counts are those of the arg-max."""
+    batch = tiny.batch()
+    policy, params = tiny.policy(DENSE), tiny.params(DENSE)
+    weight_BT = token_weights(batch.mask_BT, batch.segment_ids_BT, "token_mean", 1)
+
+    @jax.jit
+    def run(params):
+        model = policy.bind(params)
+        out = model.forward(batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)
+        return sft_loss(model, changed(batch, weight_BT=weight_BT)), model.logits(out.hidden_BTD)
+
+    (loss, ((hits, tokens), _)), logits_BTV = run(params)
+    targets_BT = torch.tensor(np.where(batch.mask_BT, batch.tokens_BT, -100)[:, 1:]).long()
+    logits_NV = torch.tensor(np.asarray(logits_BTV))[:, :-1].reshape(-1, 37)
+    expected = torch.nn.functional.cross_entropy(logits_NV, targets_BT.reshape(-1), ignore_index=-100)
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
+    assert tokens == batch.mask_BT.sum()
+    assert hits == (logits_NV.argmax(-1) == targets_BT.reshape(-1)).sum().item()

@@ -1,0 +1,193 @@
+"""Mesh and specs; and, on eight virtual devices in a process of their own, that a mesh changes no number.
+
+The process is this file run as a module: it prints, as JSON, how far each mesh is from one device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from sapo_jax import sharding
+from sapo_jax.config import SAPO, Config, Mesh, Optimizer
+from sapo_jax.config import Rollout as RolloutConfig
+from sapo_jax.learner import init_state, make_optimizer, make_update, policy_loss, state_shardings
+from sapo_jax.rollout import Rule, Sampler
+from sapo_jax.scoring import make_scorer
+from tests.models import tiny
+
+# every dim divides by 2: V 40, D 24, H 4, K 2, F 40, E 4
+DENSE = dataclasses.replace(tiny.DENSE, vocab_size=40, initializer_range=0.1, tie_word_embeddings=False)
+MOE = dataclasses.replace(DENSE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, router_aux_loss_coef=0.1)
+CASES = {
+    "dense data=8": (DENSE, Mesh(data=8)),
+    "dense data=2 fsdp=2 tensor=2": (DENSE, Mesh(data=2, fsdp=2, tensor=2)),
+    "dense fsdp=4 of 8 devices": (DENSE, Mesh(data=1, fsdp=4)),
+    "moe data=8": (MOE, Mesh(data=8)),
+    "moe data=2 expert=2 tensor=2": (MOE, Mesh(data=2, expert=2, tensor=2)),
+    "moe fsdp=2 expert=4": (MOE, Mesh(fsdp=2, expert=4)),
+}
+
+# ---------------------------------------------------------------- mesh and specs
+
+
+def test_mesh_has_all_axes():
+    mesh = sharding.make_mesh(Mesh(), jax.devices()[:1])
+    assert mesh.axis_names == ("data", "fsdp", "expert", "context", "tensor") and mesh.devices.shape == (1,) * 5
+
+
+@pytest.mark.parametrize(
+    ("cfg", "devices", "message"),
+    [
+        (Mesh(data=2, tensor=2), 3, r"mesh.data=2, mesh.fsdp=1, .*mesh.tensor=2 needs 4 devices, but there are 3; lower"),
+        (Mesh(fsdp=16), 8, r"mesh.data=1, mesh.fsdp=16, .* needs 16 devices, but there are 8"),
+        (Mesh(fsdp=3), 8, r"mesh.data=2, mesh.fsdp=3, .* does not divide the 8 devices; set mesh.data"),
+    ],
+)
+def test_meshes_that_do_not_fit(cfg, devices, message):
+    with pytest.raises(ValueError, match=message):
+        sharding.make_mesh(cfg, list(range(devices)))
+
+
+def test_specs_follow_the_rules():
+    assert sharding.spec("vocab", "embed") == P("tensor", "fsdp")
+    assert sharding.spec("layers", "experts", "embed", "mlp") == P(None, "expert", "fsdp", "tensor")
+    assert sharding.spec("batch", None, None) == P(("data", "fsdp"), None, None)
+    assert sharding.spec() == P()
+
+
+def test_parameters_are_split_as_the_rules_say():
+    mesh = sharding.make_mesh(Mesh(), jax.devices()[:1])
+    dims = tiny.policy(MOE).dims
+    specs = jax.tree.map(lambda s: s.spec, sharding.shardings(mesh, dims))
+    attention, mlp = specs["layers"]["attention"], specs["layers"]["mlp"]
+    assert specs["embed"] == specs["head"] == P("tensor", "fsdp")
+    assert specs["norm"]["scale"] == P("fsdp")
+    assert specs["layers"]["mlp_norm"]["scale"] == P(None, "fsdp")
+    assert attention["q"] == attention["k"] == attention["v"] == P(None, "fsdp", "tensor", None)
+    assert attention["o"] == P(None, "tensor", None, "fsdp")
+    assert attention["q_norm"]["scale"] == P(None, None)
+    assert mlp["router"] == P(None, "fsdp", None)
+    assert mlp["gate"] == mlp["up"] == P(None, "expert", "fsdp", "tensor")
+    assert mlp["down"] == P(None, "expert", "tensor", "fsdp")
+    dense = jax.tree.map(lambda s: s.spec, sharding.shardings(mesh, tiny.policy(DENSE).dims))["layers"]["mlp"]
+    assert (dense["gate"], dense["up"], dense["down"]) == (P(None, "fsdp", "tensor"),) * 2 + (P(None, "tensor", "fsdp"),)
+
+
+def test_optimizer_moments_live_with_their_parameters():
+    mesh = sharding.make_mesh(Mesh(), jax.devices()[:1])
+    policy, tx = tiny.policy(DENSE), make_optimizer(Optimizer(warmup_steps=2), 10)
+    placed = state_shardings(policy, tx, mesh)
+    shapes = jax.eval_shape(lambda params: init_state(params, tx), policy.shapes)
+    assert jax.tree.structure(placed) == jax.tree.structure(shapes)
+    specs = {jax.tree_util.keystr(path): s.spec for path, s in jax.tree.leaves_with_path(placed)}
+    moments = [name for name in specs if ".mu" in name or ".nu" in name]
+    assert len(moments) == 2 * len(jax.tree.leaves(policy.shapes))
+    for name in moments:
+        assert specs[name] == specs[".params" + name.split(".mu")[-1].split(".nu")[-1]], name
+    assert all(specs[name] == P() for name in specs if name not in moments and not name.startswith(".params"))
+
+
+def test_without_a_mesh_constrain_does_nothing():
+    x = jnp.ones((3, 2))
+    assert sharding.constrain(x, "batch", None) is x
+
+
+# ---------------------------------------------------------------- eight devices
+
+
+def on_mesh(model, mesh_cfg: Mesh | None) -> dict:
+    """One optimiser step, scores and a rollout on a mesh (None: one device and no mesh), as the trainer runs them."""
+    mesh = sharding.make_mesh(mesh_cfg or Mesh(data=1), None if mesh_cfg else jax.devices()[:1])
+    cfg = Config(
+        model=model, objective=SAPO(tau_neg=1.5), rollout=RolloutConfig(temperature=0.9),
+        optimizer=Optimizer(learning_rate=0.01, eps=1e-2, weight_decay=0.1),
+    )  # fmt: skip
+    policy, tx = tiny.policy(model), make_optimizer(cfg.optimizer, 10)
+    batch = tiny.batch(lengths=(12, 7, 16, 10, 9, 14, 11, 8) * 2)
+    prompts = [tiny.prompt(i, n) for i, n in enumerate((3, 9, 16, 5, 12, 1, 7, 10))]
+    with jax.set_mesh(mesh):
+        placed = state_shardings(policy, tx, mesh)
+        params = jax.tree.map(lambda x, s: jax.device_put(np.asarray(x), s), tiny.params(model), placed.params)
+        logp_BT, entropy_BT = make_scorer(policy, 0.9, 8)(params, sharding.put_batch(batch, mesh))
+        noise_BT = np.random.default_rng(0).normal(0, 0.5, logp_BT.shape).astype(np.float32)
+        batch = dataclasses.replace(batch, old_logp_BT=np.asarray(logp_BT) + noise_BT)
+        rollout = Sampler(policy, Rule(0.9), 2, 12, (1, 2), tiny.PAD)(params, prompts, jax.random.key(1))
+
+        state = jax.jit(lambda p: init_state(p, tx), out_shardings=placed)(params)
+        update = make_update(policy, tx, policy_loss(cfg), 8, placed)
+        compiled = update.lower(state, sharding.put_batch(batch, mesh)).compile()
+        state, aux = compiled(state, sharding.put_batch(batch, mesh))
+        same_place = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, placed)
+    return {
+        "numbers": {
+            "params": jax.device_get(state.params),
+            "moments": jax.device_get(optax.tree.get(state.opt_state, "mu")),
+            "loss": float(aux["loss"]),
+            "grad_norm": float(aux["grad_norm"]),
+            "logp": np.asarray(logp_BT)[batch.segment_ids_BT > 0],
+            "entropy": np.asarray(entropy_BT)[batch.segment_ids_BT > 0],
+            "sampler_logp": rollout.logp_BC,
+        },
+        "tokens": rollout.tokens_BC.tolist(),
+        "lengths": rollout.length_B.tolist(),
+        "placed": all(jax.tree.leaves(same_place)),
+        "temporaries": compiled.memory_analysis().temp_size_in_bytes,  # per device
+    }
+
+
+def main() -> None:
+    """{case: {quantity: largest difference from one device, ...}} as the last line of stdout."""
+    single = {name: on_mesh(model, None) for name, model in (("dense", DENSE), ("moe", MOE))}
+    found = {}
+    for case, (model, mesh_cfg) in CASES.items():
+        one, many = single["moe" if model is MOE else "dense"], on_mesh(model, mesh_cfg)
+        gap = lambda a, b: float(np.max(np.abs(np.asarray(a, np.float64) - b)))  # noqa: E731
+        found[case] = {
+            "gaps": {
+                name: max(jax.tree.leaves(jax.tree.map(gap, many["numbers"][name], one["numbers"][name])))
+                for name in one["numbers"]
+            },
+            "same_tokens": many["tokens"] == one["tokens"],
+            "lengths": many["lengths"],
+            "placed": many["placed"],
+            "temporaries": many["temporaries"] / one["temporaries"],
+        }
+    print(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def eight_devices():
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.test_sharding"], cwd=Path(__file__).parents[1], capture_output=True, text=True,
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, timeout=550, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-6000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_a_mesh_changes_no_number(case, eight_devices):
+    """Scores, loss, gradient norm, parameters and moments after a step: 1e-5 from one device. Same sampled tokens."""
+    found = eight_devices[case]
+    assert max(found["gaps"].values()) < 1e-5, found["gaps"]
+    assert found["same_tokens"] and len(set(found["lengths"])) > 2
+    assert found["placed"]  # the new state lives where the old one did
+    assert found["temporaries"] < 0.6  # activations are split: were the batch replicated, this would be about 1
+
+
+if __name__ == "__main__":
+    main()
