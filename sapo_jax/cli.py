@@ -98,7 +98,7 @@ def _guarded(command, cfg: Config, args: argparse.Namespace) -> int:
     return 0
 
 
-# ---------------------------------------------------------------- commands; each imports what it needs, `--help` is quick
+# ---------------------------------------------------------------- commands; each imports what it needs: quick `--help`
 
 
 def train_command(cfg: Config, _args: argparse.Namespace) -> None:

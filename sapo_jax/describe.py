@@ -77,7 +77,7 @@ def flops(cfg: Config, vocab_size: int) -> Flops:
     head = 2 * vocab_size * model.hidden_size
     key = 4 * model.num_hidden_layers * model.num_attention_heads * model.head_dim
 
-    keys_of = lambda n: n * (n + 1) / 2  # noqa: E731  (causal: token t attends to t keys)
+    keys_of = lambda n: n * (n + 1) / 2  # causal: token t attends to t keys
     prefill = P * (S * body + keys_of(S) * key + head)
     decode = B * ((C - 1) * (body + head) + (keys_of(T - 1) - keys_of(S)) * key)
     passes = (cfg.train.old_logp == "scorer") + (cfg.loss.kl != "none")

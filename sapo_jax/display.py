@@ -28,7 +28,7 @@ _CELLS = (
     ("length", "{:.1f}", ("completion/length_mean",)),
     ("truncated", "{:.1%}", ("completion/truncated_fraction",)),
     ("gate +/-", "{:.3f}", ("gate/pos_mean", "gate/neg_mean")),
-    ("clip +/-", "{:.1%}", ("clip_fraction/pos", "clip_fraction/neg")),
+    ("clip +/-", "{:.1%}", ("clip_fraction/pos_mean", "clip_fraction/neg_mean")),
     ("ratio min/mean/max", "{:.3f}", ("ratio/min", "ratio/mean", "ratio/max")),
     ("entropy", "{:.3f}", ("entropy/mean",)),
     ("token accuracy", "{:.1%}", ("accuracy/token",)),

@@ -20,7 +20,9 @@ from sapo_jax.run import EVALUATE, Run, RunError, open_run
 from sapo_jax.types import Params, Prompt
 
 
-def evaluate(run: Run, params: Params, key: jax.Array, prompts: Sequence[Prompt] | None = None) -> tuple[dict, list[dict]]:
+def evaluate(
+    run: Run, params: Params, key: jax.Array, prompts: Sequence[Prompt] | None = None
+) -> tuple[dict, list[dict]]:
     """Metrics and sample rows of k = evaluate.samples completions for every held-out problem.
 
     avg@k: mean correctness over problems and samples. pass@k: share of problems with at least one correct sample.
@@ -43,7 +45,9 @@ def evaluate(run: Run, params: Params, key: jax.Array, prompts: Sequence[Prompt]
     metrics = {
         "held_out/avg": float(per_problem.mean()),
         "held_out/pass": float(correct_PG.any(axis=1).mean()),
-        "held_out/stderr": float(per_problem.std(ddof=1) / math.sqrt(len(per_problem))) if len(per_problem) > 1 else 0.0,
+        "held_out/stderr": float(per_problem.std(ddof=1) / math.sqrt(len(per_problem)))
+        if len(per_problem) > 1
+        else 0.0,
         "held_out/problems": len(correct_PG),
         "held_out/samples": int(correct_PG.size),
         "held_out/verifier_failures": failures,

@@ -1,4 +1,4 @@
-"""From a rollout to what the learner trains on: verdicts, advantages, mini-batches, and what to log of them. Host code."""
+"""From a rollout to what the learner trains on: verdicts, advantages, mini-batches; and what to log of them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,11 @@ def group_advantages(judged: Judged, cfg: Config) -> np.ndarray:
 
 
 def training_arrays(
-    rows: Mapping[str, np.ndarray], judged: Judged, adv_PG: np.ndarray, logps: Mapping[str, np.ndarray | None], cfg: Config
+    rows: Mapping[str, np.ndarray],
+    judged: Judged,
+    adv_PG: np.ndarray,
+    logps: Mapping[str, np.ndarray | None],
+    cfg: Config,
 ) -> dict[str, np.ndarray]:
     """All arrays of `types.Batch` but the weights, for the whole rollout.
 

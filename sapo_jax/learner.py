@@ -39,13 +39,13 @@ def make_schedule(cfg: Optimizer, total_steps: int) -> optax.Schedule:
     if cfg.warmup_steps == 0:
         return after
     # counts from 1, so that the first step already moves
-    warmup = lambda count: peak * (count + 1) / cfg.warmup_steps  # noqa: E731
+    warmup = lambda count: peak * (count + 1) / cfg.warmup_steps
     return optax.join_schedules([warmup, after], [cfg.warmup_steps])
 
 
 def make_optimizer(cfg: Optimizer, total_steps: int) -> optax.GradientTransformation:
     """AdamW after global-norm clipping; an update that is not finite is skipped and counted (optax.apply_if_finite)."""
-    is_matrix = lambda params: jax.tree.map_with_path(lambda path, _: path[-1].key != "scale", params)  # noqa: E731
+    is_matrix = lambda params: jax.tree.map_with_path(lambda path, _: path[-1].key != "scale", params)
     adamw = optax.adamw(
         make_schedule(cfg, total_steps), cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay, mask=is_matrix
     )

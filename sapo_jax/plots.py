@@ -36,7 +36,7 @@ _PANELS = (
     _Panel(
         "Clipped tokens",
         "rl",
-        (("clip_fraction/pos", "A > 0", BLUE), ("clip_fraction/neg", "A < 0", ORANGE)),
+        (("clip_fraction/pos_mean", "A > 0", BLUE), ("clip_fraction/neg_mean", "A < 0", ORANGE)),
         percent=True,
     ),
     _Panel("Truncated completions", "rl", (("completion/truncated_fraction", "share", BLUE),), percent=True),

@@ -1,6 +1,6 @@
 """A run: its folder, and everything that is built once from its config.
 
-    runs/NAME/  config.yaml  metrics.jsonl  samples.jsonl  summary.json  progress.png  tb/  checkpoints/{cold_start,rl}/
+runs/NAME/  config.yaml  metrics.jsonl  samples.jsonl  summary.json  progress.png  tb/  checkpoints/{cold_start,rl}/
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ STOPPED = 75  # exit code (EX_TEMPFAIL) of a run that was told to stop, has save
 
 # What may change between the parts of a resumed run: nothing that has a say in the numbers of a step already done.
 MAY_CHANGE = (
-    "train.steps", "train.log_samples", "train.print_samples_every", "train.max_nonfinite", "checkpoint.", "evaluate.", "run_dir",
-    "rewards.workers", "rewards.deadline", "rewards.memory_mb",
+    "train.steps", "train.log_samples", "train.print_samples_every", "train.max_nonfinite", "checkpoint.", "evaluate.",
+    "run_dir", "rewards.workers", "rewards.deadline", "rewards.memory_mb",
 )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def score(model: Qwen3, batch: Batch, temperature: float) -> Scores:
     logp_N, entropy_N, greedy_N = head_logprobs(
         hidden_ND, model.head_VD(), targets_N, temperature, model.cfg.vocab_chunk
     )
-    align = lambda x_N: jnp.pad(x_N.reshape(B, T - 1), [(0, 0), (1, 0)])  # noqa: E731
+    align = lambda x_N: jnp.pad(x_N.reshape(B, T - 1), [(0, 0), (1, 0)])
     return Scores(align(logp_N), align(entropy_N), align(greedy_N), out.routing)
 
 
@@ -55,13 +55,15 @@ def head_logprobs(hidden_ND, head_VD, targets_N, temperature: float, chunk: int)
     padding = n * size - V
     head_VD = jnp.pad(head_VD, [(0, padding), (0, 0)]) if padding else head_VD
 
+    constant = jax.lax.stop_gradient  # the entropy and the max need no backward pass
+
     @jax.checkpoint
     def one_slice(carry, slice_):
         max_N, sum_N, centered_N, target_N = carry
         head, start = slice_
         z = jnp.einsum("nd,vd->nv", hidden_ND, head, preferred_element_type=jnp.float32) / temperature
         z = jnp.where(start + jnp.arange(size) < V, z, NEGATIVE) if padding else z
-        new_max = jnp.maximum(max_N, jax.lax.stop_gradient(z.max(axis=-1)))
+        new_max = jnp.maximum(max_N, constant(z.max(axis=-1)))
         shift, below = max_N - new_max, z - new_max[:, None]
         exp = jnp.exp(below)
         local_N = targets_N - start
@@ -70,7 +72,7 @@ def head_logprobs(hidden_ND, head_VD, targets_N, temperature: float, chunk: int)
         return (
             new_max,
             sum_N * jnp.exp(shift) + exp.sum(axis=-1),
-            (centered_N + shift * sum_N) * jnp.exp(shift) + (exp * below).sum(axis=-1),
+            constant((centered_N + shift * sum_N) * jnp.exp(shift) + (exp * below).sum(axis=-1)),
             target_N + jnp.where(here_N, z_target, 0.0),
         ), None
 
@@ -80,7 +82,7 @@ def head_logprobs(hidden_ND, head_VD, targets_N, temperature: float, chunk: int)
     (max_N, sum_N, centered_N, target_N), _ = jax.lax.scan(one_slice, start, slices)
     log_sum_N = jnp.log(sum_N)
     # The max comes off first: adding it to log_sum would round the latter to the digits that a large max leaves.
-    return (target_N - max_N) - log_sum_N, jax.lax.stop_gradient(log_sum_N - centered_N / sum_N), target_N >= max_N
+    return (target_N - max_N) - log_sum_N, constant(log_sum_N - centered_N / sum_N), target_N >= max_N
 
 
 def make_scorer(policy: Policy, temperature: float, micro_batch: int) -> Callable[[Params, Batch], tuple[Array, Array]]:

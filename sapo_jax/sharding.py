@@ -51,7 +51,9 @@ def spec(*dims: str | None) -> PartitionSpec:
 
 def shardings(mesh: jax.sharding.Mesh, dims_tree):
     """A tree of tuples of logical dim names -> the same tree of NamedShardings."""
-    return jax.tree.map(lambda dims: NamedSharding(mesh, spec(*dims)), dims_tree, is_leaf=lambda x: isinstance(x, tuple))
+    return jax.tree.map(
+        lambda dims: NamedSharding(mesh, spec(*dims)), dims_tree, is_leaf=lambda x: isinstance(x, tuple)
+    )
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:

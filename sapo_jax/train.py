@@ -25,7 +25,13 @@ from sapo_jax.data import PromptBatches
 from sapo_jax.display import Display
 from sapo_jax.evaluate import evaluate
 from sapo_jax.experience import (
-    group_advantages, judge, mini_batches, mismatch_metrics, rollout_metrics, sample_rows, training_arrays,
+    group_advantages,
+    judge,
+    mini_batches,
+    mismatch_metrics,
+    rollout_metrics,
+    sample_rows,
+    training_arrays,
 )  # fmt: skip
 from sapo_jax.learner import make_optimizer, make_schedule, make_update, policy_loss, state_shardings
 from sapo_jax.metrics import RunLog
@@ -118,7 +124,9 @@ def update_metrics(auxes: list[dict], cfg: Config) -> dict[str, Any]:
         **diagnostics.finalize(diagnostics.reduce(stats)),
     }
     if cfg.model.num_experts:
-        load_E, aux_loss = (np.concatenate(x).mean(axis=0) for x in zip(*(aux["routing"] for aux in auxes), strict=True))
+        load_E, aux_loss = (
+            np.concatenate(x).mean(axis=0) for x in zip(*(aux["routing"] for aux in auxes), strict=True)
+        )
         metrics |= {"router/load_max": load_E.max() * cfg.model.num_experts, "router/aux_loss": aux_loss.mean()}
     return metrics
 

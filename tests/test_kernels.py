@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from sapo_jax.kernels import attention, expert_mlp
+from tests.models.tiny import quick_jit
 
 # ---------------------------------------------------------------- attention
 
@@ -47,7 +48,7 @@ def call(q, k, v, q_positions, k_positions, q_segments, k_segments):
 def test_attention(H, K):
     """Grouped heads, packed rows, padding: finite at the padding, right everywhere else."""
     example = attention_example(H, K)
-    out = np.asarray(jax.jit(call)(*example))
+    out = np.asarray(quick_jit(call)(*example))
     expected = slow_attention(*example)
     real_BT = example[5] > 0
     assert np.isfinite(out).all()
@@ -72,7 +73,7 @@ def test_attention_gradients_do_not_leak():
     def first_segment(q, k, v):
         return jnp.sum(jnp.sin(call(q, k, v, *rest)[0, :4]))
 
-    for gradient, t in zip(jax.jit(jax.grad(first_segment, argnums=(0, 1, 2)))(q, k, v), (4, 4, 4), strict=True):
+    for gradient, t in zip(quick_jit(jax.grad(first_segment, argnums=(0, 1, 2)))(q, k, v), (4, 4, 4), strict=True):
         assert np.isfinite(gradient).all() and np.any(gradient[0, :t])
         np.testing.assert_array_equal(gradient[0, t:], 0)
         np.testing.assert_array_equal(gradient[1:], 0)
@@ -129,7 +130,7 @@ def expert_example(route: str):
     return expert_N, (x, gate, up, down), cotangent
 
 
-@functools.partial(jax.jit, static_argnums=3)
+@functools.partial(quick_jit, static_argnums=3)
 def value_and_gradients(arrays, expert_N, cotangent, block):
     y, pull = jax.vjp(lambda x, *weights: expert_mlp(x, expert_N, *weights, block=block), *arrays)
     return y, pull(cotangent)

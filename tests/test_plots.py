@@ -11,8 +11,8 @@ from PIL import Image
 from sapo_jax.metrics import RunLog
 from sapo_jax.plots import draw, plot_run, smooth
 
-GATE = {"gate/pos_mean": 0.98, "gate/neg_mean": 0.97, "clip_fraction/pos": 0.0, "clip_fraction/neg": 0.0}
-CLIP = {"clip_fraction/pos": 0.02, "clip_fraction/neg": 0.01}
+GATE = {"gate/pos_mean": 0.98, "gate/neg_mean": 0.97, "clip_fraction/pos_mean": 0.0, "clip_fraction/neg_mean": 0.0}
+CLIP = {"clip_fraction/pos_mean": 0.02, "clip_fraction/neg_mean": 0.01}
 
 
 def rl_row(step: int, **more: float) -> dict:

@@ -153,7 +153,7 @@ def main() -> None:
     found = {}
     for case, (model, mesh_cfg) in CASES.items():
         one, many = single["moe" if model is MOE else "dense"], on_mesh(model, mesh_cfg)
-        gap = lambda a, b: float(np.max(np.abs(np.asarray(a, np.float64) - b)))  # noqa: E731
+        gap = lambda a, b: float(np.max(np.abs(np.asarray(a, np.float64) - b)))
         found[case] = {
             "gaps": {
                 name: max(jax.tree.leaves(jax.tree.map(gap, many["numbers"][name], one["numbers"][name])))

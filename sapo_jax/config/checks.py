@@ -175,7 +175,8 @@ def format_reward(cfg: Config) -> Breaches:
     from sapo_jax.rewards.extract import FORMLESS
 
     if cfg.rewards.format_reward > 0 and cfg.rewards.extract in FORMLESS:
-        text = f"with `extract: {cfg.rewards.extract}` there is no form to reward; set rewards.extract, or format_reward: 0"
+        here = f"with `extract: {cfg.rewards.extract}` there is no form to reward"
+        text = f"{here}; set rewards.extract, or format_reward: 0"
         yield ("rewards.format_reward", "rewards.extract"), text
 
 

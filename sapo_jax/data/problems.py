@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from sapo_jax.config import Data, FileTask, ReasoningGymTask
 from sapo_jax.data.common import DataError, apportion, stable_hash

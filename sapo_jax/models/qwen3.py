@@ -34,7 +34,9 @@ class Block(nnx.Module):
         self.attention = Attention(cfg, rngs=rngs)
         self.mlp_norm = RMSNorm(D, cfg.rms_norm_eps)
         self.sparse = cfg.num_experts > 0
-        self.mlp = MoE(cfg, rngs=rngs) if self.sparse else MLP(D, cfg.intermediate_size, cfg.initializer_range, rngs=rngs)
+        self.mlp = (
+            MoE(cfg, rngs=rngs) if self.sparse else MLP(D, cfg.intermediate_size, cfg.initializer_range, rngs=rngs)
+        )
 
     def __call__(self, x_BTD, rotations, positions_BT, segment_ids_BT, cache=None, layer=0):
         """Returns x BTD, the keys and values attended to, and the Routing (None for a dense block)."""
@@ -118,7 +120,7 @@ class Qwen3(nnx.Module):
         """
         positions_B1 = positions_B[:, None]
         segments_B1 = jnp.ones_like(positions_B1)
-        write = lambda array, value: jax.lax.dynamic_update_slice_in_dim(array, value, cache.used, axis=1)  # noqa: E731
+        write = lambda array, value: jax.lax.dynamic_update_slice_in_dim(array, value, cache.used, axis=1)
         cache = dataclasses.replace(
             cache,
             positions_BS=write(cache.positions_BS, positions_B1),

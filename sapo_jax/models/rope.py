@@ -23,7 +23,9 @@ def frequencies(head_dim: int, theta: float, yarn: Yarn | None) -> tuple[np.ndar
         return inv_freq.astype(np.float32), 1.0
 
     def dim_of(turns: float) -> float:  # the index (in units of 2) whose frequency makes that many turns
-        return head_dim * math.log(yarn.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        return (
+            head_dim * math.log(yarn.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        )
 
     low = max(math.floor(dim_of(yarn.beta_fast)), 0)
     high = min(math.ceil(dim_of(yarn.beta_slow)), head_dim - 1)

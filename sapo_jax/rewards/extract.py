@@ -18,8 +18,8 @@ def extract(completion: str, form: str) -> str | None:
     """The answer in a completion, stripped; None where there is none (an empty answer is none).
 
     form: "all" the whole completion; "final" what follows the last </think> (Qwen3's mark for the end of its
-    thinking), or the whole completion without one; "answer_tag" the last <answer>...</answer>; "boxed" the last balanced
-    \\boxed{...}, of nested ones the inner one.
+    thinking), or the whole completion without one; "answer_tag" the last <answer>...</answer>; "boxed" the last
+    balanced \\boxed{...}, of nested ones the inner one.
     """
     if form == "all":
         answer = completion

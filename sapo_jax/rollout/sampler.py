@@ -72,7 +72,7 @@ class Sampler:
 @functools.partial(jax.jit, static_argnums=0)
 def _sample(sampler: Sampler, params: Params, tokens_PS, length_P, index_P, active_P, key) -> Rollout:
     model = sampler.policy.bind(params)
-    fork = lambda x: jnp.repeat(x, sampler.group_size, axis=0)  # noqa: E731
+    fork = lambda x: jnp.repeat(x, sampler.group_size, axis=0)
     sample_B = jnp.tile(jnp.arange(sampler.group_size, dtype=jnp.uint32), len(index_P))
     key_B = jax.vmap(lambda p, g: jax.random.fold_in(jax.random.fold_in(key, p), g))(fork(index_P), sample_B)
 
@@ -102,7 +102,7 @@ def _prefill(sampler: Sampler, model: Qwen3, tokens_PS: Array, length_P: Array):
     out = model.forward(tokens_PS, position_PS, segment_PS, want_kv=True)
 
     room = sampler.max_new_tokens - 1  # the last token of a completion never passes the model
-    grow = lambda x: jnp.pad(x, [(0, 0), (0, room)] + [(0, 0)] * (x.ndim - 2))  # noqa: E731
+    grow = lambda x: jnp.pad(x, [(0, 0), (0, room)] + [(0, 0)] * (x.ndim - 2))
     k, v = (tuple(grow(layer) for layer in stacked) for stacked in out.kv)
     cache = KVCache(k, v, grow(position_PS), grow(segment_PS), jnp.int32(S))
     ids = jnp.moveaxis(out.routing.expert_ids_BTk, 0, 2) if sampler.record_routing else None

@@ -8,8 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from sapo_jax.config import GRPO, PRESETS, SAPO, Config, ConfigError, FileTask, Model, ReasoningGymTask
-from sapo_jax.config import diff, dump, load
+from sapo_jax.config import (
+    GRPO,
+    PRESETS,
+    SAPO,
+    Config,
+    ConfigError,
+    FileTask,
+    Model,
+    ReasoningGymTask,
+    diff,
+    dump,
+    load,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = "data: {tasks: [{kind: reasoning_gym, name: chain_sum}]}\n"

@@ -1,4 +1,4 @@
-"""The model against Hugging Face's, from the rotary angles up to the gradients of a SAPO loss. float32, random weights."""
+"""The model against Hugging Face's, from the rotary angles up to the gradients of a SAPO loss. float32."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from sapo_jax.models.moe import _routing
 from sapo_jax.models.rope import frequencies, rotations
 from sapo_jax.rollout import token_rows
 from sapo_jax.types import Batch
+from tests.models.tiny import quick_jit
 from tests.references import hf
 from tests.references.objectives_torch import mean_over_sequences_of_token_means, sapo_terms
 
@@ -34,10 +35,13 @@ CASES = {
     "qwen3-untied-mha-yarn": dataclasses.replace(
         BASE, num_key_value_heads=4, tie_word_embeddings=False, rope_theta=1e6, rope_scaling=YARN, rms_norm_eps=1e-3
     ),
-    "llama-mqa": dataclasses.replace(BASE, qk_norm=False, num_key_value_heads=1, head_dim=5 * 2, tie_word_embeddings=False),
+    "llama-mqa": dataclasses.replace(
+        BASE, qk_norm=False, num_key_value_heads=1, head_dim=10, tie_word_embeddings=False
+    ),
     "moe": dataclasses.replace(MOE, tie_word_embeddings=False),
     "moe-unnormalised-yarn": dataclasses.replace(MOE, norm_topk_prob=False, rope_scaling=YARN, num_experts_per_tok=2),
 }
+STAGES = ("embed", "attention_norm", "q", "k", "v", "attention", "mlp_norm", "mlp", "block", "stack", "logits")
 each_case = pytest.mark.parametrize("name", CASES)
 LENGTHS, N_PROMPT = (13, 16, 9), (6, 4, 8)
 ADV, TAUS = (1.3, -0.7, -1.1), dict(tau_pos=0.8, tau_neg=1.7)
@@ -92,9 +96,9 @@ def stages(name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """{stage: (ours, theirs)} on the real tokens; each stage of a block starts from the same Hugging Face input."""
     theirs = their_stages(name)
     policy = make_policy(CASES[name])
-    ours = jax.jit(functools.partial(our_stages, policy))(
-        hf.params(hugging_face(name).state_dict(), CASES[name]), theirs["embed"], theirs["attention_norm"], theirs["mlp_norm"]
-    )
+    params = hf.params(hugging_face(name).state_dict(), CASES[name])
+    inputs = (theirs[stage] for stage in ("embed", "attention_norm", "mlp_norm"))
+    ours = quick_jit(functools.partial(our_stages, policy))(params, *inputs)
     assert ours.keys() == theirs.keys()
     real_BT = rows()["segment_ids_BT"] > 0
     return {stage: (np.asarray(ours[stage])[real_BT], theirs[stage][real_BT]) for stage in theirs}
@@ -152,7 +156,7 @@ def their_stages(name: str) -> dict[str, np.ndarray]:
 
 
 @each_case
-@pytest.mark.parametrize("stage", ["embed", "attention_norm", "q", "k", "v", "attention", "mlp_norm", "mlp", "block", "stack", "logits"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_values(name, stage):
     ours, theirs = stages(name)[stage]
     assert ours.dtype == np.float32 and ours.shape == theirs.shape
@@ -174,7 +178,7 @@ def test_router_choice(name):
 
 @pytest.mark.parametrize(("E", "k"), [(6, 2), (300, 3)])
 def test_router_statistics(E, k):
-    """The aux loss is Hugging Face's over k (whose loads sum to k); padding counts nowhere; ids in the smallest dtype."""
+    """The aux loss is Hugging Face's over k (whose loads sum to k); padding does not count; ids have a small dtype."""
     logits_BTE = np.random.default_rng(0).normal(0, 2, (3, 7, E)).astype(np.float32)
     segments_BT = (np.arange(7) < np.array([[7], [4], [1]])).astype(np.int32)
     prob_BTE = jax.nn.softmax(logits_BTE)
@@ -191,17 +195,17 @@ def test_router_statistics(E, k):
 # ---------------------------------------------------------------- gradients
 
 
-def torch_gradients(name: str, old_logp: list[np.ndarray]) -> tuple[float, dict]:
-    """Loss and gradients of SAPO on the completions, from the paper's formula."""
+def torch_gradients(name: str, drift: list[np.ndarray]) -> tuple[float, dict, list[np.ndarray]]:
+    """Loss and gradients of SAPO on the completions, from the paper's formula; the old log-probs, log pi + drift."""
     model, tokens = hugging_face(name), torch.tensor(rows()["tokens_BT"])
     logp_BTV = model(tokens, attention_mask=torch.tensor(rows()["segment_ids_BT"])).logits.log_softmax(-1)
     spans = [(b, torch.arange(p, n)) for b, (n, p) in enumerate(zip(LENGTHS, N_PROMPT, strict=True))]
     logp = [logp_BTV[b, t - 1, tokens[b, t].long()] for b, t in spans]
-    old = [l.detach() + torch.tensor(o, dtype=torch.float32) for l, o in zip(logp, old_logp, strict=True)]
+    old = [x.detach() + torch.tensor(d, dtype=torch.float32) for x, d in zip(logp, drift, strict=True)]
     loss = -mean_over_sequences_of_token_means(sapo_terms(logp, old, list(ADV), **TAUS))
     named = dict(model.named_parameters())
     gradients = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
-    return loss.item(), hf.params(gradients, CASES[name]), [l.numpy() for l in old]
+    return loss.item(), hf.params(gradients, CASES[name]), [x.numpy() for x in old]
 
 
 @each_case
@@ -221,9 +225,8 @@ def test_gradients_of_every_parameter(name):
 
     cfg = Config(model=CASES[name], objective=SAPO(**TAUS), rollout=Rollout(temperature=1.0))
     policy, loss = make_policy(cfg.model), policy_loss(cfg)
-    bound_loss = lambda params: loss(policy.bind(params), batch)[0]  # noqa: E731
     params = hf.params(hugging_face(name).state_dict(), CASES[name])
-    ours, gradients = jax.jit(jax.value_and_grad(bound_loss))(params)
+    ours, gradients = quick_jit(jax.value_and_grad(lambda params: loss(policy.bind(params), batch)[0]))(params)
 
     assert ours == pytest.approx(value, abs=1e-5)
     for (path, theirs), gradient in zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(gradients), strict=True):

@@ -15,6 +15,8 @@ from sapo_jax.rollout import token_rows
 from sapo_jax.types import Batch, Params, Prompt
 
 PAD = 0
+# For programs that run once: XLA's LLVM passes off. It halves the compile time, which is what these tests wait for.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 # initializer_range: wide, so that the tokens to come depend strongly on all that came before
 DENSE = Model(
     vocab_size=37, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
@@ -37,7 +39,7 @@ def params(cfg: Model = DENSE) -> Params:
     def shake(path, x):
         return x * (1 + 0.3 * rng.standard_normal(x.shape, np.float32)) if path[-1].key == "scale" else x
 
-    return jax.tree.map_with_path(shake, jax.jit(policy(cfg).init)(jax.random.key(7)))
+    return jax.tree.map_with_path(shake, quick_jit(policy(cfg).init)(jax.random.key(7)))
 
 
 def prompt(index: int, length: int) -> Prompt:

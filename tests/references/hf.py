@@ -11,7 +11,13 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from transformers import (
-    LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )  # fmt: skip
 
 from sapo_jax.config import Model, Yarn
@@ -65,9 +71,9 @@ def params(tensors: Mapping[str, torch.Tensor], cfg: Model) -> Params:
 
     def layer(i: int) -> Params:
         at = f"model.layers.{i}."
-        linear = lambda name: take(f"{at}{name}.weight").T  # noqa: E731
-        heads = lambda name, n: linear(f"self_attn.{name}_proj").reshape(D, n, h)  # noqa: E731
-        scale = lambda name: {"scale": take(f"{at}{name}.weight")}  # noqa: E731
+        linear = lambda name: take(f"{at}{name}.weight").T
+        heads = lambda name, n: linear(f"self_attn.{name}_proj").reshape(D, n, h)
+        scale = lambda name: {"scale": take(f"{at}{name}.weight")}
         attention = {"q": heads("q", H), "k": heads("k", K), "v": heads("v", K)}
         attention["o"] = linear("self_attn.o_proj").reshape(H, h, D)
         if cfg.qk_norm:

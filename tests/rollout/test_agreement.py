@@ -89,7 +89,7 @@ def test_prefill_equals_decode(kind):
         dataclasses.replace(PROMPTS[b // G], ids=(*PROMPTS[b // G].ids, *rollout.tokens_BC[b, :4].tolist())) for b in rows
     ]
 
-    @jax.jit
+    @tiny.quick_jit
     def next_logits(params, tokens_PS, length_P):
         model = made.policy.bind(params)
         return model.logits(_prefill(made, model, tokens_PS, length_P)[0])
@@ -156,15 +156,6 @@ def test_right_padding(kind):
     np.testing.assert_allclose(np.asarray(longer_BT)[:, :T][real_BT], logp_BT[real_BT], atol=1e-5)
 
 
-@each_model
-def test_micro_batches_of_the_scorer(kind):
-    rows, _, logp_BT = scored(kind)
-    for micro_batch in (3, 6):
-        made = make_scorer(tiny.policy(tiny.MODELS[kind]), TEMPERATURE, micro_batch)
-        other_BT, _ = made(tiny.params(tiny.MODELS[kind]), as_batch(rows))
-        np.testing.assert_allclose(other_BT, logp_BT, atol=1e-5)
-
-
 # ---------------------------------------------------------------- remat, compute dtype
 
 
@@ -175,8 +166,8 @@ def test_remat_changes_no_gradient(kind):
 
     def gradient(remat: str):
         policy = tiny.policy(dataclasses.replace(tiny.MODELS[kind], remat=remat))
-        loss = lambda params: jnp.sum(batch.weight_BT * batch.adv_BT * score(policy.bind(params), batch, 1.0).logp_BT)  # noqa: E731
-        return jax.jit(jax.value_and_grad(loss))(params)
+        loss = lambda params: jnp.sum(batch.weight_BT * batch.adv_BT * score(policy.bind(params), batch, 1.0).logp_BT)
+        return tiny.quick_jit(jax.value_and_grad(loss))(params)
 
     plain = gradient("none")
     assert min(float(jnp.abs(g).max()) for g in jax.tree.leaves(plain[1])) > 1e-3
@@ -190,7 +181,7 @@ def test_remat_keeps_less_for_the_backward_pass():
 
     def residuals(remat: str) -> int:
         policy = tiny.policy(dataclasses.replace(tiny.DENSE, remat=remat))
-        logp = lambda params: score(policy.bind(params), batch, 1.0).logp_BT  # noqa: E731
+        logp = lambda params: score(policy.bind(params), batch, 1.0).logp_BT
         kept = jax.eval_shape(lambda params: jax.vjp(logp, params)[1], tiny.params())
         return sum(x.size for x in jax.tree.leaves(kept))
 
@@ -202,16 +193,17 @@ def test_bfloat16_compute_is_close_and_its_log_probs_are_float32():
     sampler's cache is bfloat16 too; its log-probs agree with the bfloat16 scorer's within half of that."""
     cfg = dataclasses.replace(tiny.DENSE, compute_dtype="bfloat16")
     rows, _, logp_BT = scored("dense")
-    bf16_BT, entropy_BT = make_scorer(tiny.policy(cfg), TEMPERATURE, 1)(tiny.params(), as_batch(rows))
+    bf16_scorer = make_scorer(tiny.policy(cfg), TEMPERATURE, 1)
+    bf16_BT, entropy_BT = bf16_scorer(tiny.params(), as_batch(rows))
     assert bf16_BT.dtype == entropy_BT.dtype == jnp.float32
     real_BT = rows["segment_ids_BT"] > 0
     gap_N = np.abs(np.asarray(bf16_BT) - logp_BT)[real_BT]
     assert 1e-4 < gap_N.mean() < 0.03 and gap_N.max() < 0.15, (gap_N.mean(), gap_N.max())
 
-    made = dataclasses.replace(sampler("dense"), policy=tiny.policy(cfg), max_new_tokens=8)
+    made = dataclasses.replace(sampler("dense"), policy=tiny.policy(cfg))
     rollout = made(tiny.params(), PROMPTS, KEY)
     rows, sampler_logp_BT = rollout_rows(PROMPTS, rollout, tiny.PAD)
-    bf16_BT, _ = make_scorer(tiny.policy(cfg), TEMPERATURE, 1)(tiny.params(), as_batch(rows))
+    bf16_BT, _ = bf16_scorer(tiny.params(), as_batch(rows))
     gap_N = np.abs(np.asarray(bf16_BT) - sampler_logp_BT)[rows["mask_BT"]]
     assert rollout.logp_BC.dtype == np.float32
     assert gap_N.mean() < 0.015 and gap_N.max() < 0.08, (gap_N.mean(), gap_N.max())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 
@@ -17,6 +18,7 @@ from sapo_jax.rollout import Rule, Sampler, rollout_rows
 from sapo_jax.rollout import sampler as sampler_module
 from sapo_jax.types import FINISH_REASONS, Prompt, Rollout
 from tests.models import tiny
+from tests.rollout.test_agreement import sampled
 from tests.rollout.test_choice import slow_truncate
 
 STOP, LENGTH = FINISH_REASONS.index("stop"), FINISH_REASONS.index("length")
@@ -38,7 +40,7 @@ def full_forward(kind: str):
     """(tokens T, n) -> logits V of the token after the first n: one whole row, no cache."""
     policy = tiny.policy(tiny.MODELS[kind])
 
-    @jax.jit
+    @tiny.quick_jit
     def logits(tokens_T, n):
         model, t = policy.bind(tiny.params(policy.cfg)), jnp.arange(len(tokens_T))
         out = model.forward(tokens_T[None], jnp.where(t < n, t, 0)[None], (t < n).astype(jnp.int32)[None])
@@ -120,11 +122,6 @@ def test_a_pad_id_that_is_a_stop_token_ends_a_completion_once():
     np.testing.assert_array_equal(rollout.tokens_BC, np.where(real_BC, expected.tokens_BC, 3))
 
 
-def test_one_token_completions():
-    rollout = sample(make(max_new_tokens=1))
-    assert rollout.tokens_BC.shape == (6, 1) and rollout.length_B.tolist() == [1] * 6
-
-
 # ---------------------------------------------------------------- how much is computed, how often it compiles
 
 
@@ -156,9 +153,10 @@ def test_batches_of_a_bucket_compile_once(monkeypatch):
     """Prompts of 1 to 16 tokens, any key, a batch that is filled up: one program. 17 tokens: another."""
     prefill = chex.assert_max_traces(sampler_module._prefill, n=1)
     monkeypatch.setattr(sampler_module, "_prefill", prefill)
-    sampler = make(max_new_tokens=3)
+    sampler = make(max_new_tokens=1)  # the shortest completions, too
     for i, lengths in enumerate([(3, 9, 16), (1, 1, 1), (16, 2, 5)]):
-        sample(sampler, [tiny.prompt(i, n) for n in lengths], jax.random.key(i))
+        rollout = sample(sampler, [tiny.prompt(i, n) for n in lengths], jax.random.key(i))
+        assert rollout.tokens_BC.shape == (6, 1) and rollout.length_B.tolist() == [1] * 6
     sample(sampler, [tiny.prompt(0, 4)], batch_prompts=3)
     with pytest.raises(AssertionError, match="traced > 1 times"):
         sample(sampler, [tiny.prompt(0, 17)] * 3)
@@ -213,25 +211,24 @@ def test_log_probs_are_those_of_the_truncated_distribution():
 
 
 def test_pairs_of_tokens_have_the_right_frequencies():
-    """4000 completions of two tokens over a vocabulary of 6: chi-square over the 36 pairs."""
-    cfg = dataclasses.replace(tiny.DENSE, vocab_size=6, initializer_range=0.15, num_hidden_layers=1)
-    policy, n = tiny.policy(cfg), 4000
-    sampler = Sampler(policy, Rule(temperature=1.3), n, 2, (), pad_id=0)
-    prompt = Prompt(4, "", (3, 1, 5), "", "", "exact", "none")
-    pairs = sampler(tiny.params(cfg), [prompt], KEY).tokens_BC
+    """4000 completions of two tokens, four choices each: chi-square over the 16 pairs."""
+    rule, n = Rule(temperature=2.0, top_k=4), 4000
+    rollout = sample(make(rule=rule, group_size=n, max_new_tokens=2), PROMPTS[:1])
+    counts = collections.Counter(map(tuple, rollout.tokens_BC.tolist()))
 
-    model = policy.bind(tiny.params(cfg))
-    tokens = np.array([[3, 1, 5, first] for first in range(6)], np.int32)
-    positions = np.broadcast_to(np.arange(4), (6, 4))
-    logits = jax.jit(lambda: model.logits(model.forward(tokens, positions, np.ones_like(positions)).hidden_BTD[:, 2:]))()
-    prob = np.asarray(jax.nn.softmax(logits / 1.3), np.float64)
-    expected = prob[0, 0][:, None] * prob[:, 1]  # p(first) p(second | first)
-    counts = np.zeros((6, 6))
-    np.add.at(counts, (pairs[:, 0], pairs[:, 1]), 1)
-    assert expected.min() * n > 5 and expected.max() / expected.min() > 3
-    assert stats.chisquare(counts.ravel(), (n * expected / expected.sum()).ravel()).pvalue > 1e-3
-    shuffled = np.roll(expected, 1, axis=0)  # the test can fail
-    assert stats.chisquare(counts.ravel(), (n * shuffled / shuffled.sum()).ravel()).pvalue < 1e-6
+    def next_tokens(ids) -> dict[int, float]:
+        z_V = slow_truncate(full_forward("dense")(ids) / rule.temperature, rule)
+        prob_V = np.exp(z_V - z_V.max())
+        return {int(v): prob_V[v] / prob_V.sum() for v in np.flatnonzero(prob_V)}
+
+    ids = PROMPTS[0].ids
+    first = next_tokens(ids)
+    expected = {(a, b): p * q for a, p in first.items() for b, q in next_tokens((*ids, a)).items()}
+    assert counts.keys() <= expected.keys() and len(expected) == 16
+    observed, probabilities = [counts[pair] for pair in expected], np.array(list(expected.values()))
+    assert probabilities.min() * n > 5 and probabilities.max() / probabilities.min() > 3
+    assert stats.chisquare(observed, n * probabilities).pvalue > 1e-3
+    assert stats.chisquare(observed, n * np.roll(probabilities, 1)).pvalue < 1e-6  # the test can fail
 
 
 # ---------------------------------------------------------------- routing
@@ -239,16 +236,16 @@ def test_pairs_of_tokens_have_the_right_frequencies():
 
 def test_recorded_routing_is_that_of_a_full_forward_pass():
     """Slot s of a row is column s: left-padded prompt, then completion; the last token never passed the model."""
-    C, G = 9, 2
-    rollout = sample(make("moe", Rule(0.8), G, C, (1, 2, 3), record_routing=True))
-    cfg = tiny.MOE
+    cfg, C, G = tiny.MOE, 12, 2
+    rollout = sample(make("moe", Rule(0.8), G, C, (1, 2), record_routing=True))
+    np.testing.assert_array_equal(rollout.tokens_BC, sampled("moe").tokens_BC)  # recording changes no draw
     assert rollout.expert_ids_BTLk.shape == (6, 16 + C, cfg.num_hidden_layers, cfg.num_experts_per_tok)
     assert rollout.expert_ids_BTLk.dtype == np.uint8
     assert set(rollout.finish_B) == {STOP, LENGTH}
 
     rows, _ = rollout_rows(PROMPTS, rollout, tiny.PAD)
     arrays = (rows[name] for name in ("tokens_BT", "positions_BT", "segment_ids_BT"))
-    forward = jax.jit(lambda params, *arrays: tiny.policy(cfg).bind(params).forward(*arrays).routing.expert_ids_BTk)
+    forward = tiny.quick_jit(lambda params, *arrays: tiny.policy(cfg).bind(params).forward(*arrays).routing.expert_ids_BTk)
     expected_LBTk = np.asarray(forward(tiny.params(cfg), *arrays))
     for b, length in enumerate(rollout.length_B):
         S = len(PROMPTS[b // G].ids)
@@ -256,7 +253,6 @@ def test_recorded_routing_is_that_of_a_full_forward_pass():
         found_tLk = rollout.expert_ids_BTLk[b, passed]
         np.testing.assert_array_equal(found_tLk, expected_LBTk[:, b, : S + length - 1].transpose(1, 0, 2))
     assert len(np.unique(rollout.expert_ids_BTLk)) == cfg.num_experts
-    np.testing.assert_array_equal(sample(make("moe", Rule(0.8), G, C, (1, 2, 3))).tokens_BC, rollout.tokens_BC)
 
 
 def test_a_dense_model_has_no_routing_to_record():
