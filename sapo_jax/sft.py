@@ -86,7 +86,7 @@ def reference_params(run: Run) -> Params:
     with run.checkpoints(STAGE, read_only=True) as checkpoints:
         if (found := checkpoints.restore_params(run.abstract_params, run.cfg.cold_start.steps)) is None:
             raise RunError(f"{run.dir} lost its cold-start checkpoint, the KL reference; train it in another folder")
-        return found[2]
+        return found[1]
 
 
 def nonfinite_message(stage: str, step: int, limit: int) -> str:

@@ -26,7 +26,7 @@ from sapo_jax.learner import (
 )  # fmt: skip
 from sapo_jax.objectives.correction import CORRECTIONS
 from sapo_jax.objectives.weights import token_weights
-from sapo_jax.scoring import Scores, make_scorer, score
+from sapo_jax.scoring import Scores, make_scorer
 from sapo_jax.types import Batch, TrainState
 from tests.models import tiny
 
@@ -45,10 +45,15 @@ def changed(cfg, **changes):
 
 
 @functools.cache
+def scorer(model):
+    return make_scorer(tiny.policy(model), TEMPERATURE, 4)
+
+
+@functools.cache
 def drifted_batch(seed: int = 0, model=DENSE) -> Batch:
     """A batch whose old log-probs differ from the model's by N(0, 0.5^2), so that the ratios have drifted from 1."""
     batch = tiny.batch(seed)
-    logp_BT, _ = make_scorer(tiny.policy(model), TEMPERATURE, len(batch.tokens_BT))(tiny.params(model), batch)
+    logp_BT, _ = scorer(model)(tiny.params(model), batch)
     noise_BT = np.random.default_rng(seed + 1).normal(0, 0.5, logp_BT.shape).astype(np.float32)
     return changed(batch, old_logp_BT=np.asarray(logp_BT) + noise_BT)
 
@@ -61,25 +66,24 @@ def fresh_state(tx, model=DENSE) -> TrainState:
 # ---------------------------------------------------------------- optimiser
 
 
+COSINE = 0.4 + 0.3 * (1 + np.cos(np.pi * np.arange(5) / 4))
+
+
 @pytest.mark.parametrize(
-    ("schedule", "expected"),
+    ("schedule", "warmup_steps", "total_steps", "expected"),
     [
-        ("constant", [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1, 1]),
-        ("linear", [0.25, 0.5, 0.75, 1, 1, 0.85, 0.7, 0.55, 0.4, 0.4, 0.4]),
-        ("cosine", [0.25, 0.5, 0.75, 1, 1, *(0.4 + 0.3 * (1 + np.cos(np.pi * i / 4)) for i in (1, 2, 3)), 0.4, 0.4, 0.4]),
+        ("constant", 4, 8, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1]),
+        ("linear", 4, 8, [0.25, 0.5, 0.75, 1, 1, 0.85, 0.7, 0.55, 0.4, 0.4]),
+        ("cosine", 4, 8, [0.25, 0.5, 0.75, 1, *COSINE, 0.4]),
+        ("constant", 0, 2, [1, 1, 1]),
+        ("linear", 0, 2, [1, 0.7, 0.4]),
     ],
 )
-def test_schedules_by_hand(schedule, expected):
+def test_schedules_by_hand(schedule, warmup_steps, total_steps, expected):
     """Warm-up counts from 1 and reaches the peak; the decay ends at final_fraction and stays there."""
-    cfg = Optimizer(learning_rate=2e-3, schedule=schedule, warmup_steps=4, final_fraction=0.4)
-    rate = make_schedule(cfg, total_steps=8)
-    np.testing.assert_allclose([rate(i) for i in range(11)], 2e-3 * np.array(expected), rtol=1e-5)
-
-
-@pytest.mark.parametrize(("schedule", "expected"), [("constant", [1, 1, 1]), ("linear", [1, 0.55, 0.1])])
-def test_schedules_without_warm_up(schedule, expected):
-    rate = make_schedule(Optimizer(learning_rate=3.0, schedule=schedule), total_steps=2)
-    np.testing.assert_allclose([rate(i) for i in range(3)], 3 * np.array(expected), rtol=1e-6)
+    cfg = Optimizer(learning_rate=2e-3, schedule=schedule, warmup_steps=warmup_steps, final_fraction=0.4)
+    rate = make_schedule(cfg, total_steps)
+    np.testing.assert_allclose([rate(i) for i in range(len(expected))], 2e-3 * np.array(expected), rtol=1e-5)
 
 
 def test_weight_decay_is_on_matrices_alone():
@@ -87,7 +91,8 @@ def test_weight_decay_is_on_matrices_alone():
     tx = make_optimizer(changed(CFG.optimizer, weight_decay=0.2), 10)
     shapes = tiny.policy(changed(MOE, tie_word_embeddings=False)).shapes
     params = jax.tree.map(lambda s: np.random.default_rng(s.size).standard_normal(s.shape, np.float32), shapes)
-    updates = tiny.quick_jit(lambda params: tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)[0])(params)
+    zeros = jax.tree.map(np.zeros_like, params)
+    updates, _ = tiny.quick_jit(lambda params: tx.update(zeros, tx.init(params), params))(params)
     scales = 0
     for (path, update), param in zip(jax.tree.leaves_with_path(updates), jax.tree.leaves(params), strict=True):
         scales += (is_scale := path[-1].key == "scale")
@@ -100,7 +105,8 @@ def test_three_steps_equal_those_of_torch():
     cfg = changed(CFG.optimizer, warmup_steps=2)
     rng = np.random.default_rng(0)
     params = {"w": rng.standard_normal((3, 4), np.float32), "norm": {"scale": rng.standard_normal(4, np.float32)}}
-    gradients = [jax.tree.map(lambda x, s=s: s * rng.standard_normal(x.shape, np.float32), params) for s in (0.05, 1, 9)]
+    random = lambda scale: jax.tree.map(lambda x: scale * rng.standard_normal(x.shape, np.float32), params)
+    gradients = [random(scale) for scale in (0.05, 1, 9)]
 
     w, scale = (torch.tensor(x, requires_grad=True) for x in (params["w"], params["norm"]["scale"]))
     groups = [{"params": [w], "weight_decay": cfg.weight_decay}, {"params": [scale], "weight_decay": 0.0}]
@@ -133,7 +139,8 @@ def loss_and_gradient(monkeypatch):
     monkeypatch.setattr(learner, "score", given)
 
     def run(cfg, batch, logp_BT):
-        (loss, (stats, _)), gradient_BT = jax.value_and_grad(policy_loss(cfg), has_aux=True)(jnp.asarray(logp_BT), batch)
+        evaluate = jax.value_and_grad(policy_loss(cfg), has_aux=True)
+        (loss, (stats, _)), gradient_BT = evaluate(jnp.asarray(logp_BT), batch)
         return float(loss), diagnostics.finalize(stats), np.asarray(gradient_BT)
 
     return run
@@ -188,7 +195,8 @@ def test_kl_adds_its_own_gradient(loss_and_gradient, kl, value, slope):
 
 def test_kl_without_a_coefficient_is_not_computed(loss_and_gradient):
     batch, logp_BT, _ = logp_example()
-    without = loss_and_gradient(changed(CFG, loss=Loss(kl="k3", kl_coef=0.0)), changed(batch, ref_logp_BT=None), logp_BT)
+    cfg, batch = changed(CFG, loss=Loss(kl="k3", kl_coef=0.0)), changed(batch, ref_logp_BT=None)
+    without = loss_and_gradient(cfg, batch, logp_BT)
     chex.assert_trees_all_equal(without, loss_and_gradient(CFG, batch, logp_BT))
 
 
@@ -216,8 +224,7 @@ def test_correction_multiplies_the_surrogate_and_not_the_kl(loss_and_gradient, k
 # ---------------------------------------------------------------- the config file reaches the loss
 
 YAML = """
-model: {vocab_size: 37, hidden_size: 24, num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2, head_dim: 8,
-        intermediate_size: 40, rope_theta: 1.0e+4, vocab_chunk: 16}
+model: {hidden_size: 24, num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2, head_dim: 8}
 data: {tasks: [{kind: reasoning_gym, name: chain_sum}]}
 rollout: {temperature: 0.9, prompts_per_step: 2, group_size: 4}
 train: {mini_batches: 2}
@@ -303,18 +310,6 @@ def test_a_non_finite_batch_is_skipped_and_counted():
     assert np.any(state.params["embed"] != before.params["embed"])
 
 
-def test_non_finite_updates_are_never_accepted():
-    """optax gives in after a number of them: ours is beyond any run."""
-    tx = make_optimizer(CFG.optimizer, 10)
-    params = {"w": jnp.ones(2)}
-    update = jax.jit(tx.update)
-    state = tx.init(params)
-    for _ in range(50):
-        updates, state = update({"w": jnp.array([jnp.inf, 1.0])}, state, params)
-        np.testing.assert_array_equal(updates["w"], 0)
-    assert state.notfinite_count == 50
-
-
 def test_the_state_is_donated_and_the_batch_is_not():
     tx, update = adam_update()
     state, batch = fresh_state(tx), jax.device_put(drifted_batch())
@@ -364,7 +359,7 @@ def assert_same_step(a, b):
 @pytest.mark.slow
 @pytest.mark.parametrize("model", (DENSE, MOE), ids=tiny.MODELS)
 def test_any_number_of_micro_batches(model):
-    """One, two or four: the same gradients (the step of SGD with learning rate 1). Without an aux loss; see the module."""
+    """One, two or four: the same gradients (SGD with learning rate 1). Without an aux loss: see the module."""
     batch = drifted_batch(model=model)
     run = lambda n: make_update(tiny.policy(model), SGD, policy_loss(CFG), n)(fresh_state(SGD, model), batch)
     whole = run(4)
@@ -379,7 +374,7 @@ def test_aux_loss_is_added_as_the_mean_of_the_micro_batches():
     """loss = policy loss + coef * mean over layers and micro-batches; its gradient moves the router."""
     batch = changed(tiny.batch(), old_logp_BT=np.full((4, 16), -3.0, np.float32))
     model = changed(MOE, router_aux_loss_coef=0.25)
-    zeros = changed(batch, weight_BT=np.zeros_like(batch.weight_BT))  # the policy loss is 0: what is left is the aux loss
+    zeros = changed(batch, weight_BT=np.zeros_like(batch.weight_BT))  # no policy loss: what is left is the aux loss
     state, aux = make_update(tiny.policy(model), SGD, policy_loss(CFG), 2)(fresh_state(SGD, model), zeros)
     load_nLE, aux_nL = aux["routing"]
     assert load_nLE.shape == (2, 2, 5) and aux_nL.shape == (2, 2)

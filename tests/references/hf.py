@@ -57,7 +57,7 @@ def model(cfg: Model, seed: int = 0) -> PreTrainedModel:
     with torch.no_grad():
         for tensor in made.parameters():
             noise = torch.randn(tensor.shape, generator=generator)
-            tensor.copy_(1 + 0.3 * noise if tensor.ndim == 1 else noise * 1.5 / tensor.shape[-1] ** 0.5)
+            tensor.copy_(1 + 0.3 * noise if tensor.ndim == 1 else noise / tensor.shape[-1] ** 0.5)
     return made
 
 

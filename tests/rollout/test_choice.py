@@ -159,13 +159,16 @@ def test_greedy_takes_the_best_token_with_log_prob_zero():
 
 
 def test_a_row_depends_on_its_own_key_and_logits_alone():
-    logits_BV = np.random.default_rng(1).standard_normal((64, 6)).astype(np.float32)
-    key_B = jax.random.split(jax.random.key(3), 64)
-    token_B, logp_B = choose(key_B, logits_BV, Rule())
-    order = np.random.default_rng(2).permutation(64)[:40]
-    token_N, logp_N = choose(key_B[order], logits_BV[order], Rule())
-    np.testing.assert_array_equal(token_N, token_B[order])
-    np.testing.assert_allclose(logp_N, logp_B[order], atol=1e-6)
+    """Half of the rows in reverse, the others replaced."""
+    run = jax.jit(functools.partial(choose, rule=Rule()))
+    logits_BV, other_BV = np.random.default_rng(1).standard_normal((2, 64, 6)).astype(np.float32)
+    key_B, other_key_B = (jax.random.split(jax.random.key(seed), 64) for seed in (3, 4))
+    token_B, logp_B = run(key_B, logits_BV)
+    other_BV[:32], order = logits_BV[31::-1], np.arange(31, -1, -1)
+    token_N, logp_N = run(jnp.concatenate([key_B[order], other_key_B[32:]]), other_BV)
+    np.testing.assert_array_equal(token_N[:32], token_B[order])
+    np.testing.assert_allclose(logp_N[:32], logp_B[order], atol=1e-6)
+    assert np.any(token_N[32:] != token_B[32:])
 
 
 def test_large_logits_keep_their_log_probs():

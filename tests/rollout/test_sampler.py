@@ -1,4 +1,4 @@
-"""The sampler: greedy decode, stopping, what a draw depends on, the distribution it draws from, how often it compiles."""
+"""The sampler: greedy decode, stopping, what a draw depends on, its distribution, how often it compiles."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ def argmax_loop(kind: str) -> list[list[int]]:
 def test_greedy_decode_is_the_argmax_loop(kind):
     rollout = sample(make(kind, Rule(temperature=0.0), max_new_tokens=N_GREEDY))
     expected = argmax_loop(kind)
-    assert min(len(set(ids)) for ids in expected) > 3 and len(set(sum(expected, []))) > 12  # not one token over and over
+    assert min(len(set(ids)) for ids in expected) > 3  # not one token over and over
+    assert len({token for ids in expected for token in ids}) > 12
     assert rollout.tokens_BC.tolist() == [ids for ids in expected for _ in range(2)]
     assert set(rollout.finish_B) == {LENGTH} and set(rollout.length_B) == {N_GREEDY}
     np.testing.assert_array_equal(rollout.logp_BC, 0)
@@ -83,14 +84,15 @@ def test_greedy_decode_is_the_argmax_loop(kind):
 def test_greedy_decode_with_stop_tokens(kind):
     """Cut after the first stop token, which is part of the completion; pad ids and log-prob 0 follow."""
     expected = argmax_loop(kind)
-    first = {ids[6] for ids in expected[:1]} | {ids[12] for ids in expected[1:2]}
-    lengths = [next((i + 1 for i, token in enumerate(ids) if token in first), N_GREEDY) for ids in expected]
+    stop_ids = (expected[0][6], expected[1][12])
+    lengths = [next((i + 1 for i, token in enumerate(ids) if token in stop_ids), N_GREEDY) for ids in expected]
     assert len(set(lengths)) > 1 and min(lengths) < 8
-    rollout = sample(make(kind, Rule(temperature=0.0), group_size=1, max_new_tokens=N_GREEDY, stop_ids=tuple(sorted(first))))
+    rule = Rule(temperature=0.0)
+    rollout = sample(make(kind, rule, group_size=1, max_new_tokens=N_GREEDY, stop_ids=stop_ids))
     assert rollout.length_B.tolist() == lengths
-    assert rollout.finish_B.tolist() == [STOP if ids[n - 1] in first else LENGTH for ids, n in zip(expected, lengths, strict=True)]
-    for tokens_C, ids, n in zip(rollout.tokens_BC, expected, lengths, strict=True):
+    for tokens_C, finish, ids, n in zip(rollout.tokens_BC, rollout.finish_B, expected, lengths, strict=True):
         assert tokens_C.tolist() == ids[:n] + [tiny.PAD] * (N_GREEDY - n)
+        assert finish == (STOP if ids[n - 1] in stop_ids else LENGTH)
 
 
 @functools.cache
@@ -114,7 +116,8 @@ def test_sampled_completions_end_at_stop_tokens():
 
 def test_a_pad_id_that_is_a_stop_token_ends_a_completion_once():
     """As in tokenizers whose pad and end token are one."""
-    rollout = sample(dataclasses.replace(make(group_size=4, max_new_tokens=10, stop_ids=(1, 2, 3)), pad_id=3, rule=Rule(0.8)))
+    sampler = make(rule=Rule(0.8), group_size=4, max_new_tokens=10, stop_ids=(1, 2, 3))
+    rollout = sample(dataclasses.replace(sampler, pad_id=3))
     expected = stopped()
     np.testing.assert_array_equal(rollout.length_B, expected.length_B)
     np.testing.assert_array_equal(rollout.finish_B, expected.finish_B)
@@ -245,8 +248,8 @@ def test_recorded_routing_is_that_of_a_full_forward_pass():
 
     rows, _ = rollout_rows(PROMPTS, rollout, tiny.PAD)
     arrays = (rows[name] for name in ("tokens_BT", "positions_BT", "segment_ids_BT"))
-    forward = tiny.quick_jit(lambda params, *arrays: tiny.policy(cfg).bind(params).forward(*arrays).routing.expert_ids_BTk)
-    expected_LBTk = np.asarray(forward(tiny.params(cfg), *arrays))
+    model = tiny.policy(cfg).bind(tiny.params(cfg))
+    expected_LBTk = np.asarray(tiny.quick_jit(lambda *x: model.forward(*x).routing.expert_ids_BTk)(*arrays))
     for b, length in enumerate(rollout.length_B):
         S = len(PROMPTS[b // G].ids)
         passed = slice(16 - S, 16 + length - 1)

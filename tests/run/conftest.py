@@ -27,7 +27,7 @@ checkpoint: {{every: 4}}
 @pytest.fixture(scope="session")
 def tiny_config(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
-    rows = [{"prompt": f"{a}+{b}=", "answer": str((a + b) % 4)} for a in range(8) for b in range(8)]
+    rows = [{"prompt": f"{a}+{b}=", "answer": str(a)} for a in range(8) for b in range(8)]
     (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = folder / "tiny.yaml"
     path.write_text(CONFIG.format(problems=folder / "problems.jsonl"))
