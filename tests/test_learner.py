@@ -15,15 +15,7 @@ import torch
 
 from sapo_jax import diagnostics, learner, sharding
 from sapo_jax.config import GRPO, SAPO, Config, Loss, Mesh, Optimizer, Rollout, load
-from sapo_jax.learner import (
-    init_state,
-    make_optimizer,
-    make_schedule,
-    make_update,
-    policy_loss,
-    sft_loss,
-    state_shardings,
-)  # fmt: skip
+from sapo_jax.learner import init_state, make_optimizer, make_schedule, make_update, policy_loss, sft_loss
 from sapo_jax.objectives.correction import CORRECTIONS
 from sapo_jax.objectives.weights import token_weights
 from sapo_jax.scoring import Scores, make_scorer
@@ -332,7 +324,7 @@ def test_placed_states_run_one_program_and_micro_batches_change_nothing():
     mesh = sharding.make_mesh(Mesh(data=1), jax.devices()[:1])
     with jax.set_mesh(mesh):
         tx = make_optimizer(CFG.optimizer, 10)
-        placed = state_shardings(tiny.policy(DENSE), tx, mesh)
+        placed = learner.state_shardings(tiny.policy(DENSE), tx, mesh)
         state = jax.device_put(fresh_state(tx), placed)
         counted = chex.assert_max_traces(policy_loss(CFG), n=1)
         update = make_update(tiny.policy(DENSE), tx, counted, 4, placed)

@@ -249,13 +249,18 @@ def test_recorded_routing_is_that_of_a_full_forward_pass():
     rows, _ = rollout_rows(PROMPTS, rollout, tiny.PAD)
     arrays = (rows[name] for name in ("tokens_BT", "positions_BT", "segment_ids_BT"))
     model = tiny.policy(cfg).bind(tiny.params(cfg))
-    expected_LBTk = np.asarray(tiny.quick_jit(lambda *x: model.forward(*x).routing.expert_ids_BTk)(*arrays))
+    routing = tiny.quick_jit(lambda *x: model.forward(*x).routing)(*arrays)
+    expected_LBTk = np.asarray(routing.expert_ids_BTk)
     for b, length in enumerate(rollout.length_B):
         S = len(PROMPTS[b // G].ids)
         passed = slice(16 - S, 16 + length - 1)
         found_tLk = rollout.expert_ids_BTLk[b, passed]
         np.testing.assert_array_equal(found_tLk, expected_LBTk[:, b, : S + length - 1].transpose(1, 0, 2))
     assert len(np.unique(rollout.expert_ids_BTLk)) == cfg.num_experts
+
+    real_BT = rows["segment_ids_BT"] > 0  # the load counts no padding
+    for ids_BTk, load_E in zip(expected_LBTk, routing.load_E, strict=True):
+        np.testing.assert_allclose(load_E, np.bincount(ids_BTk[real_BT].flatten()) / ids_BTk[real_BT].size, rtol=1e-5)
 
 
 def test_a_dense_model_has_no_routing_to_record():
