@@ -77,7 +77,9 @@ class Rollout:
     logp_BC: Array  # float32 log-probabilities under the sampling distribution; 0 after the end
     length_B: Array  # int32 number of completion tokens, the stop token included
     finish_B: Array  # int32 index into FINISH_REASONS
-    expert_ids_BTLk: Array | None = None  # routing of every token that passed the model, where it was asked for
+    # Routing of every token that passed the model, where it was asked for: T = S left-padded prompt slots, then C; the
+    # slot of a completion's last token, which never passes the model, holds 0.
+    expert_ids_BTLk: Array | None = None
 
 
 @_pytree
