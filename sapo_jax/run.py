@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
-import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from sapo_jax.checkpoint import Checkpoints
 from sapo_jax.config import Config, diff, dump, load, verify
 from sapo_jax.data import Problems, PromptBatches, Tokenizer, load_problems, load_tokenizer
 from sapo_jax.learner import init_state, state_shardings
+from sapo_jax.metrics import write_atomically
 from sapo_jax.models import Policy, make_policy
 from sapo_jax.rewards import VerifierPool
 from sapo_jax.rollout import Rule, Sampler
@@ -160,17 +160,16 @@ def _claimed(folder: Path) -> Iterator[None]:
 def _same_config(cfg: Config, path: Path) -> None:
     """Write the resolved config; refuse to go on with a run whose numbers came from another one."""
     if path.exists():
-        changed = [key for key in diff(load(path), cfg) if not key.startswith(MAY_CHANGE)]
-        if "train.steps" in diff(load(path), cfg) and cfg.optimizer.schedule != "constant":
+        different = diff(load(path), cfg)
+        changed = [key for key in different if not key.startswith(MAY_CHANGE)]
+        if "train.steps" in different and cfg.optimizer.schedule != "constant":
             changed.append("train.steps (the learning rate's schedule depends on it)")
         if changed:
             raise RunError(
                 f"{path.parent} holds a run with another config; different: {', '.join(changed)}. "
                 "Undo that, remove the folder, or set another name or run_dir"
             )
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(dump(cfg))
-    os.replace(temporary, path)
+    write_atomically(path, dump(cfg))
 
 
 @contextlib.contextmanager
