@@ -20,6 +20,7 @@ EPILOG = """examples:
   sapo-jax train configs/quickstart.yaml objective.name=grpo name=grpo
   sapo-jax eval runs/quickstart evaluate.samples=32
   sapo-jax sample runs/quickstart --prompt "Calculate 3 + 4."
+  sapo-jax export runs/quickstart exported --dtype bfloat16
 """
 
 
@@ -30,9 +31,11 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, summary: str, what: str = "a YAML file") -> argparse.ArgumentParser:
+    def command(name: str, summary: str, what: str = "a YAML file", *further: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=summary, description=summary)
         sub.add_argument("config", metavar="CONFIG", type=Path, help=what)
+        for word in further:
+            sub.add_argument(word, metavar=word.upper(), type=Path)
         sub.add_argument("overrides", metavar="key=value", nargs="*", help="changes to the config, e.g. train.steps=50")
         return sub
 
@@ -50,6 +53,10 @@ def build_parser() -> argparse.ArgumentParser:
             sub.add_argument("--prompt", action="append", help="a question (repeatable; default: held-out problems)")
             sub.add_argument("-n", type=int, default=4, help="completions per prompt, and held-out problems shown (4)")
             sub.add_argument("--greedy", action="store_true", help="the most probable tokens instead of samples")
+    sub = command("export", "write a run's policy as a Hugging Face model directory", run, "directory")
+    sub.add_argument("--step", type=int, help="RL step of the checkpoint (default: the newest)")
+    dtypes = ("float32", "bfloat16", "float16")
+    sub.add_argument("--dtype", choices=dtypes, default="float32", help="of the tensors (float32: nothing is rounded)")
     return parser
 
 
@@ -133,12 +140,19 @@ def sample_command(cfg: Config, args: argparse.Namespace) -> None:
     show_samples(cfg, args.step, args.prompt, args.n, args.greedy)
 
 
+def export_command(cfg: Config, args: argparse.Namespace) -> None:
+    from sapo_jax.export import export_run
+
+    export_run(cfg, args.directory, args.step, args.dtype)
+
+
 COMMANDS = {
     "train": train_command,
     "sft": sft_command,
     "eval": eval_command,
     "sample": sample_command,
     "config": describe_command,
+    "export": export_command,
 }
 
 if __name__ == "__main__":

@@ -25,20 +25,18 @@ def parameter_count(model: Model, vocab_size: int) -> ParameterCount:
     """Exact, from the shapes.
 
     embedding V D (twice if untied); per layer q D H h, k and v D K h each, o H h D, q_norm and k_norm h each with
-    qk_norm, two norms D, and SwiGLU 3 D F or router D E + E experts of 3 D F_moe; a final norm D.
+    qk_norm, H h + 2 K h + D with attention_bias, two norms D, and SwiGLU 3 D F or, in sparse layers, router D E + E
+    experts of 3 D F_moe; a final norm D.
     """
-    D, h = model.hidden_size, model.head_dim
-    attention = 2 * D * h * (model.num_attention_heads + model.num_key_value_heads) + 2 * h * model.qk_norm
-    layer = attention + 2 * D
-    unused = 0
-    if model.num_experts:
-        layer += D * model.num_experts + model.num_experts * _expert(model)
-        unused = (model.num_experts - model.num_experts_per_tok) * _expert(model)
-    else:
-        layer += 3 * D * model.intermediate_size
+    D, h, H, K = model.hidden_size, model.head_dim, model.num_attention_heads, model.num_key_value_heads
+    attention = 2 * D * h * (H + K) + 2 * h * model.qk_norm + (h * (H + 2 * K) + D) * model.attention_bias
+    sparse = sum(model.sparse_layers)
+    dense = model.num_hidden_layers - sparse
+    mlps = dense * 3 * D * model.intermediate_size + sparse * model.num_experts * (D + _expert(model))
     embedding = vocab_size * D * (1 if model.tie_word_embeddings else 2)
-    total = embedding + model.num_hidden_layers * layer + D
-    return ParameterCount(total, total - model.num_hidden_layers * unused, embedding)
+    total = embedding + model.num_hidden_layers * (attention + 2 * D) + mlps + D
+    idle = sparse * (model.num_experts - model.num_experts_per_tok) * _expert(model)
+    return ParameterCount(total, total - idle, embedding)
 
 
 def _expert(model: Model) -> int:
@@ -131,7 +129,7 @@ def memory(cfg: Config, vocab_size: int) -> Memory:
     itemsize = 4 if model.compute_dtype == "float32" else 2
     count = parameter_count(model, vocab_size)
 
-    in_experts = model.num_hidden_layers * model.num_experts * _expert(model)
+    in_experts = sum(model.sparse_layers) * model.num_experts * _expert(model)
     split = mesh.fsdp * mesh.tensor
     parameters = 4 * ((count.total - in_experts) + in_experts / mesh.expert) / split
     layers = parameters - 4 * count.embedding / split
@@ -139,9 +137,10 @@ def memory(cfg: Config, vocab_size: int) -> Memory:
     mini = cfg.rollout.prompts_per_step * cfg.rollout.group_size // cfg.train.mini_batches
     rows = cfg.train.micro_batch or mini
     n = max(rows, cfg.cold_start.batch_size if cfg.cold_start.steps else 0) / shards
-    everything, results, inputs = _layer_bytes(model, n * T, T, itemsize, mesh.tensor)
-    kept = {"none": everything, "dots": results, "full": inputs}[model.remat] * model.num_hidden_layers
-    activations = kept + (0 if model.remat == "none" else everything)
+    layer_bytes = [_layer_bytes(model, sparse, n * T, T, itemsize, mesh.tensor) for sparse in model.sparse_layers]
+    everything, results, inputs = (sum(kinds) for kinds in zip(*layer_bytes, strict=True))
+    activations = {"none": everything, "dots": results, "full": inputs}[model.remat]
+    activations += 0 if model.remat == "none" else max(all_of_it for all_of_it, _, _ in layer_bytes)
 
     evaluated = min(cfg.evaluate.batch_prompts, cfg.data.held_out) * cfg.evaluate.samples
     sampled = max(cfg.rollout.prompts_per_step * cfg.rollout.group_size, evaluated) / shards
@@ -158,7 +157,7 @@ def memory(cfg: Config, vocab_size: int) -> Memory:
     )
 
 
-def _layer_bytes(model: Model, tokens: float, T: int, itemsize: int, tensor: int) -> tuple[float, float, float]:
+def _layer_bytes(model: Model, sparse: bool, tokens: float, T: int, itemsize: int, tensor: int):
     """Bytes of one layer's activations for `tokens` tokens in rows of T: all, matmul results, input.
 
     Per token: residual stream and norms 4 D; q, k, v as projected, then normed and rotated, and attention's output,
@@ -166,8 +165,8 @@ def _layer_bytes(model: Model, tokens: float, T: int, itemsize: int, tensor: int
     whose rows are also copied in and out, 2 k D.
     """
     D, h, H, K = model.hidden_size, model.head_dim, model.num_attention_heads, model.num_key_value_heads
-    k = model.num_experts_per_tok if model.num_experts else 0
-    F = k * model.moe_intermediate_size if model.num_experts else model.intermediate_size
+    k = model.num_experts_per_tok if sparse else 0
+    F = k * model.moe_intermediate_size if sparse else model.intermediate_size
     everything = itemsize * (4 * D + 2 * k * D + (3 * (H + K) * h + 3 * F) / tensor) + (4 + itemsize) * H * T / tensor
     results = itemsize * (3 * D + ((H + 2 * K) * h + 2 * F) / tensor)
     return tokens * everything, tokens * results, tokens * itemsize * D

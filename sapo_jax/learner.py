@@ -25,6 +25,7 @@ from sapo_jax.types import Array, Batch, Params, TrainState
 # (model, micro-batch) -> loss (a sum over its rows), statistics for `diagnostics.reduce`
 LossFn = Callable[[Qwen3, Batch], tuple[Array, Any]]
 
+NO_DECAY = ("scale", "bias")  # names of parameters without weight decay: norms and biases
 NEVER_ACCEPT = 2**31 - 1  # optax.apply_if_finite gives in after so many; the trainer stops long before
 
 
@@ -45,7 +46,7 @@ def make_schedule(cfg: Optimizer, total_steps: int) -> optax.Schedule:
 
 def make_optimizer(cfg: Optimizer, total_steps: int) -> optax.GradientTransformation:
     """AdamW after global-norm clipping; an update that is not finite is skipped and counted (optax.apply_if_finite)."""
-    is_matrix = lambda params: jax.tree.map_with_path(lambda path, _: path[-1].key != "scale", params)
+    is_matrix = lambda params: jax.tree.map_with_path(lambda path, _: not path[-1].key.endswith(NO_DECAY), params)
     adamw = optax.adamw(
         make_schedule(cfg, total_steps), cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay, mask=is_matrix
     )

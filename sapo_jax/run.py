@@ -18,11 +18,12 @@ import jax
 
 from sapo_jax import sharding
 from sapo_jax.checkpoint import Checkpoints
-from sapo_jax.config import Config, diff, dump, load, verify
+from sapo_jax.config import Config, ModelDirError, diff, dump, load, verify
 from sapo_jax.data import Problems, PromptBatches, Tokenizer, load_problems, load_tokenizer
 from sapo_jax.learner import init_state, state_shardings
 from sapo_jax.metrics import write_atomically
 from sapo_jax.models import Policy, make_policy
+from sapo_jax.models.hf import check_weights, load_params
 from sapo_jax.rewards import VerifierPool
 from sapo_jax.rollout import Rule, Sampler
 from sapo_jax.types import Params, TrainState
@@ -87,6 +88,12 @@ class Run:
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self.policy.shapes, placed)
 
     def fresh_params(self) -> Params:
+        """What training starts from: the weights in model.path, or random ones."""
+        if self.cfg.model.path is not None:
+            try:
+                return load_params(self.cfg.model.path, self.policy, self.mesh)
+            except ModelDirError as error:
+                raise RunError(f"model.path: {error}") from error
         placed = sharding.shardings(self.mesh, self.policy.dims)
         return jax.jit(self.policy.init, out_shardings=placed)(self.key(INIT))
 
@@ -101,11 +108,16 @@ class Run:
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
 
     def trained_params(self, step: int | None = None) -> tuple[str, int, Params]:
-        """(stage, step, parameters) of the newest checkpoint, RL before cold start; of RL step `step` if given."""
+        """(stage, step, parameters) of the newest checkpoint, RL before cold start; of RL step `step` if given.
+
+        Where there is none yet, the pretrained weights of model.path.
+        """
         for stage in ("rl", "cold_start") if step is None else ("rl",):
             with self.checkpoints(stage, read_only=True) as checkpoints:
                 if (found := checkpoints.restore_params(self.abstract_params, step)) is not None:
                     return stage, found[0], found[1]
+        if step is None and self.cfg.model.path is not None:
+            return "pretrained", 0, self.fresh_params()
         raise RunError(f"{self.dir} has no checkpoint yet: train it first")
 
 
@@ -127,6 +139,8 @@ def open_run(cfg: Config, *, write: bool = True) -> Iterator[Run]:
             mesh = sharding.make_mesh(cfg.mesh)
             pool = stack.enter_context(VerifierPool(cfg.rewards))  # first: its plug-ins register verifiers
             problems = load_problems(cfg.data, tokenizer)
+            if cfg.model.path is not None:
+                check_weights(cfg.model.path, cfg.model)
         except ValueError as error:  # of the tokenizer, the mesh, the plug-ins, the data: all written for people
             raise RunError(str(error)) from error
         if write:

@@ -123,7 +123,7 @@ def update_metrics(auxes: list[dict], cfg: Config) -> dict[str, Any]:
         "nonfinite/total": auxes[-1]["nonfinite_total"],
         **diagnostics.finalize(diagnostics.reduce(stats)),
     }
-    if cfg.model.num_experts:
+    if any(cfg.model.sparse_layers):
         load_E, aux_loss = (
             np.concatenate(x).mean(axis=0) for x in zip(*(aux["routing"] for aux in auxes), strict=True)
         )

@@ -6,7 +6,8 @@ Shape legend (a suffix on a name is its shape, e.g. `logp_BT`, `reward_PG`, `exp
     B  sequences; P * G in a rollout, in group order: sequence b belongs to prompt b // G
     S  prompt tokens (padded)             C  completion tokens (padded)
     T  tokens of a row (prompt + completion, padded; several sequences when packed)
-    L  layers      D  model width    F  MLP width     V  vocabulary
+    L  layers (those with experts, where experts are meant)
+    D  model width    F  MLP width     V  vocabulary
     H  query heads K  key/value heads   h  head width
     E  experts     k  experts per token
     N  rows of any flattened batch

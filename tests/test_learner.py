@@ -266,7 +266,7 @@ def test_golden_step():
     tx, update = adam_update()
     state, aux = update(fresh_state(tx), drifted_batch())
     stats = diagnostics.finalize(diagnostics.reduce(aux["stats"]))
-    layers = state.params["layers"]
+    layers = state.params["layers"][0]
     found = {
         "loss": aux["loss"],
         "grad_norm": aux["grad_norm"],
@@ -373,7 +373,7 @@ def test_aux_loss_is_added_as_the_mean_of_the_micro_batches():
     np.testing.assert_allclose(load_nLE.sum(axis=-1), 1, rtol=1e-5)
     assert np.all(aux_nL > 0.9) and aux["loss"] == pytest.approx(0.25 * float(aux_nL.mean()), rel=1e-6)
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.params, tiny.params(model))
-    assert moved["layers"]["mlp"]["router"] > 1e-3 and moved["norm"]["scale"] == 0
+    assert moved["layers"][0]["mlp"]["router"] > 1e-3 and moved["norm"]["scale"] == 0
 
 
 # ---------------------------------------------------------------- supervised fine-tuning

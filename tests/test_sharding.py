@@ -73,17 +73,18 @@ def test_parameters_are_split_as_the_rules_say():
     mesh = sharding.make_mesh(Mesh(), jax.devices()[:1])
     dims = tiny.policy(MOE).dims
     specs = jax.tree.map(lambda s: s.spec, sharding.shardings(mesh, dims))
-    attention, mlp = specs["layers"]["attention"], specs["layers"]["mlp"]
+    block = specs["layers"][0]
+    attention, mlp = block["attention"], block["mlp"]
     assert specs["embed"] == specs["head"] == P("tensor", "fsdp")
     assert specs["norm"]["scale"] == P("fsdp")
-    assert specs["layers"]["mlp_norm"]["scale"] == P(None, "fsdp")
+    assert block["mlp_norm"]["scale"] == P(None, "fsdp")
     assert attention["q"] == attention["k"] == attention["v"] == P(None, "fsdp", "tensor", None)
     assert attention["o"] == P(None, "tensor", None, "fsdp")
     assert attention["q_norm"]["scale"] == P(None, None)
     assert mlp["router"] == P(None, "fsdp", None)
     assert mlp["gate"] == mlp["up"] == P(None, "expert", "fsdp", "tensor")
     assert mlp["down"] == P(None, "expert", "tensor", "fsdp")
-    dense = jax.tree.map(lambda s: s.spec, sharding.shardings(mesh, tiny.policy(DENSE).dims))["layers"]["mlp"]
+    dense = jax.tree.map(lambda s: s.spec, sharding.shardings(mesh, tiny.policy(DENSE).dims))["layers"][0]["mlp"]
     assert dense["gate"] == dense["up"] == P(None, "fsdp", "tensor") and dense["down"] == P(None, "tensor", "fsdp")
 
 

@@ -8,6 +8,7 @@ from sapo_jax.config.checks import check, verify
 from sapo_jax.config.errors import ConfigError, Problem
 from sapo_jax.config.load import diff, dump, load
 from sapo_jax.config.presets import PRESETS
+from sapo_jax.config.pretrained import ModelDirError, read_json_object, read_model_keys, to_hugging_face
 from sapo_jax.config.schema import (
     CISPO,
     GRPO,
@@ -35,6 +36,7 @@ from sapo_jax.config.schema import (
 
 __all__ = [
     "CISPO", "GRPO", "GSPO", "PRESETS", "SAPO", "Advantage", "Checkpoint", "ColdStart", "Config", "ConfigError",
-    "Data", "Evaluate", "FileTask", "Loss", "Mesh", "Model", "Objective", "Optimizer", "Problem", "ReasoningGymTask",
-    "Rewards", "Rollout", "Task", "Train", "Yarn", "check", "diff", "dump", "load", "verify", "warnings",
+    "Data", "Evaluate", "FileTask", "Loss", "Mesh", "Model", "ModelDirError", "Objective", "Optimizer", "Problem",
+    "ReasoningGymTask", "Rewards", "Rollout", "Task", "Train", "Yarn", "check", "diff", "dump", "load",
+    "read_json_object", "read_model_keys", "to_hugging_face", "verify", "warnings",
 ]  # fmt: skip

@@ -272,13 +272,17 @@ def experts(cfg: Config) -> Breaches:
         yield ("model.num_experts_per_tok", "model.num_experts"), f"a token cannot go to {k} of {E} experts"
     if E == 0 and cfg.mesh.expert > 1:
         yield ("mesh.expert", "model.num_experts"), "the model is dense: there are no experts to spread; set it to 1"
+    if E and not any(cfg.model.sparse_layers):
+        keys = "model.num_experts", "model.decoder_sparse_step", "model.mlp_only_layers"
+        yield keys, f"there are {E} experts, but no layer that has them; set num_experts: 0"
 
 
 def model_axes(cfg: Config) -> Breaches:
     """Dims that the sharding table splits (`sharding.RULES`)."""
-    mlp = "moe_intermediate_size" if cfg.model.num_experts else "intermediate_size"
+    sparse = cfg.model.sparse_layers
+    mlp = ("moe_intermediate_size",) * any(sparse) + ("intermediate_size",) * (not all(sparse))
     split = {
-        "tensor": ("num_attention_heads", "num_key_value_heads", mlp, "vocab_size"),
+        "tensor": ("num_attention_heads", "num_key_value_heads", *mlp, "vocab_size"),
         "fsdp": ("hidden_size",),
         "expert": ("num_experts",),
     }

@@ -8,6 +8,7 @@ from typing import Any
 from sapo_jax.config import outline
 from sapo_jax.config.errors import ConfigError, Problem
 from sapo_jax.config.presets import expand
+from sapo_jax.config.pretrained import ModelDirError
 from sapo_jax.config.schema import Config
 from sapo_jax.config.source import parse_override
 
@@ -23,12 +24,13 @@ def compose(layers: Iterable[dict[str, Any]], overrides: Sequence[str]) -> tuple
     """The layers, lowest first, then the overrides, left to right; and the overrides that could not be applied.
 
     Mappings merge key by key, all else is replaced. A union section whose tag changes (`objective.name`,
-    `data.tasks.N.kind`) starts afresh. A preset counts as its published values, at the layer that names it.
-    Overrides of tags and of the preset come before the others, so that their order on a command line means nothing.
+    `data.tasks.N.kind`) starts afresh. A preset counts as its published values, at the layer that names it; likewise a
+    model directory, as what its config.json says. Overrides of tags, of the preset and of the model directory come
+    before the others, so that their order on a command line means nothing.
     """
     raw, problems = BOTTOM, []
     for layer in layers:
-        raw = merge(raw, expand(layer))
+        raw = merge(raw, _expanded(layer, problems))
     parsed = []
     for override in overrides:
         try:
@@ -40,10 +42,18 @@ def compose(layers: Iterable[dict[str, Any]], overrides: Sequence[str]) -> tuple
         for key in reversed(keys):
             layer = {key: layer}
         try:
-            raw = merge(raw, expand(layer))
+            raw = merge(raw, _expanded(layer, problems))
         except NoSuchItem as error:
             problems.append(Problem((".".join(map(str, keys)),), error.args[0]))
     return raw, problems
+
+
+def _expanded(layer: dict[str, Any], problems: list[Problem]) -> dict[str, Any]:
+    try:
+        return expand(layer)
+    except ModelDirError as error:  # nothing can be said of the shape, nor of the tokenizer
+        problems.append(Problem(("model.path",), str(error), meant=("model", "data.tokenizer", "data.chat_template")))
+        return layer
 
 
 def merge(under: Any, over: Any, node: outline.Node | None = outline.ROOT) -> Any:
@@ -80,4 +90,4 @@ def _is_tag(keys: tuple[str | int, ...]) -> bool:
     node: outline.Node | None = outline.ROOT
     for key in keys[:-1]:
         node = outline.child(node, key)
-    return keys == ("model", "preset") or (node is not None and outline.tag_of(node) == keys[-1])
+    return keys in (("model", "preset"), ("model", "path")) or (node is not None and outline.tag_of(node) == keys[-1])

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from sapo_jax.config.pretrained import read_model_keys
+
 _COMMON: dict[str, Any] = {
     "vocab_size": 151936,
     "head_dim": 128,
@@ -57,9 +59,19 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def expand(layer: dict[str, Any]) -> dict[str, Any]:
-    """The layer with its preset, if it names a known one, written out under the keys that stand beside it."""
+    """The layer with its preset or model directory, if it names one, written out under the keys that stand beside it.
+
+    A model directory also brings its tokenizer and chat template. Raises ModelDirError where it cannot be used.
+    """
     model = layer.get("model")
-    name = model.get("preset") if isinstance(model, dict) else None
-    if not isinstance(name, str) or name not in PRESETS:
+    if not isinstance(model, dict):
         return layer
-    return layer | {"model": PRESETS[name] | model}
+    name, path = model.get("preset"), model.get("path")
+    if isinstance(name, str) and name in PRESETS:
+        layer = layer | {"model": PRESETS[name] | model}
+    if isinstance(path, str):
+        text = {"tokenizer": path, "chat_template": "auto"}
+        data = layer.get("data", {})
+        layer = layer | {"model": read_model_keys(path) | layer["model"]}
+        layer |= {"data": text | data if isinstance(data, dict) else data}
+    return layer

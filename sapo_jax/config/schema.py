@@ -41,10 +41,13 @@ class Yarn:
 class Model:
     """A Qwen3 decoder; the keys are those of the Hugging Face config.
 
-    `preset` names a published shape (`presets.PRESETS`), which `load` writes out under the keys given beside it.
+    `preset` names a published shape (`presets.PRESETS`), `path` a Hugging Face model directory whose weights RL starts
+    from; `load` writes either's shape out under the keys given beside it. `path` also sets data.tokenizer and
+    data.chat_template to the model's own.
     """
 
     preset: str | None = None
+    path: str | None = None  # a directory with config.json, safetensors, tokenizer.json; None: random weights
     vocab_size: CountOrZero = 0  # 0: the tokenizer's size
     hidden_size: Count = 128  # D
     num_hidden_layers: Count = 4  # L
@@ -53,6 +56,7 @@ class Model:
     head_dim: Count = 32  # h
     intermediate_size: Count = 384  # F of a dense MLP
     qk_norm: bool = True  # False for Llama-shaped models
+    attention_bias: bool = False  # biases of the projections q, k, v and o
     rms_norm_eps: Positive = 1e-6
     rope_theta: Positive = 1e6
     rope_scaling: Yarn | None = None
@@ -61,12 +65,22 @@ class Model:
     initializer_range: Positive = 0.02
     num_experts: CountOrZero = 0  # E; 0: every MLP is dense
     num_experts_per_tok: Count = 2  # k
+    decoder_sparse_step: Count = 1  # with experts, every so many-th layer has them, the others a dense MLP
+    mlp_only_layers: tuple[CountOrZero, ...] = ()  # layers (from 0) that have a dense MLP all the same
     moe_intermediate_size: Count = 96  # F of one expert
     norm_topk_prob: bool = True  # gate weights of the k chosen experts sum to 1
     router_aux_loss_coef: NonNegative = 0.0  # load-balancing loss (Switch, arXiv 2101.03961 Eq. 4)
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # parameters are always float32
     remat: Literal["none", "dots", "full"] = "none"  # what backward recomputes: nothing / all but matmuls / all
     vocab_chunk: Count = 16384  # largest slice of the vocabulary whose logits the scorer holds at once
+
+    @property
+    def sparse_layers(self) -> tuple[bool, ...]:
+        """For each layer, whether it has experts."""
+        step, dense = self.decoder_sparse_step, self.mlp_only_layers
+        return tuple(
+            self.num_experts > 0 and i not in dense and (i + 1) % step == 0 for i in range(self.num_hidden_layers)
+        )
 
 
 # ---------------------------------------------------------------- data, rewards

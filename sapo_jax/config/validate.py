@@ -85,7 +85,8 @@ def _unknown_key(keys: Keys, node: outline.Node, section: dict[str, Any]) -> Pro
         return Problem((dotted(keys),), f"unknown key; did you mean {near!r}?", meant=(dotted((*keys[:-1], near)),))
     everywhere = list(outline.walk())
     if far := nearest(key, [name for name, _ in everywhere], cutoff=0.75):
-        places = [path for name, path in everywhere if name == far][:3]
+        places = [path for name, path in everywhere if name == far]
+        places = ([path for path in places if path.split(".")[0] == str(keys[0])] or places)[:3]  # this section first
         return Problem((dotted(keys),), f"unknown key here; did you mean {' or '.join(map(repr, places))}?")
     return Problem((dotted(keys),), f"unknown key; the keys here are {', '.join(node['properties'])}")
 

@@ -6,11 +6,13 @@ from sapo_jax.data.problems import Problems, PromptMaker, TaskReport, load_demon
 from sapo_jax.data.sft import check_response_template, sft_example
 from sapo_jax.data.sources import Problem, generate_reasoning_gym, read_problems
 from sapo_jax.data.template import ChatTemplate, load_template
-from sapo_jax.data.tokenizer import Tokenizer, load_tokenizer
+from sapo_jax.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer, load_tokenizer
 
 __all__ = [
+    "ByteTokenizer",
     "ChatTemplate",
     "DataError",
+    "FileTokenizer",
     "Problem",
     "Problems",
     "PromptBatches",

@@ -40,7 +40,7 @@ class ChatTemplate:
     """A compiled template. `name` is for errors; `required_specials` must be special tokens of the tokenizer."""
 
     def __init__(self, source: str, name: str, required_specials: Sequence[str] = ()):
-        self.name = name
+        self.name, self.source = name, source
         self.required_specials = tuple(required_specials)
         if _PLACEHOLDER.search(source):
             raise ValueError(f"chat template {name}: the characters U+F0000 to U+F0FFF are reserved for the contents")

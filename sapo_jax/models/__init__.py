@@ -47,7 +47,7 @@ def make_policy(cfg: Model) -> Policy:
     shapes = nnx.to_pure_dict(state)
 
     def dims_of(path: tuple, variable: nnx.Param) -> tuple[str | None, ...]:
-        return ("layers",) * (path[0] == "layers") + variable.get_metadata()["dims"]
+        return ("layers",) * (path[0] == "layers") + variable.get_metadata()["dims"]  # stacked: see qwen3
 
     flat = {path: dims_of(path, variable) for path, variable in nnx.to_flat_state(state)}
     return Policy(cfg, graphdef, state, shapes, _nest(flat))

@@ -10,7 +10,7 @@ from flax import nnx
 
 from sapo_jax import kernels
 from sapo_jax.config.schema import Model
-from sapo_jax.models.layers import RMSNorm, parameter
+from sapo_jax.models.layers import RMSNorm, parameter, zeros
 from sapo_jax.models.rope import rotate
 from sapo_jax.types import Array
 
@@ -39,12 +39,21 @@ class Attention(nnx.Module):
         self.k = parameter(rngs, (D, K, h), ("embed", "kv_heads", None), std)
         self.v = parameter(rngs, (D, K, h), ("embed", "kv_heads", None), std)
         self.o = parameter(rngs, (H, h, D), ("heads", None, "embed"), std)
+        self.biased = cfg.attention_bias
+        if self.biased:
+            self.q_bias = zeros((H, h), ("heads", None))
+            self.k_bias = zeros((K, h), ("kv_heads", None))
+            self.v_bias = zeros((K, h), ("kv_heads", None))
+            self.o_bias = zeros((D,), ("embed",))
         self.q_norm = RMSNorm(h, cfg.rms_norm_eps, None) if cfg.qk_norm else None
         self.k_norm = RMSNorm(h, cfg.rms_norm_eps, None) if cfg.qk_norm else None
 
     def project(self, x_BTD: Array, rotations: tuple[Array, Array]) -> tuple[Array, Array, Array]:
         """q BTHh, k and v BTKh of the tokens: projected, normed per head, rotated."""
         q, k, v = (jnp.einsum("btd,dnh->btnh", x_BTD, p[...].astype(x_BTD.dtype)) for p in (self.q, self.k, self.v))
+        if self.biased:
+            biases = (self.q_bias, self.k_bias, self.v_bias)
+            q, k, v = (x + b[...].astype(x.dtype) for x, b in zip((q, k, v), biases, strict=True))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, *rotations), rotate(k, *rotations), v
@@ -62,4 +71,5 @@ class Attention(nnx.Module):
             q_positions_BT=positions_BT, k_positions_BS=key_positions,
             q_segments_BT=segment_ids_BT, k_segments_BS=key_segments,
         )  # fmt: skip
-        return jnp.einsum("bthk,hkd->btd", out_BTHh, self.o[...].astype(x_BTD.dtype)), (k, v)
+        out_BTD = jnp.einsum("bthk,hkd->btd", out_BTHh, self.o[...].astype(x_BTD.dtype))
+        return out_BTD + self.o_bias[...].astype(x_BTD.dtype) if self.biased else out_BTD, (k, v)

@@ -14,6 +14,11 @@ def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], dims: tuple[str | None, ..
     return nnx.Param(stddev * jax.random.normal(rngs.params(), shape, jnp.float32), dims=dims)
 
 
+def zeros(shape: tuple[int, ...], dims: tuple[str | None, ...]) -> nnx.Param:
+    """A float32 parameter that starts at 0: a bias."""
+    return nnx.Param(jnp.zeros(shape, jnp.float32), dims=dims)
+
+
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps) * scale over the last dim, in float32 (Zhang & Sennrich, arXiv 1910.07467)."""
 

@@ -1,11 +1,13 @@
 """Qwen3, dense and MoE (arXiv 2505.09388): one block, attention + (MLP or MoE), pre-norm, stacked over layers.
 
-One definition serves the sampler (prefill, decode) and the scorer, so that their log-probabilities agree.
+One definition serves the sampler (prefill, decode) and the scorer, so that their log-probabilities agree. `layers` is a
+list of stacks, one per run of consecutive layers of the same kind: a single one, unless dense and sparse layers mix.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -25,17 +27,22 @@ REMAT = {
 }
 
 
-class Block(nnx.Module):
-    """x + Attention(norm(x)), then x + MLP(norm(x)) or x + MoE(norm(x))."""
+def layer_runs(cfg: Model) -> list[tuple[bool, int]]:
+    """(sparse, number of layers) of each run of consecutive layers of the same kind."""
+    return [(sparse, len(list(group))) for sparse, group in itertools.groupby(cfg.sparse_layers)]
 
-    def __init__(self, cfg: Model, *, rngs: nnx.Rngs):
+
+class Block(nnx.Module):
+    """x + Attention(norm(x)), then x + MLP(norm(x)) or, if sparse, x + MoE(norm(x))."""
+
+    def __init__(self, cfg: Model, sparse: bool, *, rngs: nnx.Rngs):
         D = cfg.hidden_size
         self.attention_norm = RMSNorm(D, cfg.rms_norm_eps)
         self.attention = Attention(cfg, rngs=rngs)
         self.mlp_norm = RMSNorm(D, cfg.rms_norm_eps)
-        self.sparse = cfg.num_experts > 0
+        self.sparse = sparse
         self.mlp = (
-            MoE(cfg, rngs=rngs) if self.sparse else MLP(D, cfg.intermediate_size, cfg.initializer_range, rngs=rngs)
+            MoE(cfg, rngs=rngs) if sparse else MLP(D, cfg.intermediate_size, cfg.initializer_range, rngs=rngs)
         )
 
     def __call__(self, x_BTD, rotations, positions_BT, segment_ids_BT, cache=None, layer=0):
@@ -51,11 +58,11 @@ class Block(nnx.Module):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Forward:
-    """Result of a pass over token rows. Arrays of `kv` and `routing` have a leading L dim."""
+    """Result of a pass over token rows. Arrays of `kv` have a leading dim L, those of `routing` the sparse layers."""
 
     hidden_BTD: Array  # after the final norm; `logits` of it predict the NEXT token
     kv: tuple[Array, Array] | None  # LBTKh each
-    routing: Routing | None
+    routing: Routing | None  # None without a sparse layer
 
 
 class Qwen3(nnx.Module):
@@ -64,12 +71,12 @@ class Qwen3(nnx.Module):
         self.cfg = cfg
         self.embed = parameter(rngs, (V, D), ("vocab", "embed"), std)
 
-        @nnx.split_rngs(splits=cfg.num_hidden_layers)
-        @nnx.vmap(in_axes=0, out_axes=0)
-        def stacked(layer_rngs: nnx.Rngs) -> Block:
-            return Block(cfg, rngs=layer_rngs)
+        def stack(sparse: bool, length: int) -> Block:
+            """A block whose every parameter has a leading dim of `length` layers."""
+            make = nnx.vmap(lambda layer_rngs: Block(cfg, sparse, rngs=layer_rngs), in_axes=0, out_axes=0)
+            return nnx.split_rngs(splits=length)(make)(rngs)
 
-        self.layers = stacked(rngs)  # every parameter has a leading L dim
+        self.layers = nnx.List([stack(sparse, length) for sparse, length in layer_runs(cfg)])
         self.norm = RMSNorm(D, cfg.rms_norm_eps)
         self.head = None if cfg.tie_word_embeddings else parameter(rngs, (V, D), ("vocab", "embed"), std)
 
@@ -95,23 +102,28 @@ class Qwen3(nnx.Module):
         Layers are scanned: compile time does not grow with depth. `remat` of the config decides what backward redoes.
         """
         x_BTD, rotation = self._start(tokens_BT, positions_BT)
-        graphdef, stacked = nnx.split(self.layers)
+        kvs, routings = [], []
+        for run in self.layers:
+            graphdef, stacked = nnx.split(run)
 
-        def one_layer(x, layer_state):
-            x, kv, routing = nnx.merge(graphdef, layer_state)(x, rotation, positions_BT, segment_ids_BT)
-            return x, (kv if want_kv else None, routing)
+            def one_layer(x, layer_state, graphdef=graphdef):
+                x, kv, routing = nnx.merge(graphdef, layer_state)(x, rotation, positions_BT, segment_ids_BT)
+                return x, (kv if want_kv else None, routing)
 
-        if self.cfg.remat != "none":
-            one_layer = jax.checkpoint(one_layer, policy=REMAT[self.cfg.remat], prevent_cse=False)
-        x_BTD, (kv, routing) = jax.lax.scan(one_layer, x_BTD, stacked)
-        return Forward(self.norm(x_BTD), kv, routing)
+            if self.cfg.remat != "none":
+                one_layer = jax.checkpoint(one_layer, policy=REMAT[self.cfg.remat], prevent_cse=False)
+            x_BTD, (kv, routing) = jax.lax.scan(one_layer, x_BTD, stacked)
+            kvs.append(kv)
+            routings += [] if routing is None else [routing]
+        return Forward(self.norm(x_BTD), _joined(kvs) if want_kv else None, _joined(routings) if routings else None)
 
     def decoder(self) -> list[Block]:
         """The layers one by one. Made once before a decode loop, which then holds no slice of a stacked array."""
-        graphdef, stacked = nnx.split(self.layers)
-        return [
-            nnx.merge(graphdef, jax.tree.map(lambda a, i=i: a[i], stacked)) for i in range(self.cfg.num_hidden_layers)
-        ]
+        blocks = []
+        for run, (_, length) in zip(self.layers, layer_runs(self.cfg), strict=True):
+            graphdef, stacked = nnx.split(run)
+            blocks += [nnx.merge(graphdef, jax.tree.map(lambda a, i=i: a[i], stacked)) for i in range(length)]
+        return blocks
 
     def decode(self, blocks: list[Block], tokens_B: Array, positions_B: Array, cache: KVCache):
         """Pass one token per row, writing its keys and values to slot `cache.used`.
@@ -136,3 +148,8 @@ class Qwen3(nnx.Module):
         k, v = (tuple(x) for x in zip(*kvs, strict=True))
         cache = dataclasses.replace(cache, k=k, v=v, used=cache.used + 1)
         return self.norm(x_B1D)[:, 0], cache, jnp.stack(ids, axis=1) if ids else None
+
+
+def _joined(stacks: list):
+    """The results of the runs of layers, put together along their leading dim."""
+    return stacks[0] if len(stacks) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *stacks)

@@ -50,8 +50,8 @@ class Sampler:
     record_routing: bool = False
 
     def __post_init__(self):
-        if self.record_routing and self.policy.cfg.num_experts == 0:
-            raise ValueError("record_routing: the model is dense (model.num_experts = 0), it has no routing to record")
+        if self.record_routing and not any(self.policy.cfg.sparse_layers):
+            raise ValueError("record_routing: the model is dense, no layer has experts: there is no routing to record")
 
     def __call__(self, params: Params, prompts: Sequence[Prompt], key: Array, batch_prompts: int = 0) -> Rollout:
         """G completions per prompt, as host arrays (see types.Rollout).
@@ -110,7 +110,7 @@ def _prefill(sampler: Sampler, model: Qwen3, tokens_PS: Array, length_P: Array):
 
 
 def _first_token(sampler: Sampler, model: Qwen3, hidden_BD, cache: KVCache, key_B, done_B) -> DecodeState:
-    B, C, L = len(hidden_BD), sampler.max_new_tokens, sampler.policy.cfg.num_hidden_layers
+    B, C, L = len(hidden_BD), sampler.max_new_tokens, sum(sampler.policy.cfg.sparse_layers)
     routing = None
     if sampler.record_routing:
         dtype = jnp.uint8 if sampler.policy.cfg.num_experts <= 256 else jnp.uint16

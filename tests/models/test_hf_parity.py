@@ -39,6 +39,10 @@ CASES = {
         BASE, qk_norm=False, num_key_value_heads=1, head_dim=10, tie_word_embeddings=False
     ),
     "moe": dataclasses.replace(MOE, tie_word_embeddings=False),
+    "qwen3-bias": dataclasses.replace(BASE, attention_bias=True),
+    "llama-bias-wide-heads": dataclasses.replace(BASE, qk_norm=False, attention_bias=True, head_dim=14),
+    "moe-sparse-step": dataclasses.replace(MOE, decoder_sparse_step=2, num_hidden_layers=4, attention_bias=True),
+    "moe-mlp-only": dataclasses.replace(MOE, mlp_only_layers=(1,), tie_word_embeddings=False),
     "moe-unnormalised-yarn": dataclasses.replace(MOE, norm_topk_prob=False, rope_scaling=YARN, num_experts_per_tok=2),
 }
 STAGES = ("embed", "attention_norm", "q", "k", "v", "attention", "mlp_norm", "mlp", "block", "stack", "logits")
@@ -104,11 +108,16 @@ def stages(name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {stage: (np.asarray(ours[stage])[real_BT], theirs[stage][real_BT]) for stage in theirs}
 
 
+def studied(cfg: Model) -> int:
+    """The layer whose parts are compared: the first with experts, if there is one."""
+    return cfg.sparse_layers.index(True) if any(cfg.sparse_layers) else 0
+
+
 def our_stages(policy, params, x_BTD, normed_BTD, mlp_input_BTD) -> dict[str, jax.Array]:
     tokens, positions, segments = (rows()[name] for name in ("tokens_BT", "positions_BT", "segment_ids_BT"))
     model = policy.bind(params)
     embed_BTD, rotation = model._start(tokens, positions)
-    block = model.decoder()[0]
+    block = model.decoder()[studied(policy.cfg)]
     q, k, v = block.attention.project(normed_BTD, rotation)
     forward = model.forward(tokens, positions, segments)
     found = {
@@ -133,7 +142,7 @@ def our_stages(policy, params, x_BTD, normed_BTD, mlp_input_BTD) -> dict[str, ja
 def their_stages(name: str) -> dict[str, np.ndarray]:
     model, cfg = hugging_face(name), CASES[name]
     tokens, positions, segments = (torch.tensor(rows()[n]) for n in ("tokens_BT", "positions_BT", "segment_ids_BT"))
-    layer = model.model.layers[0]
+    layer = model.model.layers[studied(cfg)]
     B, T = tokens.shape
     x = model.model.embed_tokens(tokens)
     cos, sin = model.model.rotary_emb(x, positions)

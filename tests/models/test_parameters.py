@@ -22,6 +22,7 @@ VARIANTS = {
     "no-qk-norm": dict(qk_norm=False, num_key_value_heads=1),
     "wide-heads": dict(head_dim=12, num_key_value_heads=4),
     "one-layer": dict(num_hidden_layers=1),
+    "mixed": dict(num_hidden_layers=5, mlp_only_layers=(3,), decoder_sparse_step=2, attention_bias=True),
 }
 MODELS = {
     f"{kind}-{name}": dataclasses.replace(cfg, **changes)
@@ -42,7 +43,8 @@ def test_parameter_count_is_the_real_number(name):
     assert count.total == total(shapes)
     assert count.embedding == total([shapes["embed"], shapes.get("head", ())])
     idle_share = 1 - cfg.num_experts_per_tok / cfg.num_experts if cfg.num_experts else 0
-    experts = {key: x for key, x in shapes["layers"]["mlp"].items() if key != "router"}
+    sparse = [run["mlp"] for run in shapes["layers"].values() if "router" in run["mlp"]]
+    experts = [x for mlp in sparse for key, x in mlp.items() if key != "router"]
     assert count.active == total(shapes) - round(idle_share * total(experts))
 
 
@@ -65,7 +67,10 @@ def test_every_dim_of_every_parameter_has_a_name(name):
 
 def test_initial_values():
     """float32; N(0, initializer_range^2), other numbers in every layer; norms are 1; the key decides."""
-    cfg = dataclasses.replace(MODELS["moe-untied"], hidden_size=64, initializer_range=0.05)
+    cfg = dataclasses.replace(
+        MODELS["moe-untied"], hidden_size=64, initializer_range=0.05, num_hidden_layers=4, mlp_only_layers=(0,),
+        attention_bias=True,
+    )  # fmt: skip
     policy = make_policy(cfg)
     init = tiny.quick_jit(policy.init)
     params = init(jax.random.key(3))
@@ -73,13 +78,16 @@ def test_initial_values():
     for path, x in jax.tree.leaves_with_path(params):
         key = jax.tree_util.keystr(path)
         assert x.dtype == jnp.float32
+        if "bias" in key:
+            np.testing.assert_array_equal(x, 0)
+            continue
         if "scale" in key:
             np.testing.assert_array_equal(x, 1)
             continue
         assert abs(float(x.std()) / 0.05 - 1) < 5 / np.sqrt(2 * x.size), key
         assert abs(float(x.mean())) < 5 * 0.05 / np.sqrt(x.size), key
         if "layers" in key:
-            assert not np.any(x[0] == x[1]), key
+            assert len(x) == 1 or not np.any(x[0] == x[1]), key
     chex.assert_trees_all_equal(params, init(jax.random.key(3)))
     assert not np.any(params["embed"] == init(jax.random.key(4))["embed"])
     assert not np.any(params["embed"] == params["head"])
@@ -91,7 +99,7 @@ def test_bind_gives_the_arrays_back_and_leaves_the_template_alone(name):
     params = jax.tree.map(lambda x: np.random.default_rng(x.size).standard_normal(x.shape, np.float32), policy.shapes)
     other = jax.tree.map(lambda x: x + 1, params)
     model, second = policy.bind(params), policy.bind(other)
-    np.testing.assert_array_equal(model.layers.attention.q[...], params["layers"]["attention"]["q"])
+    np.testing.assert_array_equal(model.layers[0].attention.q[...], params["layers"][0]["attention"]["q"])
     np.testing.assert_array_equal(second.embed[...], other["embed"])
     np.testing.assert_array_equal(model.embed[...], params["embed"])
     assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(policy.state))

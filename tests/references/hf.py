@@ -1,11 +1,12 @@
 """Random Hugging Face models of a `Model` config, and their tensors in sapo_jax's layout. For tests only.
 
 Hugging Face keeps a linear map as [out, in] and one tensor per layer; ours are [in, out], with heads as a dim of their
-own and all layers stacked. transformers 5 fuses the experts' gate and up projections: gate_up_proj [E, 2 F, D].
+own and the layers of one kind stacked. transformers 5 fuses the experts' gate and up projections: gate_up_proj [E, 2 F, D].
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import numpy as np
@@ -36,15 +37,17 @@ def config(cfg: Model) -> Qwen3Config | Qwen3MoeConfig | LlamaConfig:
     """Qwen3, Qwen3-MoE, or (without qk-norm) Llama. Eager attention and a plain loop over the experts."""
     names = (
         "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-        "intermediate_size", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings",
+        "intermediate_size", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings", "attention_bias",
     )  # fmt: skip
-    moe_names = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
+    moe_names = (
+        "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step",
+    )  # fmt: skip
     keys = {name: getattr(cfg, name) for name in names}
     keys |= dict(rope_parameters=rope_parameters(cfg.rope_theta, cfg.rope_scaling), attn_implementation="eager")
     if cfg.num_experts:
         assert cfg.qk_norm, "Hugging Face has no Qwen3-MoE without qk-norm"
         moe = {name: getattr(cfg, name) for name in moe_names}
-        return Qwen3MoeConfig(**keys, **moe, experts_implementation="eager")
+        return Qwen3MoeConfig(**keys, **moe, mlp_only_layers=list(cfg.mlp_only_layers), experts_implementation="eager")
     return (Qwen3Config if cfg.qk_norm else LlamaConfig)(**keys)
 
 
@@ -57,7 +60,8 @@ def model(cfg: Model, seed: int = 0) -> PreTrainedModel:
     with torch.no_grad():
         for tensor in made.parameters():
             noise = torch.randn(tensor.shape, generator=generator)
-            tensor.copy_(1 + 0.3 * noise if tensor.ndim == 1 else noise / tensor.shape[-1] ** 0.5)
+            is_norm = tensor.ndim == 1 and tensor.mean() == 1  # biases start at 0
+            tensor.copy_(1 + 0.3 * noise if is_norm else noise / (tensor.shape[-1] if tensor.ndim > 1 else 25) ** 0.5)
     return made
 
 
@@ -76,9 +80,13 @@ def params(tensors: Mapping[str, torch.Tensor], cfg: Model) -> Params:
         scale = lambda name: {"scale": take(f"{at}{name}.weight")}
         attention = {"q": heads("q", H), "k": heads("k", K), "v": heads("v", K)}
         attention["o"] = linear("self_attn.o_proj").reshape(H, h, D)
+        if cfg.attention_bias:
+            bias = lambda name: take(f"{at}self_attn.{name}_proj.bias")
+            attention |= {"q_bias": bias("q").reshape(H, h), "o_bias": bias("o")}
+            attention |= {f"{name}_bias": bias(name).reshape(K, h) for name in "kv"}
         if cfg.qk_norm:
             attention |= {"q_norm": scale("self_attn.q_norm"), "k_norm": scale("self_attn.k_norm")}
-        if cfg.num_experts:
+        if cfg.sparse_layers[i]:
             gate_EFD, up_EFD = np.split(take(f"{at}mlp.experts.gate_up_proj"), 2, axis=1)
             down_EDF = take(f"{at}mlp.experts.down_proj")
             experts = {"gate": gate_EFD, "up": up_EFD, "down": down_EDF}
@@ -90,7 +98,8 @@ def params(tensors: Mapping[str, torch.Tensor], cfg: Model) -> Params:
 
     layers = [layer(i) for i in range(cfg.num_hidden_layers)]
     tree = {"embed": take("model.embed_tokens.weight"), "norm": {"scale": take("model.norm.weight")}}
-    tree["layers"] = _stack(layers)
+    runs = itertools.groupby(zip(layers, cfg.sparse_layers, strict=True), key=lambda item: item[1])
+    tree["layers"] = {n: _stack([tree for tree, _ in run]) for n, (_, run) in enumerate(runs)}
     head = left.pop("lm_head.weight", None)  # a tied head is in the state dict, but has no gradient of its own
     if not cfg.tie_word_embeddings:
         tree["head"] = head
