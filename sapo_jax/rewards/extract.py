@@ -9,8 +9,11 @@ FORMS = {
     "final": "text after the last </think>",
     "answer_tag": "<answer>...</answer>",
     "boxed": "balanced \\boxed{...}",
+    "last_number": "number",
 }
-FORMLESS = ("all", "final")  # every completion has them, so there is no form to reward
+FORMLESS = ("all", "final", "last_number")  # not forms that anyone asks a model for: there is nothing to reward
+# A minus is a sign, not a subtraction, unless a digit, a letter or a closing bracket stands right before it.
+_NUMBER = re.compile(r"(?:(?<![\w)\]])[-\N{MINUS SIGN}])?\d+(?:,\d{3})*(?:\.\d+)?", re.ASCII)
 _BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)  # an escaped brace is text
 
 
@@ -19,7 +22,8 @@ def extract(completion: str, form: str) -> str | None:
 
     form: "all" the whole completion; "final" what follows the last </think> (Qwen3's mark for the end of its
     thinking), or the whole completion without one; "answer_tag" the last <answer>...</answer>; "boxed" the last
-    balanced \\boxed{...}, of nested ones the inner one.
+    balanced \\boxed{...}, of nested ones the inner one; "last_number" the last number, its thousands separators
+    dropped ("3 + 4 = 7." gives 7), for models that were taught no form (the usual grading of GSM8K, arXiv 2110.14168).
     """
     if form == "all":
         answer = completion
@@ -29,6 +33,9 @@ def extract(completion: str, form: str) -> str | None:
         answer = _last_tag(completion, "<answer>", "</answer>")
     elif form == "boxed":
         answer = _last_boxed(completion)
+    elif form == "last_number":
+        numbers = _NUMBER.findall(completion)
+        answer = numbers[-1].replace(",", "").replace("\N{MINUS SIGN}", "-") if numbers else None
     else:
         raise ValueError(f"rewards.extract is {form!r}; it must be one of {', '.join(FORMS)}")
     return (answer.strip() or None) if answer is not None else None

@@ -43,6 +43,17 @@ from sapo_jax.rewards.extract import extract
         ("boxed", "\\boxed{a\nb}", "a\nb"),
         ("boxed", "boxed{5}", None),
         ("boxed", "\\", None),
+        ("last_number", "3 + 4 = 7.", "7"),
+        ("last_number", "It is 12, not 13", "13"),
+        ("last_number", "54 - 93 = -39", "-39"),
+        ("last_number", "54-93", "93"),  # a subtraction
+        ("last_number", "(2)-3 and x-4", "4"),
+        ("last_number", "minus: \N{MINUS SIGN}3.5!", "-3.5"),
+        ("last_number", "1,234,567.50 dollars", "1234567.50"),
+        ("last_number", "1,23", "23"),
+        ("last_number", "-", None),
+        ("last_number", "none", None),
+        ("last_number", "\N{ARABIC-INDIC DIGIT FIVE}", None),
     ],
 )
 def test_extract(form, completion, answer):
@@ -55,7 +66,7 @@ def test_unknown_form_is_named():
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("form", ["answer_tag", "boxed"])
+@pytest.mark.parametrize("form", ["answer_tag", "boxed", "last_number"])
 @pytest.mark.parametrize("piece", ["<answer>", "</answer>", r"\boxed{", "{", "}", "\\", "\x00", "<answer></answer>"])
 def test_a_megabyte_of_one_piece_has_no_answer(form, piece):
     """It ends at all: a quadratic scan would run into the time-out."""
