@@ -44,6 +44,11 @@ def make_schedule(cfg: Optimizer, total_steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, after], [cfg.warmup_steps])
 
 
+def last_rate(schedule: optax.Schedule, state: TrainState, aux: dict) -> Array:
+    """The learning rate of the newest update that was applied: one that was skipped does not advance the schedule."""
+    return schedule(jnp.maximum(state.step - aux["nonfinite_total"] - 1, 0))
+
+
 def make_optimizer(cfg: Optimizer, total_steps: int) -> optax.GradientTransformation:
     """AdamW after global-norm clipping; an update that is not finite is skipped and counted (optax.apply_if_finite)."""
     is_matrix = lambda params: jax.tree.map_with_path(lambda path, _: not path[-1].key.endswith(NO_DECAY), params)

@@ -11,7 +11,7 @@ from sapo_jax.config import Config
 from sapo_jax.data import PromptBatches, load_demonstrations, sft_example
 from sapo_jax.display import Display
 from sapo_jax.evaluate import describe, evaluate
-from sapo_jax.learner import make_optimizer, make_schedule, make_update, sft_loss, state_shardings
+from sapo_jax.learner import last_rate, make_optimizer, make_schedule, make_update, sft_loss, state_shardings
 from sapo_jax.metrics import RunLog
 from sapo_jax.objectives.weights import token_weights
 from sapo_jax.rollout import token_rows
@@ -67,7 +67,7 @@ def cold_start(run: Run, log: RunLog, display: Display) -> Params:
             hits, tokens = (float(x.sum()) for x in aux["stats"])
             metrics = {
                 "loss": aux["loss"], "accuracy/token": hits / tokens, "grad_norm": aux["grad_norm"],
-                "learning_rate": schedule(step - 1), "nonfinite/total": aux["nonfinite_total"],
+                "learning_rate": last_rate(schedule, state, aux), "nonfinite/total": aux["nonfinite_total"],
                 "time/step": time.perf_counter() - start,
             }  # fmt: skip
             log.write(STAGE, step, metrics)

@@ -33,7 +33,7 @@ from sapo_jax.experience import (
     sample_rows,
     training_arrays,
 )  # fmt: skip
-from sapo_jax.learner import make_optimizer, make_schedule, make_update, policy_loss, state_shardings
+from sapo_jax.learner import last_rate, make_optimizer, make_schedule, make_update, policy_loss, state_shardings
 from sapo_jax.metrics import RunLog
 from sapo_jax.plots import plot_run
 from sapo_jax.rollout import Rule, Sampler, rollout_rows
@@ -83,7 +83,7 @@ class Trainer:
             **rollout_metrics(judged, adv_PG),
             **update_metrics(auxes, cfg),
             **self._mismatch(logps, rows["mask_BT"], auxes[0]),
-            "learning_rate": self.schedule(state.step - 1),
+            "learning_rate": last_rate(self.schedule, state, auxes[-1]),
             **clock.laps,
         }
         return state, metrics, sample_rows(judged, adv_PG)

@@ -15,7 +15,7 @@ import torch
 
 from sapo_jax import diagnostics, learner, sharding
 from sapo_jax.config import GRPO, SAPO, Config, Loss, Mesh, Optimizer, Rollout, load
-from sapo_jax.learner import init_state, make_optimizer, make_schedule, make_update, policy_loss, sft_loss
+from sapo_jax.learner import init_state, last_rate, make_optimizer, make_schedule, make_update, policy_loss, sft_loss
 from sapo_jax.objectives.correction import CORRECTIONS
 from sapo_jax.objectives.weights import token_weights
 from sapo_jax.scoring import Scores, make_scorer
@@ -296,6 +296,10 @@ def test_a_non_finite_batch_is_skipped_and_counted():
         chex.assert_trees_all_equal(state.opt_state.inner_state, before.opt_state.inner_state)
     state, aux = update(state, good)
     assert (aux["nonfinite_in_row"], aux["nonfinite_total"], state.step) == (0, 2, 4)
+    inner = jax.tree.leaves_with_path(state.opt_state.inner_state)
+    counts = [x for path, x in inner if jax.tree_util.keystr(path).endswith(".count")]
+    assert counts and all(count == 2 for count in counts)  # of updates that were applied
+    assert last_rate(lambda count: count, state, aux) == 1  # the newest of them was at count 1
 
     undisturbed, _ = update(jax.tree.map(jnp.array, before), good)
     chex.assert_trees_all_equal(state.params, undisturbed.params)

@@ -175,6 +175,7 @@ class Weights:
 
     def _open(self) -> list[str]:
         names, indexed, problems = _file_names(self.folder)
+        opened = set()
         for name in names:
             try:
                 file = self._stack.enter_context(safe_open(self.folder / name, framework="numpy"))
@@ -185,13 +186,13 @@ class Weights:
             except (SafetensorError, OSError) as error:
                 problems.append(f"{name}: truncated, or not a safetensors file ({error}); fetch it again")
                 continue
+            opened.add(name)
             for key in keys:
                 if key in self._where:
                     problems.append(f"{name}: tensor {key} is in {self._file_of[key]} too")
                 self._where[key], self._file_of[key] = file, name
-        lost = [f"{name}: {INDEX} says it holds {key}, but it does not" for key, name in indexed.items()
-                if key not in self._where and name in names and not any(p.startswith(f"{name}:") for p in problems)]  # fmt: skip
-        return problems + lost
+        lost = [(key, name) for key, name in indexed.items() if name in opened and key not in self._where]
+        return problems + [f"{name}: {INDEX} says it holds {key}, but it does not" for key, name in lost]
 
     def _compare(self, cfg: Model) -> list[str]:
         expected = {name: leaf.row for leaf in leaves(cfg) for i in range(len(leaf.prefixes)) for name in leaf.names(i)}
