@@ -8,6 +8,7 @@ width h, F mlp width, E experts of which k are used, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 from sapo_jax.config import Config, Model, dump, warnings
 
@@ -43,6 +44,18 @@ def _expert(model: Model) -> int:
     return 3 * model.hidden_size * model.moe_intermediate_size
 
 
+def layer_flops(model: Model) -> tuple[int, int]:
+    """FLOPs of all layers for a token's forward pass: of its matrices, and of each key that it attends to."""
+    count = parameter_count(model, vocab_size=0)
+    return 2 * count.active, 4 * model.num_hidden_layers * model.num_attention_heads * model.head_dim
+
+
+def row_cost(model: Model) -> Callable[[int], float]:
+    """T -> FLOPs of a row of T tokens, every token being compared with every key (masked or not)."""
+    body, key = layer_flops(model)
+    return lambda T: T * (body + key * T)
+
+
 @dataclasses.dataclass(frozen=True)
 class Flops:
     """Floating-point operations of one RL step, over all devices."""
@@ -70,10 +83,8 @@ def flops(cfg: Config, vocab_size: int) -> Flops:
     model, P, B = cfg.model, cfg.rollout.prompts_per_step, cfg.rollout.prompts_per_step * cfg.rollout.group_size
     S, C = cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens
     T = S + C
-    count = parameter_count(model, vocab_size)
-    body = 2 * (count.active - count.embedding)
+    body, key = layer_flops(model)
     head = 2 * vocab_size * model.hidden_size
-    key = 4 * model.num_hidden_layers * model.num_attention_heads * model.head_dim
 
     keys_of = lambda n: n * (n + 1) / 2  # causal: token t attends to t keys
     prefill = P * (S * body + keys_of(S) * key + head)
@@ -119,12 +130,12 @@ def memory(cfg: Config, vocab_size: int) -> Memory:
     """An estimate, good to tell what fits from what does not; `sapo-jax plan` measures the compiled programs.
 
     Parameters are split over fsdp * tensor, experts also over expert; sequences over data * fsdp (`mesh.data: 0`
-    counts as 1). Activations of n sequences on a device: with remat `none` all that a layer computes, with `dots`
+    counts as 1). Rows are counted as one sequence each, or as train.row_tokens. Activations of n rows on a device: with remat `none` all that a layer computes, with `dots`
     the results of its matmuls, with `full` its input; the last two also hold one layer that is being recomputed.
     The KV cache is that of the rollout or of an evaluation batch, whichever has more sequences.
     """
     model, mesh = cfg.model, cfg.mesh
-    T = cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
+    T = cfg.train.row_tokens or cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
     shards = max(1, mesh.data) * mesh.fsdp
     itemsize = 4 if model.compute_dtype == "float32" else 2
     count = parameter_count(model, vocab_size)
@@ -149,7 +160,7 @@ def memory(cfg: Config, vocab_size: int) -> Memory:
         parameters=parameters,
         moments=2 * parameters,
         reference=parameters if cfg.loss.kl != "none" else 0,
-        gradients=parameters * (2 if rows < mini else 1),
+        gradients=parameters * (2 if cfg.train.micro_batch else 1),
         activations=activations,
         logits=2 * 4 * n * T * min(vocab_size, model.vocab_chunk),
         kv_cache=sampled * (T - 1) * per_token,

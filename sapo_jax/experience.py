@@ -14,6 +14,7 @@ from sapo_jax.data import Tokenizer
 from sapo_jax.objectives.correction import CORRECTIONS
 from sapo_jax.objectives.weights import token_weights
 from sapo_jax.rewards import VerifierPool
+from sapo_jax.rollout import Rows
 from sapo_jax.types import FINISH_REASONS, Batch, Prompt, Rollout, Verdict
 
 
@@ -60,20 +61,16 @@ def group_advantages(judged: Judged, cfg: Config) -> np.ndarray:
 
 
 def training_arrays(
-    rows: Mapping[str, np.ndarray],
-    judged: Judged,
-    adv_PG: np.ndarray,
-    logps: Mapping[str, np.ndarray | None],
-    cfg: Config,
+    rows: Rows, judged: Judged, adv_PG: np.ndarray, logps: Mapping[str, np.ndarray | None], cfg: Config
 ) -> dict[str, np.ndarray]:
     """All arrays of `types.Batch` but the weights, for the whole rollout.
 
     logps: `sampler`, `old` and (with a KL penalty) `reference` log-probs, BT. Completions whose verifier failed are
     masked out: their advantage is 0, and without the mask they would count in the means.
     """
-    mask_BT = rows["mask_BT"] & judged.valid_PG.reshape(-1, 1)
-    arrays = dict(rows, mask_BT=mask_BT, old_logp_BT=logps["old"])
-    arrays["adv_BT"] = np.broadcast_to(adv_PG.reshape(-1, 1), mask_BT.shape).astype(np.float32)
+    mask_BT = rows.mask_BT & rows.spread(judged.valid_PG.reshape(-1))
+    arrays = dict(rows.arrays, mask_BT=mask_BT, old_logp_BT=logps["old"])
+    arrays["adv_BT"] = rows.spread(adv_PG.reshape(-1).astype(np.float32))
     if logps.get("reference") is not None:
         arrays["ref_logp_BT"] = logps["reference"]
     if cfg.loss.correction != "none":
@@ -83,7 +80,7 @@ def training_arrays(
 
 
 def mini_batches(arrays: Mapping[str, np.ndarray], cfg: Config) -> list[Batch]:
-    """`train.mini_batches` optimiser batches of whole groups, each with its own weights; the order is the rollout's."""
+    """`train.mini_batches` optimiser batches of whole groups, each with its own weights; equal shares of the rows."""
     batches = []
     for part in zip(*(np.split(a, cfg.train.mini_batches) for a in arrays.values()), strict=True):
         fields = dict(zip(arrays, part, strict=True))
@@ -122,6 +119,12 @@ def mismatch_metrics(old_logp_BT: np.ndarray, sampler_logp_BT: np.ndarray, mask_
     """How far scorer and sampler disagree on the same tokens: mean and max of |log ratio|, nats."""
     gap_N = np.abs(old_logp_BT - sampler_logp_BT)[mask_BT]
     return {"mismatch/mean": float(gap_N.mean()), "mismatch/max": float(gap_N.max())} if gap_N.size else {}
+
+
+def row_metrics(rows: Rows) -> dict[str, float]:
+    """How full the packed rows are: `rows/fill` is the share of their slots that hold a token."""
+    B, T = rows.mask_BT.shape
+    return {"rows/count": B, "rows/length": T, "rows/fill": float((rows.arrays["segment_ids_BT"] > 0).mean())}
 
 
 def sample_rows(judged: Judged, adv_PG: np.ndarray | None = None, limit: int | None = None) -> list[dict[str, Any]]:

@@ -13,9 +13,12 @@ from sapo_jax.types import Array
 NEGATIVE = -1e30  # finite, so that a row with nothing to attend to (padding) gives finite, ignored numbers
 
 
-def attention(q_BTHh, k_BSKh, v_BSKh, *, q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS) -> Array:
+def attention(
+    q_BTHh, k_BSKh, v_BSKh, *, q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, q_prefixes_BT=None
+) -> Array:
     """Grouped-query attention: softmax(q k^T / sqrt(h)) v over keys of the same segment at positions <= the query's.
 
+    With q_prefixes_BT also over keys of that segment: the prompt that several completions of a row share.
     H is a multiple of K; query head i reads key/value head i // (H / K). Segment 0 is padding and is never attended
     to. Scores and softmax are float32. Returns BTHh in q's dtype.
     """
@@ -24,6 +27,8 @@ def attention(q_BTHh, k_BSKh, v_BSKh, *, q_positions_BT, k_positions_BS, q_segme
     q = q_BTHh.reshape(B, T, K, H // K, h)
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k_BSKh, preferred_element_type=jnp.float32) * h**-0.5
     visible_BTS = q_segments_BT[:, :, None] == k_segments_BS[:, None, :]
+    if q_prefixes_BT is not None:
+        visible_BTS |= q_prefixes_BT[:, :, None] == k_segments_BS[:, None, :]
     visible_BTS &= k_segments_BS[:, None, :] > 0
     visible_BTS &= q_positions_BT[:, :, None] >= k_positions_BS[:, None, :]
     scores = jnp.where(visible_BTS[:, None, None], scores, NEGATIVE)

@@ -104,7 +104,7 @@ def sft_loss(model: Qwen3, batch: Batch) -> tuple[Array, Any]:
 
 
 def make_update(policy: Policy, tx, loss_fn: LossFn, micro_batch: int, shardings: TrainState | None = None):
-    """Jitted (state, batch) -> (state, aux): one optimiser step on a batch of B = n * micro_batch rows.
+    """Jitted (state, batch) -> (state, aux): one optimiser step on a batch of B = n * micro_batch rows (0: n = 1).
 
     The state is donated. `aux` holds loss, grad_norm (before clipping), nonfinite_in_row, and `stats`: what loss_fn
     returned, with a leading dim of n micro-batches.

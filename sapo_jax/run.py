@@ -64,6 +64,11 @@ class Run:
         weights = {name: task.weight for name, task in zip(self.problems.train, self.cfg.data.tasks, strict=True)}
         return PromptBatches(self.problems.train, weights, batch_size, self.data_seed(stream))
 
+    @property
+    def batch_shards(self) -> int:
+        """Over how many devices the rows of a batch are split."""
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
     def data_seed(self, stream: int) -> int:
         return 4 * self.cfg.train.seed + stream
 

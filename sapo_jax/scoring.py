@@ -20,7 +20,7 @@ from sapo_jax.types import Array, Batch, Params
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Aligned with tokens: position t speaks of token t given those before it. Position 0 of a row is 0."""
+    """Aligned with tokens: position t speaks of token t given those before it. 0 where no completion token stands."""
 
     logp_BT: Array  # float32
     entropy_BT: Array  # float32, nats, of the distribution that token t was drawn from; no gradient
@@ -29,15 +29,19 @@ class Scores:
 
 
 def score(model: Qwen3, batch: Batch, temperature: float) -> Scores:
-    """Scores of every token of the rows. In packed rows the first token of a segment has no meaning: mask it."""
-    out = model.forward(batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)
+    """Scores of the completion tokens of the rows (`picked_BM`); the head never sees the other positions."""
+    out = model.forward(batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT, batch.prefix_ids_BT)
     B, T, D = out.hidden_BTD.shape
-    hidden_ND = out.hidden_BTD[:, :-1].reshape(-1, D)
-    targets_N = batch.tokens_BT[:, 1:].reshape(-1)
+    hidden_ND = jnp.take_along_axis(out.hidden_BTD, batch.source_BM[..., None], axis=1).reshape(-1, D)
+    targets_N = jnp.take_along_axis(batch.tokens_BT, jnp.minimum(batch.picked_BM, T - 1), axis=1).reshape(-1)
     logp_N, entropy_N, greedy_N = head_logprobs(
         hidden_ND, model.head_VD(), targets_N, temperature, model.cfg.vocab_chunk
     )
-    align = lambda x_N: jnp.pad(x_N.reshape(B, T - 1), [(0, 0), (1, 0)])
+    row_B1 = jnp.arange(B)[:, None]
+
+    def align(x_N):  # column T, where there is no token, is out of bounds: dropped
+        return jnp.zeros((B, T), x_N.dtype).at[row_B1, batch.picked_BM].set(x_N.reshape(B, -1), mode="drop")
+
     return Scores(align(logp_N), align(entropy_N), align(greedy_N), out.routing)
 
 
@@ -86,7 +90,7 @@ def head_logprobs(hidden_ND, head_VD, targets_N, temperature: float, chunk: int)
 
 
 def make_scorer(policy: Policy, temperature: float, micro_batch: int) -> Callable[[Params, Batch], tuple[Array, Array]]:
-    """Jitted (params, batch) -> log-probs and entropies BT, `micro_batch` rows at a time (B a multiple of it)."""
+    """Jitted (params, batch) -> log-probs and entropies BT, `micro_batch` rows at a time (see `split`)."""
 
     @jax.jit
     def scorer(params: Params, batch: Batch) -> tuple[Array, Array]:
@@ -102,8 +106,8 @@ def make_scorer(policy: Policy, temperature: float, micro_batch: int) -> Callabl
 
 
 def split(batch: Batch, micro_batch: int) -> Batch:
-    """[B, ...] -> [B / micro_batch, micro_batch, ...] for every array of the batch."""
-    return jax.tree.map(lambda x: x.reshape(-1, micro_batch, *x.shape[1:]), batch)
+    """[B, ...] -> [B / micro_batch, micro_batch, ...] for every array of the batch; micro_batch 0: all B rows."""
+    return jax.tree.map(lambda x: x.reshape(-1, micro_batch or len(x), *x.shape[1:]), batch)
 
 
 def join(x: Array) -> Array:

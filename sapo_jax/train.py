@@ -30,13 +30,15 @@ from sapo_jax.experience import (
     mini_batches,
     mismatch_metrics,
     rollout_metrics,
+    row_metrics,
     sample_rows,
     training_arrays,
 )  # fmt: skip
 from sapo_jax.learner import last_rate, make_optimizer, make_schedule, make_update, policy_loss, state_shardings
 from sapo_jax.metrics import RunLog
 from sapo_jax.plots import plot_run
-from sapo_jax.rollout import Rule, Sampler, rollout_rows
+from sapo_jax.describe import row_cost
+from sapo_jax.rollout import Rows, Rule, Sampler, rollout_rows
 from sapo_jax.run import EVALUATE, ROLLOUT, Run, RunError, Stopped, open_run
 from sapo_jax.scoring import make_scorer
 from sapo_jax.sft import cold_start, nonfinite_message, reference_params
@@ -55,6 +57,7 @@ class Trainer:
     scorer: Callable
     update: Callable
     schedule: Callable
+    row_cost: Callable[[int], float]
     reference: Params | None  # of the KL penalty
 
     def step(self, state: TrainState, prompts: list[Prompt], step: int) -> tuple[TrainState, dict, list[dict]]:
@@ -65,8 +68,11 @@ class Trainer:
         judged = judge(run.pool, run.tokenizer, prompts, rollout)
         adv_PG = group_advantages(judged, cfg)
         clock.lap("verify")
-        rows, sampler_logp_BT = rollout_rows(prompts, rollout, run.tokenizer.pad_id)
-        logps = {"sampler": sampler_logp_BT, "old": sampler_logp_BT}
+        rows = rollout_rows(
+            prompts, rollout, run.tokenizer.pad_id, cfg.train.mini_batches, self.row_cost,
+            multiple=cfg.train.micro_batch or run.batch_shards, row_tokens=cfg.train.row_tokens,
+        )  # fmt: skip
+        logps = dict.fromkeys(("sampler", "old"), rows.place(rollout.logp_BC))
         if cfg.train.old_logp == "scorer":
             logps["old"] = self._score(state.params, rows)
         if self.reference is not None:
@@ -81,17 +87,21 @@ class Trainer:
         clock.lap("update")
         metrics = {
             **rollout_metrics(judged, adv_PG),
+            **row_metrics(rows),
             **update_metrics(auxes, cfg),
-            **self._mismatch(logps, rows["mask_BT"], auxes[0]),
+            **self._mismatch(logps, rows.mask_BT, auxes[0]),
             "learning_rate": last_rate(self.schedule, state, auxes[-1]),
             **clock.laps,
         }
         return state, metrics, sample_rows(judged, adv_PG)
 
-    def _score(self, params: Params, rows: dict[str, np.ndarray]) -> np.ndarray:
-        unused = np.zeros(rows["tokens_BT"].shape, np.float32)
-        logp_BT, _ = self.scorer(params, put_batch(Batch(**rows, adv_BT=unused, weight_BT=unused), self.run.mesh))
-        return np.asarray(logp_BT)
+    def _score(self, params: Params, rows: Rows) -> np.ndarray:
+        """Log-probs BT, a mini-batch's rows at a time."""
+        unused = np.zeros(rows.mask_BT.shape, np.float32)
+        batch = Batch(**rows.arrays, adv_BT=unused, weight_BT=unused)
+        parts = zip(*(np.split(x, self.run.cfg.train.mini_batches) for x in jax.tree.leaves(batch)), strict=True)
+        parts = [jax.tree.unflatten(jax.tree.structure(batch), part) for part in parts]
+        return np.concatenate([self.scorer(params, put_batch(part, self.run.mesh))[0] for part in parts])
 
     def _mismatch(self, logps: dict, mask_BT: np.ndarray, first: dict) -> dict[str, float]:
         """Sampler against scorer. Without a scoring pass, the first update's ratio (r = 1 but for it) tells as much."""
@@ -134,17 +144,16 @@ def update_metrics(auxes: list[dict], cfg: Config) -> dict[str, Any]:
 def make_trainer(run: Run, reference: Params | None) -> tuple[Trainer, Any]:
     """The trainer and its optax transformation."""
     cfg = run.cfg
-    rows = cfg.rollout.prompts_per_step * cfg.rollout.group_size // cfg.train.mini_batches
-    micro = cfg.train.micro_batch or rows
     updates = cfg.train.steps * cfg.train.mini_batches * cfg.train.epochs
     tx = make_optimizer(cfg.optimizer, updates)
     rule = Rule(cfg.rollout.temperature, cfg.rollout.top_k, cfg.rollout.top_p, cfg.rollout.min_p)
     trainer = Trainer(
         run,
         run.sampler(rule, cfg.rollout.group_size),
-        make_scorer(run.policy, cfg.rollout.temperature, micro),
-        make_update(run.policy, tx, policy_loss(cfg), micro, state_shardings(run.policy, tx, run.mesh)),
+        make_scorer(run.policy, cfg.rollout.temperature, cfg.train.micro_batch),
+        make_update(run.policy, tx, policy_loss(cfg), cfg.train.micro_batch, state_shardings(run.policy, tx, run.mesh)),
         make_schedule(cfg.optimizer, updates),
+        row_cost(cfg.model),
         reference,
     )
     return trainer, tx

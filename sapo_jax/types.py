@@ -10,7 +10,7 @@ Shape legend (a suffix on a name is its shape, e.g. `logp_BT`, `reward_PG`, `exp
     D  model width    F  MLP width     V  vocabulary
     H  query heads K  key/value heads   h  head width
     E  experts     k  experts per token
-    N  rows of any flattened batch
+    N  rows of any flattened batch        M  completion tokens of a row (padded)
 
 `axis` is a mesh axis, `dim` an array dimension. Arrays aligned with tokens (`logp_BT`, `mask_BT`, ...) hold at
 position t the value that belongs to token t; so `logp_BT[b, t] = log p(token t | tokens before t)`.
@@ -85,17 +85,24 @@ class Rollout:
 
 @_pytree
 class Batch:
-    """Token rows for the scorer and the learner. A row holds one sequence, or several when packed.
+    """Token rows for the scorer and the learner. A row holds prompts and completions, one of each or several.
 
-    segment_ids_BT is 0 on padding and 1, 2, ... on the sequences of a row; positions_BT restarts with each sequence.
-    mask_BT is True on the completion tokens that are trained on. weight_BT is made for the WHOLE optimiser batch, so
-    that loss = -sum(weight_BT * surrogate_BT) however the rows are split into micro-batches, packed or sharded.
+    segment_ids_BT is 0 on padding and 1, 2, ... on the prompts and completions of a row. A token attends to the tokens
+    before it in its own segment and to those of the segment prefix_ids_BT: a completion's prompt, which it shares with
+    the others of its group (its own segment again, where there is none). positions_BT goes on from prompt to completion.
+    mask_BT is True on the completion tokens that are trained on. picked_BM lists the columns of a row's completion
+    tokens (T where there is none), source_BM where the token before each of them stands: the hidden state there predicts
+    it. weight_BT is made for the WHOLE optimiser batch, so that loss = -sum(weight_BT * surrogate_BT) however the rows
+    are split into micro-batches, packed or sharded.
     """
 
     tokens_BT: Array  # int32
     positions_BT: Array  # int32
     segment_ids_BT: Array  # int32
+    prefix_ids_BT: Array  # int32
     mask_BT: Array  # bool
+    picked_BM: Array  # int32
+    source_BM: Array  # int32
     adv_BT: Array  # float32, the sequence's advantage on each of its tokens
     weight_BT: Array  # float32, 0 where masked
     old_logp_BT: Array | None = None  # float32, under the policy that sampled (the denominator of the ratio)

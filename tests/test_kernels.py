@@ -32,7 +32,8 @@ def slow_attention(q, k, v, q_positions, k_positions, q_segments, k_segments):
 def attention_example(H: int, K: int, T: int = 11, S: int = 11, h: int = 5):
     """A packed row with padding at its end, a left-padded one, one that is padding alone."""
     rng = np.random.default_rng(H * 10 + K)
-    q, k, v = (rng.standard_normal((3, n, heads, h)).astype(np.float32) * 2 for n, heads in ((T, H), (S, K), (S, K)))
+    # Not larger: a score's rounding error grows with the score, and is the relative error of the softmax weight.
+    q, k, v = (rng.standard_normal((3, n, heads, h)).astype(np.float32) for n, heads in ((T, H), (S, K), (S, K)))
     segments = np.array([[1] * 4 + [2] * 5 + [0] * 2, [0] * 3 + [1] * 8, [0] * 11])
     positions = np.array([[*range(4), *range(5), 0, 0], [0] * 3 + [*range(8)], [0] * 11])
     return q, k, v, positions[:, :T], positions[:, :S], segments[:, :T], segments[:, :S]

@@ -128,18 +128,18 @@ def scored():
 
 
 def test_score_is_aligned_with_the_tokens(scored):
-    """Position t speaks of token t given those before it, at the temperature; position 0 is 0."""
+    """Position t speaks of token t given those before it, at the temperature; 0 where no completion token stands."""
     batch, scores = scored
     model = tiny.policy().bind(tiny.params())
-    arrays = (batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)
+    arrays = (batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT, batch.prefix_ids_BT)
     logp_BTV = quick_jit(lambda: jax.nn.log_softmax(model.logits(model.forward(*arrays).hidden_BTD) / 0.8, axis=-1))()
     expected_BT = np.take_along_axis(np.asarray(logp_BTV)[:, :-1], batch.tokens_BT[:, 1:, None], axis=-1)[..., 0]
-    real_BT = batch.segment_ids_BT[:, 1:] > 0
+    real_BT = batch.mask_BT[:, 1:]
     np.testing.assert_allclose(np.asarray(scores.logp_BT)[:, 1:][real_BT], expected_BT[real_BT], atol=1e-5)
     entropy_BT = -(np.exp(logp_BTV) * logp_BTV).sum(axis=-1)[:, :-1]
     np.testing.assert_allclose(np.asarray(scores.entropy_BT)[:, 1:][real_BT], entropy_BT[real_BT], atol=1e-5)
     for x_BT in (scores.logp_BT, scores.entropy_BT, scores.greedy_BT):
-        assert not np.any(x_BT[:, 0])
+        assert not np.any(np.asarray(x_BT)[~batch.mask_BT])
     assert scores.logp_BT.dtype == scores.entropy_BT.dtype == jnp.float32
 
 

@@ -214,41 +214,29 @@ def whole_groups(cfg: Config) -> Breaches:
         yield ("rollout.prompts_per_step", "train.mini_batches"), f"{text}; make prompts_per_step a multiple of {n}"
 
 
-def micro_batches(cfg: Config) -> Breaches:
-    keys = "train.micro_batch", "train.mini_batches", "rollout.prompts_per_step", "rollout.group_size"
-    rows, micro = mini_batch_rows(cfg), cfg.train.micro_batch
-    if rows is not None and micro and rows % micro:
-        yield keys, f"mini-batches of {rows} sequences cannot be split into micro-batches of {micro}"
-
-
-def mini_batch_rows(cfg: Config) -> int | None:
-    """Sequences of a mini-batch; None where it would not hold whole groups."""
-    P, n = cfg.rollout.prompts_per_step, cfg.train.mini_batches
-    return None if P % n else P // n * cfg.rollout.group_size
-
-
 def batch_axes(cfg: Config) -> Breaches:
     """Leading dims that are split over the mesh. `mesh.data: 0` counts as 1 here; `verify` knows better."""
     mesh = ("mesh.data", "mesh.fsdp")
     shards = max(1, cfg.mesh.data) * cfg.mesh.fsdp
-    rows = cfg.train.micro_batch or mini_batch_rows(cfg)
-    own = ("train.micro_batch",) if cfg.train.micro_batch else ("train.mini_batches", "rollout.group_size")
     sizes = [
         ("prompts of a rollout", cfg.rollout.prompts_per_step, ("rollout.prompts_per_step",)),
-        ("sequences of a forward pass", rows, (*own, "train.micro_batch", "rollout.prompts_per_step")),
+        ("rows of a micro-batch", cfg.train.micro_batch, ("train.micro_batch",)),
         ("prompts of an evaluation batch", min(cfg.evaluate.batch_prompts, cfg.data.held_out),
          ("evaluate.batch_prompts", "data.held_out")),
         ("sequences of a cold-start batch", cfg.cold_start.batch_size if cfg.cold_start.steps else 0,
          ("cold_start.batch_size",)),
     ]  # fmt: skip
     for what, size, keys in sizes:
-        if size is not None and size % shards:
+        if size % shards:
             text = f"the {size} {what} cannot be split over data * fsdp = {shards} devices"
             yield (*dict.fromkeys(keys), *mesh), text
 
 
 def sequence_length(cfg: Config) -> Breaches:
     prompt, completion, most = cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens, cfg.model.max_position_embeddings
+    if 0 < cfg.train.row_tokens < prompt + completion:
+        keys = "train.row_tokens", "data.max_prompt_tokens", "rollout.max_new_tokens"
+        yield keys, f"a row of {cfg.train.row_tokens} tokens cannot hold a sequence of {prompt} + {completion}"
     if prompt + completion > most:
         keys = "data.max_prompt_tokens", "rollout.max_new_tokens", "model.max_position_embeddings"
         yield keys, f"{prompt} + {completion} tokens are more than the model's {most}"
@@ -346,7 +334,7 @@ def kept_checkpoints(cfg: Config) -> Breaches:
 RULES: tuple[Callable[[Config], Breaches], ...] = (
     tasks, distinct_tasks, task_sources, task_shares, named_files, plugins,
     format_reward, response_template, run_folder,
-    whole_groups, micro_batches, batch_axes, sequence_length,
+    whole_groups, batch_axes, sequence_length,
     heads, experts, model_axes, context_axis,
     truncated_sampling, kl_penalty, warm_up, kept_checkpoints,
 )  # fmt: skip

@@ -245,7 +245,8 @@ class ColdStart:
 class Train:
     steps: Count = 100  # RL steps: one rollout batch each
     mini_batches: Count = 4  # optimiser steps per pass over a rollout batch (the paper: 4; VL: 2)
-    micro_batch: CountOrZero = 0  # sequences per forward/backward; 0: the whole mini-batch
+    micro_batch: CountOrZero = 0  # packed rows per forward/backward; 0: the whole mini-batch
+    row_tokens: CountOrZero = 0  # length of a packed row; 0: the cheapest, chosen for each rollout
     epochs: Count = 1  # passes over a rollout batch
     old_logp: Literal["scorer", "sampler"] = "scorer"  # where the denominator of the ratio comes from
     seed: CountOrZero = 0

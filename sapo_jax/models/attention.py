@@ -58,7 +58,9 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, *rotations), rotate(k, *rotations), v
 
-    def __call__(self, x_BTD, rotations, positions_BT, segment_ids_BT, cache: KVCache | None = None, layer: int = 0):
+    def __call__(
+        self, x_BTD, rotations, positions_BT, segment_ids_BT, prefix_ids_BT=None, cache: KVCache | None = None, layer=0
+    ):
         """Returns the output BTD and the keys and values that were attended to: those of x, or the updated cache's."""
         q, k, v = self.project(x_BTD, rotations)
         key_positions, key_segments = positions_BT, segment_ids_BT
@@ -69,7 +71,7 @@ class Attention(nnx.Module):
         out_BTHh = kernels.attention(
             q, k, v,
             q_positions_BT=positions_BT, k_positions_BS=key_positions,
-            q_segments_BT=segment_ids_BT, k_segments_BS=key_segments,
+            q_segments_BT=segment_ids_BT, k_segments_BS=key_segments, q_prefixes_BT=prefix_ids_BT,
         )  # fmt: skip
         out_BTD = jnp.einsum("bthk,hkd->btd", out_BTHh, self.o[...].astype(x_BTD.dtype))
         return out_BTD + self.o_bias[...].astype(x_BTD.dtype) if self.biased else out_BTD, (k, v)

@@ -45,10 +45,11 @@ class Block(nnx.Module):
             MoE(cfg, rngs=rngs) if sparse else MLP(D, cfg.intermediate_size, cfg.initializer_range, rngs=rngs)
         )
 
-    def __call__(self, x_BTD, rotations, positions_BT, segment_ids_BT, cache=None, layer=0):
+    def __call__(self, x_BTD, rotations, positions_BT, segment_ids_BT, prefix_ids_BT=None, cache=None, layer=0):
         """Returns x BTD, the keys and values attended to, and the Routing (None for a dense block)."""
         x_BTD = constrain(x_BTD, "batch", None, None)
-        y, kv = self.attention(self.attention_norm(x_BTD), rotations, positions_BT, segment_ids_BT, cache, layer)
+        y = self.attention_norm(x_BTD)
+        y, kv = self.attention(y, rotations, positions_BT, segment_ids_BT, prefix_ids_BT, cache, layer)
         x_BTD += y
         y = self.mlp_norm(x_BTD)
         y, routing = self.mlp(y, segment_ids_BT) if self.sparse else (self.mlp(y), None)
@@ -96,8 +97,8 @@ class Qwen3(nnx.Module):
         x_BTD = self.embed[...].astype(self.dtype)[tokens_BT]
         return x_BTD, rotations(positions_BT, self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling)
 
-    def forward(self, tokens_BT, positions_BT, segment_ids_BT, *, want_kv: bool = False) -> Forward:
-        """Pass whole rows through the layers (scoring, updates, prefill). Padding has segment id 0.
+    def forward(self, tokens_BT, positions_BT, segment_ids_BT, prefix_ids_BT=None, *, want_kv=False) -> Forward:
+        """Pass whole rows through the layers (scoring, updates, prefill). Segments and prefixes: see types.Batch.
 
         Layers are scanned: compile time does not grow with depth. `remat` of the config decides what backward redoes.
         """
@@ -107,7 +108,8 @@ class Qwen3(nnx.Module):
             graphdef, stacked = nnx.split(run)
 
             def one_layer(x, layer_state, graphdef=graphdef):
-                x, kv, routing = nnx.merge(graphdef, layer_state)(x, rotation, positions_BT, segment_ids_BT)
+                block = nnx.merge(graphdef, layer_state)
+                x, kv, routing = block(x, rotation, positions_BT, segment_ids_BT, prefix_ids_BT)
                 return x, (kv if want_kv else None, routing)
 
             if self.cfg.remat != "none":
@@ -141,7 +143,7 @@ class Qwen3(nnx.Module):
         x_B1D, rotation = self._start(tokens_B[:, None], positions_B1)
         kvs, ids = [], []
         for layer, block in enumerate(blocks):
-            x_B1D, kv, routing = block(x_B1D, rotation, positions_B1, segments_B1, cache, layer)
+            x_B1D, kv, routing = block(x_B1D, rotation, positions_B1, segments_B1, None, cache, layer)
             kvs.append(kv)
             if routing is not None:
                 ids.append(routing.expert_ids_BTk[:, 0])

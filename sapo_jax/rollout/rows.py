@@ -1,23 +1,13 @@
-"""Between lists of different lengths and arrays of static shape: buckets, left-padded prompts, training rows."""
+"""From token lists to arrays of static shape: left-padded prompts, rows of sequences, packed rows of a rollout."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from sapo_jax.rollout.packing import Plan, Rows, bucket, plan_rows
 from sapo_jax.types import Prompt, Rollout
-
-
-def bucket(n: int, smallest: int = 16) -> int:
-    """The smallest of 16, 24, 32, 48, 64, 96, ... (2^i and 1.5 * 2^i) that is >= n.
-
-    Shapes are padded to buckets, so that a run compiles a handful of programs; at most a third of a row is padding.
-    """
-    size = smallest
-    while size < n:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-    return size
 
 
 def left_padded(prompts: Sequence[Prompt], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
@@ -29,37 +19,94 @@ def left_padded(prompts: Sequence[Prompt], pad_id: int) -> tuple[np.ndarray, np.
     return tokens_PS, np.array([len(p.ids) for p in prompts], np.int32)
 
 
+class _Sheet:
+    """Rows being written. Segments of a row are numbered from 1."""
+
+    def __init__(self, rows: int, length: int, pad_id: int):
+        zeros = lambda: np.zeros((rows, length), np.int32)
+        self.tokens, self.positions, self.segments, self.prefixes, self.offset = (zeros() for _ in range(5))
+        self.tokens[:] = pad_id
+        self.sequence, self.source = zeros() - 1, zeros() - 1  # source: where the token before this one stands
+        self.used = [0] * rows
+        self.last_segment = [0] * rows
+
+    def write(self, row: int, ids: Sequence[int], *, first: int, prefix: int, before: int, sequence: int) -> int:
+        """Append a segment; returns its number.
+
+        first: position of its first token; prefix: the segment that it also attends to (0: none); before: the column of
+        the token before its first one; sequence: whose completion it is, -1 for a prompt.
+        """
+        start, n = self.used[row], len(ids)
+        here = slice(start, start + n)
+        self.last_segment[row] += 1
+        segment = self.last_segment[row]
+        self.tokens[row, here] = ids
+        self.positions[row, here] = np.arange(first, first + n)
+        self.segments[row, here], self.prefixes[row, here] = segment, prefix or segment
+        if sequence >= 0:
+            self.sequence[row, here], self.offset[row, here] = sequence, np.arange(n)
+            self.source[row, here] = [before, *range(start, start + n - 1)]
+        self.used[row] += n
+        return segment
+
+    def rows(self) -> Rows:
+        mask_BT = self.sequence >= 0
+        T, M = mask_BT.shape[1], bucket(int(mask_BT.sum(axis=1).max()), 1)
+        picked_BM = np.full((len(mask_BT), min(M, T)), T, np.int32)
+        source_BM = np.zeros_like(picked_BM)
+        for b, mask_T in enumerate(mask_BT):
+            found = np.flatnonzero(mask_T)
+            picked_BM[b, : len(found)], source_BM[b, : len(found)] = found, self.source[b, found]
+        arrays = {
+            "tokens_BT": self.tokens, "positions_BT": self.positions, "segment_ids_BT": self.segments,
+            "prefix_ids_BT": self.prefixes, "mask_BT": mask_BT, "picked_BM": picked_BM, "source_BM": source_BM,
+        }  # fmt: skip
+        return Rows(arrays, self.sequence, self.offset)
+
+
 def token_rows(sequences: Sequence[tuple[Sequence[int], int]], pad_id: int) -> dict[str, np.ndarray]:
-    """Sequences (ids, number of prompt tokens) -> right-padded rows: tokens, positions, segment ids, completion mask.
+    """Sequences (ids, number of prompt tokens >= 1) -> right-padded rows, one sequence each; T is a bucket.
 
-    One sequence per row; T is a bucket. Keys are the field names of types.Batch.
+    Keys are the field names of types.Batch; mask_BT is True after the prompt.
     """
-    T = bucket(max(len(ids) for ids, _ in sequences))
-    B = len(sequences)
-    tokens_BT = np.full((B, T), pad_id, np.int32)
-    length_B1 = np.array([[len(ids)] for ids, _ in sequences])
-    prompt_B1 = np.array([[n_prompt] for _, n_prompt in sequences])
-    for row, (ids, _) in zip(tokens_BT, sequences, strict=True):
-        row[: len(ids)] = ids
-    t = np.arange(T)[None]
-    real_BT = t < length_B1
-    return {
-        "tokens_BT": tokens_BT,
-        "positions_BT": np.where(real_BT, t, 0).astype(np.int32),
-        "segment_ids_BT": real_BT.astype(np.int32),
-        "mask_BT": real_BT & (t >= prompt_B1),
-    }
+    sheet = _Sheet(len(sequences), bucket(max(len(ids) for ids, _ in sequences)), pad_id)
+    for b, (ids, n_prompt) in enumerate(sequences):
+        prompt = sheet.write(b, ids[:n_prompt], first=0, prefix=0, before=-1, sequence=-1)
+        if len(ids) > n_prompt:
+            sheet.write(b, ids[n_prompt:], first=n_prompt, prefix=prompt, before=n_prompt - 1, sequence=b)
+    return sheet.rows().arrays
 
 
-def rollout_rows(prompts: Sequence[Prompt], rollout: Rollout, pad_id: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Rows of a rollout (prompt + the completion ids exactly as sampled), and the sampler's log-probs on them, BT."""
-    G = len(rollout.length_B) // len(prompts)
-    sequences = []
-    for b, (completion, length) in enumerate(zip(rollout.tokens_BC, rollout.length_B, strict=True)):
-        ids = prompts[b // G].ids
-        sequences.append(((*ids, *completion[:length].tolist()), len(ids)))
-    rows = token_rows(sequences, pad_id)
-    sampler_logp_BT = np.zeros(rows["tokens_BT"].shape, np.float32)
-    n_C = np.arange(rollout.tokens_BC.shape[1])[None] < np.asarray(rollout.length_B)[:, None]
-    sampler_logp_BT[rows["mask_BT"]] = np.asarray(rollout.logp_BC)[n_C]
-    return rows, sampler_logp_BT
+def rollout_rows(
+    prompts: Sequence[Prompt],
+    rollout: Rollout,
+    pad_id: int,
+    mini_batches: int,
+    row_cost: Callable[[int], float],
+    *,
+    multiple: int = 1,
+    row_tokens: int = 0,
+) -> Rows:
+    """A rollout as packed rows, completion ids exactly as sampled: mini_batches * R rows, those of a mini-batch together.
+
+    How they are packed: see `packing.plan_rows`.
+    """
+    lengths = [len(prompt.ids) for prompt in prompts]
+    plan = plan_rows(
+        lengths, np.asarray(rollout.length_B).tolist(), mini_batches, row_cost, multiple=multiple, row_tokens=row_tokens
+    )
+    sheet = _Sheet(mini_batches * plan.rows, plan.length, pad_id)
+    for row, pieces in _numbered(plan):
+        for piece in pieces:
+            ids = prompts[piece.prompt].ids
+            prompt = sheet.write(row, ids, first=0, prefix=0, before=-1, sequence=-1)
+            last = sheet.used[row] - 1
+            for b in piece.sequences:
+                completion = rollout.tokens_BC[b, : rollout.length_B[b]]
+                sheet.write(row, completion, first=len(ids), prefix=prompt, before=last, sequence=b)
+    return sheet.rows()
+
+
+def _numbered(plan: Plan):
+    for i, mini in enumerate(plan.minis):
+        yield from enumerate(mini, start=i * plan.rows)

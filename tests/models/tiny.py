@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from sapo_jax.config import Model
 from sapo_jax.models import Policy, make_policy
 from sapo_jax.objectives.weights import token_weights
 from sapo_jax.rollout import token_rows
-from sapo_jax.types import Batch, Params, Prompt
+from sapo_jax.types import Batch, Params, Prompt, Rollout
 
 PAD = 0
 # For programs that run once: XLA's LLVM passes off. It halves the compile time, which is what these tests wait for.
@@ -46,6 +47,16 @@ def prompt(index: int, length: int) -> Prompt:
     """A prompt of random tokens; it depends on nothing but its arguments."""
     ids = tuple(int(i) for i in np.random.default_rng((index, length)).integers(1, DENSE.vocab_size, length))
     return Prompt(index, "", ids, "", "", "exact", "none")
+
+
+def separate_rows(prompts: Sequence[Prompt], rollout: Rollout) -> dict[str, np.ndarray]:
+    """A rollout with one sequence per row, in its order."""
+    G = len(rollout.length_B) // len(prompts)
+    sequences = []
+    for b, (completion, length) in enumerate(zip(rollout.tokens_BC, rollout.length_B, strict=True)):
+        ids = prompts[b // G].ids
+        sequences.append(((*ids, *completion[:length].tolist()), len(ids)))
+    return token_rows(sequences, PAD)
 
 
 def batch(seed: int = 0, lengths: tuple[int, ...] = (12, 7, 16, 10), *, completion: int = 5, signs: int = 2) -> Batch:

@@ -50,10 +50,23 @@ def scorer(kind: str):
     return make_scorer(tiny.policy(tiny.MODELS[kind]), TEMPERATURE, 1)
 
 
+def separate_rows(rollout: Rollout):
+    """The rollout with one sequence per row, and value BC -> BT on those rows."""
+    rows = tiny.separate_rows(PROMPTS, rollout)
+
+    def place(value_BC: np.ndarray) -> np.ndarray:
+        value_BT = np.zeros(rows["mask_BT"].shape, np.float32)
+        value_BT[rows["mask_BT"]] = value_BC[np.arange(value_BC.shape[1])[None] < rollout.length_B[:, None]]
+        return value_BT
+
+    return rows, place
+
+
 @functools.cache
 def scored(kind: str) -> tuple[dict, np.ndarray, np.ndarray]:
-    """The rollout's rows, with the sampler's log-probs and the scorer's, BT."""
-    rows, sampler_logp_BT = rollout_rows(PROMPTS, sampled(kind), tiny.PAD)
+    """The rollout, one sequence per row, with the sampler's log-probs and the scorer's, BT."""
+    rows, place = separate_rows(sampled(kind))
+    sampler_logp_BT = place(sampled(kind).logp_BC)
     logp_BT, _ = scorer(kind)(tiny.params(tiny.MODELS[kind]), as_batch(rows))
     return rows, sampler_logp_BT, np.asarray(logp_BT)
 
@@ -124,24 +137,47 @@ def test_filling_up_a_batch_changes_nothing_and_is_cut_off():
     assert_same(two, jax.tree.map(lambda x: x[: 2 * G], sampled("dense")))
 
 
+PACKINGS = {  # row cost -> what is cheapest; row_tokens
+    "whole groups": (lambda T: T, 0),
+    "one completion each": (lambda T: T**4, 0),
+    "several pieces in long rows": (lambda T: T**4, 96),
+    "long rows of whole groups": (lambda T: T, 96),
+}
+
+
 @each_model
-def test_packed_rows(kind):
-    """Two sequences in a row, positions restarted: the log-probs of separate rows. Padding between and after them."""
-    rows, _, logp_BT = scored(kind)
-    B, T = rows["tokens_BT"].shape
-    length_B = rows["segment_ids_BT"].sum(axis=1)
-    packed = {name: np.zeros((B // 2, 3 * T), x.dtype) for name, x in rows.items()}
-    expected_BT = np.zeros((B // 2, 3 * T), np.float32)
-    for b in range(B):
-        start = 0 if b % 2 == 0 else length_B[b - 1] + b % 3
-        to = (b // 2, slice(start, start + length_B[b]))
-        for name, x in rows.items():
-            packed[name][to] = x[b, : length_B[b]] * (1 + b % 2 if name == "segment_ids_BT" else 1)
-        expected_BT[to] = logp_BT[b, : length_B[b]]
-    packed_BT, _ = scorer(kind)(tiny.params(tiny.MODELS[kind]), as_batch(packed))
-    mask_BT = packed["mask_BT"]
-    assert mask_BT.sum() == rows["mask_BT"].sum() and packed["segment_ids_BT"].max() == 2
-    np.testing.assert_allclose(np.asarray(packed_BT)[mask_BT], expected_BT[mask_BT], atol=1e-5)
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_packed_rows(kind, packing):
+    """Completions that share a row, and their prompt: the log-probs of a row of their own, in every way of packing."""
+    rollout, (row_cost, row_tokens) = sampled(kind), PACKINGS[packing]
+    rows = rollout_rows(PROMPTS, rollout, tiny.PAD, 1, row_cost, row_tokens=row_tokens)
+    assert rows.mask_BT.sum() == rollout.length_B.sum()
+    assert rows.arrays["segment_ids_BT"].max() > 2 or packing == "one completion each"
+    logp_BT = np.asarray(scorer(kind)(tiny.params(tiny.MODELS[kind]), as_batch(rows.arrays))[0])
+    np.testing.assert_allclose(logp_BT, rows.place(rollout.logp_BC), atol=1e-5)
+
+
+def test_packings_differ():
+    """Or else the test above says little."""
+    shapes = {rollout_rows(PROMPTS, sampled("dense"), tiny.PAD, 1, cost, row_tokens=n).mask_BT.shape for cost, n in PACKINGS.values()}
+    assert len(shapes) == 3
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_packing_changes_no_gradient(kind):
+    """Of a weighted sum of log-probs, with respect to every parameter: a shared prompt gets the sum of its shares."""
+    rollout, policy = sampled(kind), tiny.policy(tiny.MODELS[kind])
+    coefficient_BC = np.random.default_rng(1).standard_normal(rollout.logp_BC.shape).astype(np.float32)
+
+    def gradient(arrays, weight_BT):
+        batch = as_batch(arrays)
+        loss = lambda params: jnp.sum(weight_BT * score(policy.bind(params), batch, TEMPERATURE).logp_BT)
+        return tiny.quick_jit(jax.grad(loss))(tiny.params(policy.cfg))
+
+    packed = rollout_rows(PROMPTS, rollout, tiny.PAD, 1, lambda T: T)
+    arrays, place = separate_rows(rollout)
+    separate = gradient(arrays, place(coefficient_BC))
+    chex.assert_trees_all_close(gradient(packed.arrays, packed.place(coefficient_BC)), separate, atol=2e-5, rtol=1e-5)
 
 
 @each_model
@@ -149,8 +185,9 @@ def test_right_padding(kind):
     """Longer rows, filled with another pad id."""
     rows, _, logp_BT = scored(kind)
     T = rows["tokens_BT"].shape[1]
-    longer = {name: np.pad(x, [(0, 0), (0, 13)]) for name, x in rows.items()}
+    longer = {name: np.pad(x, [(0, 0), (0, 13)]) if name.endswith("BT") else x for name, x in rows.items()}
     longer["tokens_BT"] = np.where(longer["segment_ids_BT"] > 0, longer["tokens_BT"], 17)
+    longer["picked_BM"] = np.where(rows["picked_BM"] == T, T + 13, rows["picked_BM"])
     longer_BT, _ = scorer(kind)(tiny.params(tiny.MODELS[kind]), as_batch(longer))
     real_BT = rows["segment_ids_BT"] > 0
     np.testing.assert_allclose(np.asarray(longer_BT)[:, :T][real_BT], logp_BT[real_BT], atol=1e-5)
@@ -196,13 +233,14 @@ def test_bfloat16_compute_is_close_and_its_log_probs_are_float32():
     bf16_scorer = make_scorer(tiny.policy(cfg), TEMPERATURE, 1)
     bf16_BT, entropy_BT = bf16_scorer(tiny.params(), as_batch(rows))
     assert bf16_BT.dtype == entropy_BT.dtype == jnp.float32
-    real_BT = rows["segment_ids_BT"] > 0
+    real_BT = rows["mask_BT"]
     gap_N = np.abs(np.asarray(bf16_BT) - logp_BT)[real_BT]
     assert 1e-4 < gap_N.mean() < 0.03 and gap_N.max() < 0.15, (gap_N.mean(), gap_N.max())
 
     made = dataclasses.replace(sampler("dense"), policy=tiny.policy(cfg))
     rollout = made(tiny.params(), PROMPTS, KEY)
-    rows, sampler_logp_BT = rollout_rows(PROMPTS, rollout, tiny.PAD)
+    rows, place = separate_rows(rollout)
+    sampler_logp_BT = place(rollout.logp_BC)
     bf16_BT, _ = bf16_scorer(tiny.params(), as_batch(rows))
     gap_N = np.abs(np.asarray(bf16_BT) - sampler_logp_BT)[rows["mask_BT"]]
     assert rollout.logp_BC.dtype == np.float32

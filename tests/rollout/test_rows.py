@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sapo_jax.rollout import bucket, rollout_rows, token_rows
+from sapo_jax.rollout import bucket, plan_rows, rollout_rows, token_rows
 from sapo_jax.rollout.rows import left_padded
 from sapo_jax.types import Prompt, Rollout
 
@@ -35,31 +35,93 @@ def test_left_padding():
 def test_token_rows_by_hand():
     rows = token_rows([((5, 6, 7, 8), 2), ((3,), 1)], pad_id=9)
     assert {name: x.dtype.name for name, x in rows.items()} == {
-        "tokens_BT": "int32", "positions_BT": "int32", "segment_ids_BT": "int32", "mask_BT": "bool",
+        "tokens_BT": "int32", "positions_BT": "int32", "segment_ids_BT": "int32", "prefix_ids_BT": "int32",
+        "mask_BT": "bool", "picked_BM": "int32", "source_BM": "int32",
     }  # fmt: skip
     assert rows["tokens_BT"].tolist() == [[5, 6, 7, 8] + [9] * 12, [3] + [9] * 15]
     assert rows["positions_BT"].tolist() == [[0, 1, 2, 3] + [0] * 12, [0] * 16]
-    assert rows["segment_ids_BT"].tolist() == [[1] * 4 + [0] * 12, [1] + [0] * 15]
+    assert rows["segment_ids_BT"].tolist() == [[1, 1, 2, 2] + [0] * 12, [1] + [0] * 15]
+    assert rows["prefix_ids_BT"].tolist() == [[1] * 4 + [0] * 12, [1] + [0] * 15]
     assert rows["mask_BT"].tolist() == [[False] * 2 + [True] * 2 + [False] * 12, [False] * 16]
+    assert rows["picked_BM"].tolist() == [[2, 3], [16, 16]]  # 16: none
+    assert rows["source_BM"].tolist() == [[1, 2], [0, 0]]
+
+
+# Two groups of two: prompts 5 6 and 8, completions 4 9 2 | 1 2 and 2 | 7 7 7; a sampled pad id is a token like others.
+ROLLOUT = Rollout(
+    tokens_BC=np.array([[4, 9, 2], [1, 2, 9], [2, 9, 9], [7, 7, 7]], np.int32),
+    logp_BC=-np.array([[0.1, 0.2, 0.3], [0.4, 0.5, 0], [0.6, 0, 0], [0.7, 0.8, 0.9]], np.float32),
+    length_B=np.array([3, 2, 1, 3], np.int32),
+    finish_B=np.array([0, 0, 0, 1], np.int32),
+)
+PAIR = [prompt(5, 6), prompt(8)]
 
 
 def test_rollout_rows_by_hand():
-    """Completions exactly as sampled; a pad id that was sampled is a token like any other."""
-    rollout = Rollout(
-        tokens_BC=np.array([[4, 9, 2], [1, 2, 9], [2, 9, 9], [7, 7, 7]], np.int32),
-        logp_BC=-np.array([[0.1, 0.2, 0.3], [0.4, 0.5, 0], [0.6, 0, 0], [0.7, 0.8, 0.9]], np.float32),
-        length_B=np.array([3, 2, 1, 3], np.int32),
-        finish_B=np.array([0, 0, 0, 1], np.int32),
-    )
-    rows, logp_BT = rollout_rows([prompt(5, 6), prompt(8)], rollout, pad_id=9)
-    sequences = [[5, 6, 4, 9, 2], [5, 6, 1, 2], [8, 2], [8, 7, 7, 7]]
-    assert rows["tokens_BT"].tolist() == [ids + [9] * (16 - len(ids)) for ids in sequences]
-    assert rows["segment_ids_BT"].sum(axis=1).tolist() == [5, 4, 2, 4]
-    masked = [[0, 0, 1, 1, 1], [0, 0, 1, 1], [0, 1], [0, 1, 1, 1]]
-    assert rows["mask_BT"].astype(int).tolist() == [row + [0] * (16 - len(row)) for row in masked]
-    logps = [[0, 0, -0.1, -0.2, -0.3], [0, 0, -0.4, -0.5], [0, -0.6], [0, -0.7, -0.8, -0.9]]
-    np.testing.assert_allclose(logp_BT, [row + [0] * (16 - len(row)) for row in logps], rtol=1e-6)
-    assert logp_BT.dtype == np.float32
+    """Two mini-batches of one group each, their prompt shared; completions exactly as sampled."""
+    rows = rollout_rows(PAIR, ROLLOUT, 9, 2, lambda T: T)
+    assert rows.arrays["tokens_BT"].tolist() == [[5, 6, 4, 9, 2, 1, 2] + [9] * 9, [8, 2, 7, 7, 7] + [9] * 11]
+    assert rows.arrays["positions_BT"].tolist() == [[0, 1, 2, 3, 4, 2, 3] + [0] * 9, [0, 1, 1, 2, 3] + [0] * 11]
+    assert rows.arrays["segment_ids_BT"].tolist() == [[1, 1, 2, 2, 2, 3, 3] + [0] * 9, [1, 2, 3, 3, 3] + [0] * 11]
+    assert rows.arrays["prefix_ids_BT"].tolist() == [[1] * 7 + [0] * 9, [1] * 5 + [0] * 11]
+    assert rows.mask_BT.astype(int).tolist() == [[0, 0, 1, 1, 1, 1, 1] + [0] * 9, [0, 1, 1, 1, 1] + [0] * 11]
+    assert rows.arrays["picked_BM"].tolist() == [[2, 3, 4, 5, 6, 16], [1, 2, 3, 4, 16, 16]]
+    assert rows.arrays["source_BM"].tolist() == [[1, 2, 3, 1, 5, 0], [0, 0, 2, 3, 0, 0]]
+    assert rows.sequence_BT[:, :7].tolist() == [[-1, -1, 0, 0, 0, 1, 1], [-1, 2, 3, 3, 3, -1, -1]]
+    logps = [[0, 0, -0.1, -0.2, -0.3, -0.4, -0.5], [0, -0.6, -0.7, -0.8, -0.9, 0, 0]]
+    placed = rows.place(ROLLOUT.logp_BC)
+    np.testing.assert_allclose(placed, [row + [0] * 9 for row in logps], rtol=1e-6)
+    assert placed.dtype == np.float32
+    assert rows.spread(np.array([1.0, 2, 3, 4]))[:, :7].tolist() == [[0, 0, 1, 1, 1, 2, 2], [0, 3, 4, 4, 4, 0, 0]]
+    assert rows.spread(np.array([True, False, True, True]))[0].sum() == 3
+
+
+def test_several_prompts_in_a_row():
+    rows = rollout_rows(PAIR, ROLLOUT, 9, 1, lambda T: T)
+    assert rows.arrays["tokens_BT"].tolist() == [[5, 6, 4, 9, 2, 1, 2, 8, 2, 7, 7, 7] + [9] * 4]
+    assert rows.arrays["segment_ids_BT"][0, :12].tolist() == [1, 1, 2, 2, 2, 3, 3, 4, 5, 6, 6, 6]
+    assert rows.arrays["prefix_ids_BT"][0, :12].tolist() == [1] * 7 + [4] * 5
+
+
+# ---------------------------------------------------------------- plans
+
+
+def tokens(plan) -> int:
+    return sum(piece.size for mini in plan.minis for row in mini for piece in row)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("multiple", "row_tokens"), [(1, 0), (3, 0), (4, 200)])
+def test_every_completion_is_in_one_row_that_holds_it(seed, multiple, row_tokens):
+    rng = np.random.default_rng(seed)
+    P, G, minis = 12, 8, 3
+    prompts, lengths = rng.integers(1, 40, P).tolist(), rng.geometric(0.05, P * G).clip(max=150).tolist()
+    for cost in (lambda T: T, lambda T: T * (100 + T), lambda T: T**3):
+        plan = plan_rows(prompts, lengths, minis, cost, multiple=multiple, row_tokens=row_tokens)
+        assert plan == plan_rows(prompts, lengths, minis, cost, multiple=multiple, row_tokens=row_tokens)
+        assert plan.rows % multiple == 0 and (row_tokens == 0 or plan.length == row_tokens)
+        for i, mini in enumerate(plan.minis):
+            assert len(mini) <= plan.rows
+            pieces = [piece for row in mini for piece in row]
+            assert all(sum(piece.size for piece in row) <= plan.length for row in mini)
+            assert sorted(b for piece in pieces for b in piece.sequences) == list(range(i * 32, (i + 1) * 32))
+            for piece in pieces:
+                assert all(b // G == piece.prompt for b in piece.sequences)
+                assert piece.size == prompts[piece.prompt] + sum(lengths[b] for b in piece.sequences)
+
+
+def test_long_prompts_are_shared_and_long_rows_are_not_free():
+    """A prompt of 100 and completions of 5: whole groups. A prompt of 2 and completions of 100: one each, if rows cost
+    by their square; then the plan has more tokens, but cheaper ones."""
+    whole = plan_rows([100] * 4, [5] * 32, 1, lambda T: T * (1000 + T))
+    assert tokens(whole) == 4 * 140
+    square = plan_rows([2] * 4, [100] * 32, 1, lambda T: T**2)
+    assert tokens(square) == 32 * 102 and square.length == 128
+
+
+def test_a_sequence_longer_than_the_row_is_refused():
+    with pytest.raises(ValueError, match="train.row_tokens = 64: a sequence has 65 tokens"):
+        plan_rows([5], [60, 3], 1, lambda T: T, row_tokens=64)
 
 
 @pytest.mark.parametrize("lengths", [(16,), (17, 3)])

@@ -14,7 +14,7 @@ import pytest
 from scipy import stats
 
 from sapo_jax.models import Qwen3
-from sapo_jax.rollout import Rule, Sampler, rollout_rows
+from sapo_jax.rollout import Rule, Sampler
 from sapo_jax.rollout import sampler as sampler_module
 from sapo_jax.types import FINISH_REASONS, Prompt, Rollout
 from tests.models import tiny
@@ -202,14 +202,14 @@ def test_log_probs_are_those_of_the_truncated_distribution():
     """temperature, top-k, top-p and min-p together, along whole completions."""
     rule = Rule(temperature=1.4, top_k=12, top_p=0.9, min_p=0.04)
     rollout = sample(make(rule=rule, group_size=3, max_new_tokens=6))
-    rows, logp_BT = rollout_rows(PROMPTS, rollout, tiny.PAD)
     sizes = []
-    for ids_T, mask_T, logp_T in zip(rows["tokens_BT"], rows["mask_BT"], logp_BT, strict=True):
-        for t in np.flatnonzero(mask_T):
-            z_V = slow_truncate(full_forward("dense")(ids_T[:t]) / rule.temperature, rule)
+    for b, (tokens_C, logp_C) in enumerate(zip(rollout.tokens_BC, rollout.logp_BC, strict=True)):
+        for t in range(rollout.length_B[b]):
+            before = np.array([*PROMPTS[b // 3].ids, *tokens_C[:t]])
+            z_V = slow_truncate(full_forward("dense")(before) / rule.temperature, rule)
             prob_V = np.exp(z_V - z_V.max())
             sizes.append(np.sum(prob_V > 0))
-            assert logp_T[t] == pytest.approx(np.log(prob_V[ids_T[t]] / prob_V.sum()), abs=1e-5)
+            assert logp_C[t] == pytest.approx(np.log(prob_V[tokens_C[t]] / prob_V.sum()), abs=1e-5)
     assert len(sizes) == 9 * 6 and 1 <= min(sizes) < max(sizes) <= 12
 
 
@@ -246,8 +246,8 @@ def test_recorded_routing_is_that_of_a_full_forward_pass():
     assert rollout.expert_ids_BTLk.dtype == np.uint8
     assert set(rollout.finish_B) == {STOP, LENGTH}
 
-    rows, _ = rollout_rows(PROMPTS, rollout, tiny.PAD)
-    arrays = (rows[name] for name in ("tokens_BT", "positions_BT", "segment_ids_BT"))
+    rows = tiny.separate_rows(PROMPTS, rollout)
+    arrays = (rows[name] for name in ("tokens_BT", "positions_BT", "segment_ids_BT", "prefix_ids_BT"))
     model = tiny.policy(cfg).bind(tiny.params(cfg))
     routing = tiny.quick_jit(lambda *x: model.forward(*x).routing)(*arrays)
     expected_LBTk = np.asarray(routing.expert_ids_BTk)
