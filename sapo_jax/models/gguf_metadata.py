@@ -1,6 +1,6 @@
-"""What the key-value pairs of a GGUF file say, and the Hugging Face `config.json` they amount to.
+"""The key-value pairs of a GGUF file, and the Hugging Face config.json they amount to.
 
-Keys as in the specification of the format (ggml, docs/gguf.md) and in llama.cpp, whose converter wrote the file.
+Keys as in the specification of the format (docs/gguf.md of ggml) and in llama.cpp, whose converter wrote the file.
 """
 
 from __future__ import annotations
@@ -32,88 +32,99 @@ class GGUFError(ValueError):
 class Metadata:
     """Typed access to the fields of a `gguf.GGUFReader`.
 
-    A value that is missing or of the wrong kind becomes a line of `problems`, and None is returned for it.
+    A value that is missing or not as it should be becomes a line of `problems`, and None is returned for it.
     """
 
     def __init__(self, fields: Mapping[str, Any]):
         self._fields = fields
-        self._read: set[str] = set()
+        self._known: set[str] = set()
         self.problems: list[str] = []
+        self.architecture = ""  # once `read_architecture` has found it
 
     def read(self, key: str, kind: type, default: Any = REQUIRED, *, least: int | None = None) -> Any:
-        """The str, int, float or bool under `key`. least: the smallest valid int; a float must be positive, finite."""
-        if (value := self._value(key, default)) is default or value is None:
+        """The str, int, float or bool under `key`. An int is at least `least`, a float positive and finite."""
+        value = self._value(key, default)
+        if key not in self._fields or value is None:
             return value
         if type(value) is not kind:
-            return self._bad(key, f"expected {KINDS[kind]}, got {_short(value)}")
+            return self.problem(key, f"expected {KINDS[kind]}, got {short(value)}")
         if kind is float:
-            value = float(str(np.float32(value)))  # 1e-05, not 9.999999747378752e-06
+            value = _shortest(value)
             if not 0 < value < math.inf:
-                return self._bad(key, f"expected a positive number, got {value}")
+                return self.problem(key, f"expected a positive number, got {value}")
         if least is not None and value < least:
-            return self._bad(key, f"expected at least {least}, got {value}")
+            return self.problem(key, f"expected at least {least}, got {value}")
         return value
 
     def read_list(self, key: str, kind: type) -> list | None:
         value = self._value(key, REQUIRED)
-        if value is None:
-            return None
-        if not isinstance(value, list) or any(type(item) is not kind for item in value):
-            return self._bad(key, f"expected a list, each item {KINDS[kind]}, got {_short(value)}")
+        if value is not None and not (isinstance(value, list) and all(type(item) is kind for item in value)):
+            return self.problem(key, f"expected a list, each item {KINDS[kind]}, got {short(value)}")
         return value
 
     def expect(self, key: str, only: Any) -> None:
-        """A setting that may be absent, but has no other supported value."""
+        """A setting that may be absent, but whose only supported value is `only`."""
         found = self.read(key, type(only), only)
         if found is not None and found != only:
-            self._bad(key, f"{_short(found)} is not supported, only {_short(only)}")
+            self.problem(key, f"{short(found)} is not supported, only {short(only)}")
 
-    def refuse_unread(self, prefix: str) -> None:
-        """What is left under `prefix` may change what the model computes: better no model than another one."""
+    def refuse_unknown(self, prefix: str) -> None:
+        """A setting that nobody has read may change what the model computes: better no model than another one."""
         for key in self._fields:
-            if key.startswith(prefix) and key not in self._read:
-                self._bad(key, f"this setting ({_short(self._value(key, REQUIRED))}) is not supported")
+            if key.startswith(prefix) and key not in self._known:
+                self.problem(key, f"this setting ({short(self._value(key, REQUIRED))}) is not supported")
 
-    def _value(self, key: str, default: Any) -> Any:
-        self._read.add(key)
-        if (field := self._fields.get(key)) is None:
-            return self._bad(key, "missing") if default is REQUIRED else default
-        try:
-            return field.contents()
-        except UnicodeDecodeError as error:
-            return self._bad(key, f"not UTF-8: {error}")
-
-    def _bad(self, key: str, message: str) -> None:
+    def problem(self, key: str, message: str) -> None:
         self.problems.append(f"{key}: {message}")
 
+    def _value(self, key: str, default: Any) -> Any:
+        self._known.add(key)
+        if key not in self._fields:
+            return self.problem(key, "missing") if default is REQUIRED else default
+        try:
+            return self._fields[key].contents()
+        except UnicodeDecodeError as error:
+            return self.problem(key, f"not UTF-8: {error}")
 
-def _short(value: Any) -> str:
+
+def _shortest(value: float) -> float:
+    """1e-05 for the float32 9.999999747378752e-06."""
+    with np.errstate(over="ignore"):
+        found = float(str(np.float32(value)))
+    return found if float(np.float32(found)) == value else value
+
+
+def short(value: Any) -> str:
     text = repr(value[:4] if isinstance(value, list) else value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def read_architecture(meta: Metadata) -> str | None:
-    architecture = meta.read("general.architecture", str)
-    if architecture is not None and architecture not in ARCHITECTURES:
-        meta.problems.append(
-            f"general.architecture: {_short(architecture)} is not supported; supported: {', '.join(ARCHITECTURES)}"
-        )
-        return None
-    return architecture
+def read_architecture(meta: Metadata) -> None:
+    """Set `meta.architecture`; problems if the file is not a whole model of a supported one."""
+    parts = meta.read("split.count", int, 1)
+    if parts != 1:
+        meta.problem("split.count", f"one of {parts} parts; join them first (llama-gguf-split --merge)")
+        return
+    meta.expect("general.type", "model")
+    found = meta.read("general.architecture", str)
+    if found in ARCHITECTURES:
+        meta.architecture = found
+    elif found is not None:
+        meta.problem("general.architecture", f"{short(found)} is not supported, only {', '.join(ARCHITECTURES)}")
 
 
-def model_config(meta: Metadata, architecture: str, *, vocab_size: int, tied: bool) -> dict[str, Any]:
-    """The content of config.json but for token ids and dtype. Valid only if it leaves no problems in `meta`."""
-    at = f"{architecture}."
+def model_config(meta: Metadata, vocab_size: int | None, *, tied: bool) -> dict[str, Any]:
+    """config.json but for token ids and dtype. Some values are None where `meta` has problems.
+
+    vocab_size: the number of tokens, None if it is not known.
+    """
+    at = f"{meta.architecture}."
 
     def size(key: str, default: Any = REQUIRED) -> Any:
         return meta.read(at + key, int, default, least=1)
 
-    model_type, hf_class = ARCHITECTURES[architecture]
+    model_type, hf_class = ARCHITECTURES[meta.architecture]
     D, H = size("embedding_length"), size("attention.head_count")
-    head_dim = size("attention.key_length", None)
-    if head_dim is None and D and H:
-        head_dim = D // H
     config = {
         "architectures": [hf_class],
         "model_type": model_type,
@@ -122,30 +133,37 @@ def model_config(meta: Metadata, architecture: str, *, vocab_size: int, tied: bo
         "num_hidden_layers": size("block_count"),
         "num_attention_heads": H,
         "num_key_value_heads": size("attention.head_count_kv", H),
-        "head_dim": head_dim,
+        "head_dim": size("attention.key_length", D and H and D // H),
         "hidden_act": "silu",
         "rms_norm_eps": meta.read(at + "attention.layer_norm_rms_epsilon", float),
         "rope_theta": meta.read(at + "rope.freq_base", float, 10000.0),  # llama.cpp's default
-        "rope_scaling": _rope_scaling(meta, at),
+        "rope_scaling": _rope_scaling(meta, at + "rope.scaling."),
         "max_position_embeddings": size("context_length"),
         "attention_bias": False,
         "tie_word_embeddings": tied,
     }
-    config |= _experts(meta, at) if architecture == "qwen3moe" else {"intermediate_size": size("feed_forward_length")}
-    meta.expect(at + "vocab_size", vocab_size)
-    if head_dim is not None:
-        meta.expect(at + "attention.value_length", head_dim)
-        meta.expect(at + "rope.dimension_count", head_dim)
-    meta.refuse_unread(at)
+    if meta.architecture == "qwen3moe":
+        config |= _experts(meta, at)
+    else:
+        config["intermediate_size"] = size("feed_forward_length")
+    for key, value in (
+        ("vocab_size", vocab_size),
+        ("attention.value_length", config["head_dim"]),
+        ("rope.dimension_count", config["head_dim"]),
+    ):
+        if value is not None:
+            meta.expect(at + key, value)
+    if config["head_dim"] is not None and config["head_dim"] % 2:
+        meta.problem(at + "attention.key_length", f"{config['head_dim']} is odd; rotary embedding needs pairs")
+    meta.read(at + "tensor_data_layout", str, None)  # a remark
+    meta.refuse_unknown(at)
     return config
 
 
 def _rope_scaling(meta: Metadata, at: str) -> dict[str, Any] | None:
-    """None or YaRN, in the keys of Hugging Face's `rope_scaling`."""
-    at += "rope.scaling."
-    meta.read(at + "finetuned", bool, None)  # a remark: it changes nothing
-    kind = meta.read(at + "type", str, "none")
-    if kind != "yarn":
+    """None, or YaRN in the keys of Hugging Face's `rope_scaling`."""
+    meta.read(at + "finetuned", bool, None)  # a remark
+    if meta.read(at + "type", str, "none") != "yarn":
         meta.expect(at + "type", "none")
         return None
     meta.expect(at + "attn_factor", 1.0)
@@ -159,16 +177,17 @@ def _rope_scaling(meta: Metadata, at: str) -> dict[str, Any] | None:
 
 
 def _experts(meta: Metadata, at: str) -> dict[str, Any]:
-    experts, used = (meta.read(at + key, int, least=1) for key in ("expert_count", "expert_used_count"))
+    experts, used, width = (
+        meta.read(at + key, int, least=1) for key in ("expert_count", "expert_used_count", "expert_feed_forward_length")
+    )
     if experts and used and used > experts:
-        meta.problems.append(f"{at}expert_used_count: {used} of {experts} experts cannot be chosen")
-    width = meta.read(at + "expert_feed_forward_length", int, least=1)
+        meta.problem(at + "expert_used_count", f"{used} of {experts} experts cannot be chosen")
     return {
         "num_experts": experts,
         "num_experts_per_tok": used,
         "moe_intermediate_size": width,
         "intermediate_size": meta.read(at + "feed_forward_length", int, width, least=1),  # no layer uses it
-        "norm_topk_prob": True,  # what llama.cpp computes for this architecture; the file does not say it
+        "norm_topk_prob": True,  # what llama.cpp computes for qwen3moe, without a setting in the file
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
     }

@@ -1,8 +1,8 @@
 """The tokenizer in a GGUF file: byte-level BPE, rebuilt with the `tokenizers` library.
 
-A file holds tokens, their types, merges, and the name of the rule that cuts text into words before the merges apply
-(`tokenizer.ggml.pre`). The rules below are those of the published tokenizer.json files that llama.cpp's names stand
-for; where there is none (`default`), llama.cpp's own.
+A file holds the tokens, their types, the merges, and the name of the rule (`tokenizer.ggml.pre`) that cuts text into
+words, which no merge crosses. The rules are those of the published tokenizer.json files that llama.cpp's names stand
+for, `default` is llama.cpp's own.
 """
 
 from __future__ import annotations
@@ -12,139 +12,138 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from sapo_jax.models.gguf_metadata import Metadata
+from sapo_jax.models.gguf_metadata import REQUIRED, Metadata
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
+NAMED = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}  # Hugging Face's name: llama.cpp's
+END_OF_TURN = "eot"  # a second token that ends a completion; llama.cpp alone has a name for it
+AT = "tokenizer.ggml."
 
 CONTRACTIONS = "'s|'t|'re|'ve|'m|'ll|'d"
-GPT2 = rf"{CONTRACTIONS}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)"
-
-
-def _modern(digits: str) -> str:
-    """The rule of Llama 3 and Qwen, which differ in how many digits make a word."""
-    return (
-        rf"(?i:{CONTRACTIONS})|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
-        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
+GPT2 = rf"{CONTRACTIONS}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+"
+MODERN = (
+    rf"(?i:{CONTRACTIONS})|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|DIGITS| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    splits: tuple[str, ...]  # each cuts the pieces the one before left: its matches, and what lies between them
-    nfc: bool = False  # Unicode normal form C first
-    whole_words: bool = False  # a word that is a token is that token, whatever the merges say
+    splits: tuple[str, ...]  # each cuts what the one before left: into its matches, and what lies between them
+    nfc: bool = False  # Unicode normalisation form C first
+    whole_words: bool = False  # a word that is a token is that token, whatever the merges make of it
     add_bos: bool = False  # if the file does not say
 
 
 RULES = {
     "gpt-2": Rule((GPT2,)),
     "smollm": Rule((r"\p{N}", GPT2)),
-    "qwen2": Rule((_modern(r"\p{N}"),), nfc=True),
-    "llama-bpe": Rule((_modern(r"\p{N}{1,3}"),), whole_words=True, add_bos=True),
+    "qwen2": Rule((MODERN.replace("DIGITS", r"\p{N}"),), nfc=True),
+    "llama-bpe": Rule((MODERN.replace("DIGITS", r"\p{N}{1,3}"),), whole_words=True, add_bos=True),
     "default": Rule((r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
 }
-NAMED = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}  # Hugging Face's name: llama.cpp's
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerParts:
-    vocab_size: int  # with ids that no text gives
+    vocab_size: int  # with the ids that no text gives
     backend: Tokenizer  # tokenizer.json
     config: dict[str, Any]  # tokenizer_config.json
-    generation: dict[str, Any]  # generation_config.json: bos, eos and pad ids
+    generation: dict[str, Any]  # generation_config.json: the ids of bos, eos, pad
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    tokens: list[str]
+    types: list[int]
+    merges: list[tuple[str, str]]
 
 
 def read_tokenizer(meta: Metadata) -> TokenizerParts | None:
     """None if it leaves problems in `meta`."""
     before = len(meta.problems)
-    at = "tokenizer.ggml."
-    kind, pre = meta.read(at + "model", str), meta.read(at + "pre", str)
-    if kind not in (None, "gpt2"):
-        meta.problems.append(f"{at}model: a tokenizer of kind {kind!r} is not supported, only byte-level BPE ('gpt2')")
+    rule, vocabulary = _rule(meta), _vocabulary(meta)
+    if rule is None or vocabulary is None:
         return None
-    if pre is not None and pre not in RULES:
-        meta.problems.append(f"{at}pre: the rule {pre!r} is not supported; supported: {', '.join(RULES)}")
-    tokens, types = meta.read_list(at + "tokens", str), meta.read_list(at + "token_type", int)
-    merges = meta.read_list(at + "merges", str)
-    meta.expect(at + "add_space_prefix", False)
-    if len(meta.problems) > before:
-        return None
-    _check_vocabulary(meta, tokens, types, merges)
-    rule = RULES[pre]
-    ids = _named_ids(meta, types)
-    add = {name: meta.read(f"{at}add_{name}_token", bool, name == "bos" and rule.add_bos) for name in ("bos", "eos")}
-    for name in (name for name, wanted in add.items() if wanted and name not in ids):
-        meta.problems.append(f"{at}{name}_token_id: missing, but {at}add_{name}_token is set")
+    ids = _named_ids(meta, vocabulary)
+    add = {name: meta.read(f"{AT}add_{name}_token", bool, name == "bos" and rule.add_bos) for name in ("bos", "eos")}
+    if add["bos"] and "bos" not in ids:
+        meta.problem(AT + "bos_token_id", f"missing, but every text starts with it ({AT}add_bos_token)")
+    meta.expect(AT + "add_space_prefix", False)
     template = meta.read("tokenizer.chat_template", str, None)
     if len(meta.problems) > before:
         return None
-    config = {f"{name}_token": tokens[i] for name, i in ids.items()}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config |= {f"add_{name}_token": wanted for name, wanted in add.items()}
-    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    config |= {} if template is None else {"chat_template": template}
-    backend = _backend(tokens, types, merges, rule)
-    backend.post_processor = _processor(tokens, ids, add)
-    eot = meta.read(at + "eot_token_id", int, ids["eos"], least=0)
-    stop = list(dict.fromkeys([ids["eos"], eot]))
-    generation = {f"{name}_token_id": ids[name] for name in ("bos", "eos", "pad") if name in ids}
-    generation |= {"eos_token_id": stop if len(stop) > 1 else stop[0]}
-    return TokenizerParts(len(tokens), backend, config, generation)
+    config |= {f"{name}_token": vocabulary.tokens[ids[name]] for name in NAMED if name in ids}
+    config |= {"chat_template": template} if template is not None else {}
+    generation: dict[str, Any] = {f"{name}_token_id": ids[name] for name in ("bos", "eos", "pad") if name in ids}
+    if ids.get(END_OF_TURN, ids["eos"]) != ids["eos"]:
+        generation["eos_token_id"] = [ids["eos"], ids[END_OF_TURN]]
+    around = {name: (vocabulary.tokens[ids[name]], ids[name]) for name, wanted in add.items() if wanted}
+    return TokenizerParts(len(vocabulary.tokens), _backend(vocabulary, rule, around), config, generation)
 
 
-def _check_vocabulary(meta: Metadata, tokens: list[str], types: list[int], merges: list[str]) -> None:
-    at, known = "tokenizer.ggml.", set(tokens)
-    if not tokens or len(types) != len(tokens):
-        meta.problems.append(f"{at}token_type: {len(types)} types for {len(tokens)} tokens")
-    if len(known) < len(tokens):
-        meta.problems.append(f"{at}tokens: {len(tokens) - len(known)} tokens stand there twice")
+def _rule(meta: Metadata) -> Rule | None:
+    kind, pre = meta.read(AT + "model", str), meta.read(AT + "pre", str)
+    if kind not in ("gpt2", None):
+        meta.problem(AT + "model", f"{kind!r} tokenizers are not supported, only 'gpt2' (byte-level BPE)")
+    elif pre not in RULES and pre is not None:
+        meta.problem(AT + "pre", f"the rule {pre!r} is not supported, only {', '.join(RULES)}")
+    return RULES.get(pre) if kind == "gpt2" else None
+
+
+def _vocabulary(meta: Metadata) -> Vocabulary | None:
+    tokens, types = meta.read_list(AT + "tokens", str), meta.read_list(AT + "token_type", int)
+    merges = meta.read_list(AT + "merges", str)
+    if tokens is None or types is None or merges is None:
+        return None
+    before, known = len(meta.problems), set(tokens)
+    if len(types) != len(tokens):
+        meta.problem(AT + "token_type", f"{len(types)} types for {len(tokens)} tokens")
     if strange := set(types) - {NORMAL, CONTROL, USER_DEFINED, UNUSED}:
-        meta.problems.append(f"{at}token_type: types {sorted(strange)} do not belong in byte-level BPE")
+        meta.problem(AT + "token_type", f"types {sorted(strange)} do not belong to byte-level BPE")
+    if len(known) < len(tokens):
+        meta.problem(AT + "tokens", f"{len(tokens) - len(known)} of them are there twice")
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    if wrong := [pair for pair in pairs if len(pair) != 2 or not {*pair, "".join(pair)} <= known]:
+        meta.problem(AT + "merges", f"{len(wrong)} do not make a token of two tokens, the first is {wrong[0]}")
+    return Vocabulary(tokens, types, pairs) if len(meta.problems) == before else None
 
-    def valid(merge: str) -> bool:
-        left, _, right = merge.partition(" ")
-        return " " not in right and {left, right, left + right} <= known
 
-    if wrong := [merge for merge in merges if not valid(merge)]:
-        meta.problems.append(f"{at}merges: {len(wrong)} do not join two tokens into a third, the first is {wrong[0]!r}")
-
-
-def _named_ids(meta: Metadata, types: list[int]) -> dict[str, int]:
-    """{"eos": id, ...} of those that the file names; it must name eos."""
+def _named_ids(meta: Metadata, vocabulary: Vocabulary) -> dict[str, int]:
+    """{"eos": id, ...} of the tokens that the file names; eos it must name."""
     ids = {}
-    for name, key in NAMED.items():
-        key = f"tokenizer.ggml.{key}_token_id"
-        i = meta.read(key, int, *(() if name == "eos" else (None,)), least=0)
-        if i is not None and (i >= len(types) or types[i] == UNUSED):
-            meta.problems.append(f"{key}: there is no token {i}")
+    for name, theirs in (NAMED | {END_OF_TURN: END_OF_TURN}).items():
+        key = f"{AT}{theirs}_token_id"
+        i = meta.read(key, int, REQUIRED if name == "eos" else None, least=0)
+        if i is not None and (i >= len(vocabulary.tokens) or vocabulary.types[i] == UNUSED):
+            meta.problem(key, f"there is no token {i}")
         elif i is not None:
             ids[name] = i
     return ids
 
 
-def _backend(tokens: list[str], types: list[int], merges: list[str], rule: Rule) -> Tokenizer:
-    # Unused ids fill the vocabulary up to the rows of the embedding; the published tokenizer.json has no tokens there.
-    vocab = {token: i for i, token in enumerate(tokens) if types[i] != UNUSED}
-    pairs = [tuple(merge.split(" ")) for merge in merges]
-    backend = Tokenizer(models.BPE(vocab, pairs, ignore_merges=rule.whole_words))
+def _backend(vocabulary: Vocabulary, rule: Rule, around: dict[str, tuple[str, int]]) -> Tokenizer:
+    """around: bos and eos, those that `encode` adds when it is asked for special tokens."""
+    tokens = list(zip(vocabulary.tokens, vocabulary.types, strict=True))
+    # Unused ids fill the vocabulary up to the rows of the embedding; published tokenizers do not have them.
+    ids = {token: i for i, (token, kind) in enumerate(tokens) if kind != UNUSED}
+    backend = Tokenizer(models.BPE(ids, vocabulary.merges, ignore_merges=rule.whole_words))
     if rule.nfc:
         backend.normalizer = normalizers.NFC()
     splits = [pre_tokenizers.Split(Regex(split), "isolated") for split in rule.splits]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
     backend.decoder = decoders.ByteLevel()
-    added = [
-        AddedToken(token, special=kind == CONTROL, normalized=False)
-        for token, kind in zip(tokens, types, strict=True)
-        if kind in (CONTROL, USER_DEFINED)
-    ]
-    backend.add_tokens(added)
+    backend.add_tokens(
+        [
+            AddedToken(token, special=kind == CONTROL, normalized=False)
+            for token, kind in tokens
+            if kind in (CONTROL, USER_DEFINED)
+        ]
+    )
+    if around:
+        template = [around["bos"][0]] * ("bos" in around) + ["$A"] + [around["eos"][0]] * ("eos" in around)
+        backend.post_processor = processors.TemplateProcessing(template, special_tokens=list(around.values()))
     return backend
-
-
-def _processor(tokens: list[str], ids: dict[str, int], add: dict[str, bool]) -> Any:
-    """What `encode` puts around a text when it is asked for special tokens."""
-    if not any(add.values()):
-        return processors.ByteLevel(trim_offsets=False)
-    around = [(tokens[ids[name]], ids[name]) for name in add if add[name]]
-    bos, eos = (f"{tokens[ids[name]]}:0" if add[name] else "" for name in ("bos", "eos"))
-    return processors.TemplateProcessing(single=f"{bos} $A:0 {eos}".split(), special_tokens=around)
