@@ -80,8 +80,12 @@ def read_tokenizer(meta: Metadata) -> TokenizerParts | None:
     generation: dict[str, Any] = {f"{name}_token_id": ids[name] for name in ("bos", "eos", "pad") if name in ids}
     if ids.get(END_OF_TURN, ids["eos"]) != ids["eos"]:
         generation["eos_token_id"] = [ids["eos"], ids[END_OF_TURN]]
-    around = {name: (vocabulary.tokens[ids[name]], ids[name]) for name, wanted in add.items() if wanted}
-    return TokenizerParts(len(vocabulary.tokens), _backend(vocabulary, rule, around), config, generation)
+    backend = _backend(vocabulary, rule)
+    if any(add.values()):
+        bos, eos = ([vocabulary.tokens[ids[name]]] if add[name] else [] for name in ("bos", "eos"))
+        special = [(token, backend.token_to_id(token)) for token in bos + eos]
+        backend.post_processor = processors.TemplateProcessing([*bos, "$A", *eos], special_tokens=special)
+    return TokenizerParts(len(vocabulary.tokens), backend, config, generation)
 
 
 def _rule(meta: Metadata) -> Rule | None:
@@ -124,8 +128,7 @@ def _named_ids(meta: Metadata, vocabulary: Vocabulary) -> dict[str, int]:
     return ids
 
 
-def _backend(vocabulary: Vocabulary, rule: Rule, around: dict[str, tuple[str, int]]) -> Tokenizer:
-    """around: bos and eos, those that `encode` adds when it is asked for special tokens."""
+def _backend(vocabulary: Vocabulary, rule: Rule) -> Tokenizer:
     tokens = list(zip(vocabulary.tokens, vocabulary.types, strict=True))
     # Unused ids fill the vocabulary up to the rows of the embedding; published tokenizers do not have them.
     ids = {token: i for i, (token, kind) in enumerate(tokens) if kind != UNUSED}
@@ -143,7 +146,4 @@ def _backend(vocabulary: Vocabulary, rule: Rule, around: dict[str, tuple[str, in
             if kind in (CONTROL, USER_DEFINED)
         ]
     )
-    if around:
-        template = [around["bos"][0]] * ("bos" in around) + ["$A"] + [around["eos"][0]] * ("eos" in around)
-        backend.post_processor = processors.TemplateProcessing(template, special_tokens=list(around.values()))
     return backend
