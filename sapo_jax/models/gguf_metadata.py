@@ -63,7 +63,10 @@ class Metadata:
         return value
 
     def expect(self, key: str, only: Any) -> None:
-        """A setting that may be absent, but whose only supported value is `only`."""
+        """A setting that may be absent, but whose only supported value is `only` (None: another problem hides it)."""
+        if only is None:
+            self._known.add(key)
+            return
         found = self.read(key, type(only), only)
         if found is not None and found != only:
             self.problem(key, f"{short(found)} is not supported, only {short(only)}")
@@ -146,14 +149,10 @@ def model_config(meta: Metadata, vocab_size: int | None, *, tied: bool) -> dict[
         config |= _experts(meta, at)
     else:
         config["intermediate_size"] = size("feed_forward_length")
-    for key, value in (
-        ("vocab_size", vocab_size),
-        ("attention.value_length", config["head_dim"]),
-        ("rope.dimension_count", config["head_dim"]),
-    ):
-        if value is not None:
-            meta.expect(at + key, value)
-    if config["head_dim"] is not None and config["head_dim"] % 2:
+    meta.expect(at + "vocab_size", vocab_size)
+    meta.expect(at + "attention.value_length", config["head_dim"])
+    meta.expect(at + "rope.dimension_count", config["head_dim"])
+    if (config["head_dim"] or 0) % 2:
         meta.problem(at + "attention.key_length", f"{config['head_dim']} is odd; rotary embedding needs pairs")
     meta.read(at + "tensor_data_layout", str, None)  # a remark
     meta.refuse_unknown(at)

@@ -119,11 +119,10 @@ def tensor_values(
     for name, planned in plan.items():
         tensor = tensors[name]
         for i, data in enumerate(tensor.data if planned.experts else [tensor.data]):
-            x = gguf.dequantize(data, tensor.tensor_type)
+            with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is reported below
+                x = gguf.dequantize(data, tensor.tensor_type).astype(dtype, copy=False)
             if planned.permuted_heads:
                 x = unpermute(x, planned.permuted_heads)
-            with np.errstate(over="ignore"):
-                x = x.astype(dtype, copy=False)
             if not np.isfinite(x).all():
                 of_expert = f" of expert {i}" * bool(planned.experts)
                 problems.append(f"{name}: values{of_expert} that are not finite, or not in {dtype}")

@@ -39,7 +39,7 @@ TEXTS = [
     "Hello world, don't DON'T we'Ll I'm 'tis o'clock.",
     "12 + 7 = 19; x   12, 1234567, 3.14159e-10, ½ of ٣٤٥ and 一二三, a1b22c333d4444",
     "def f(x: int) -> dict[str, float]:\n    return {'a': x ** 2, \"b\": [i for i in range(10)]}\n\n\n",
-    "for (;;) {\n\t\tif (a != b && c <= d) { printf(\"%d\\n\", ~x ^ y | z); }\r\n\t}\r\n",
+    'for (;;) {\n\t\tif (a != b && c <= d) { printf("%d\\n", ~x ^ y | z); }\r\n\t}\r\n',
     "日本語のテキスト、中文文本。한국어 텍스트!  Привет, мир… Γειά σου Κόσμε; שלום עולם",
     "👋🏽 emoji 👩‍👩‍👧‍👦, 😀😀😀 and ☃︎ \u200b zero width",
     "  leading, trailing   \n \n\t mixed \u00a0\u3000 white   space  \n",
