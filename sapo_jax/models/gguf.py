@@ -30,7 +30,7 @@ class Converted:
 
 
 def convert(source: Path, target: Path, dtype: str = "float32", *, max_shard_bytes: int = 4 * 10**9) -> Converted:
-    """Write `source` as the directory `target`: weights in `dtype`, config, tokenizer and chat template.
+    """Write `source` as the directory `target`: weights in `dtype`, config, tokenizer, the (default) chat template.
 
     `target` must be new or empty; it appears complete or not at all. About one tensor is held in memory at a time.
     Raises GGUFError with all that is wrong with the metadata or, if nothing is, with the tensors.

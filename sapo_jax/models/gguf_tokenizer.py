@@ -102,13 +102,14 @@ def _vocabulary(meta: Metadata) -> Vocabulary | None:
     merges = meta.read_list(AT + "merges", str)
     if tokens is None or types is None or merges is None:
         return None
-    before, known = len(meta.problems), set(tokens)
+    before = len(meta.problems)
     if len(types) != len(tokens):
         meta.problem(AT + "token_type", f"{len(types)} types for {len(tokens)} tokens")
     if strange := set(types) - {NORMAL, CONTROL, USER_DEFINED, UNUSED}:
         meta.problem(AT + "token_type", f"types {sorted(strange)} do not belong to byte-level BPE")
-    if len(known) < len(tokens):
-        meta.problem(AT + "tokens", f"{len(tokens) - len(known)} of them are there twice")
+    if twice := len(tokens) - len(set(tokens)):
+        meta.problem(AT + "tokens", f"{twice} of them are there twice")
+    known = {token for token, kind in zip(tokens, types, strict=False) if kind != UNUSED}
     pairs = [tuple(merge.split(" ")) for merge in merges]
     if wrong := [pair for pair in pairs if len(pair) != 2 or not {*pair, "".join(pair)} <= known]:
         meta.problem(AT + "merges", f"{len(wrong)} do not make a token of two tokens, the first is {wrong[0]}")

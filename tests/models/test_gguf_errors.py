@@ -9,6 +9,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+import tokenizers
 
 from sapo_jax.cli import main
 from sapo_jax.models import gguf as module
@@ -101,6 +102,7 @@ def test_other_byte_order_and_parts(tmp_path):
         ("llama", {"llama.embedding_length": 0}, "llama.embedding_length: expected at least 1, got 0"),
         ("llama", {"llama.attention.head_count": [4, 4]}, "llama.attention.head_count: expected a whole number, got [4, 4]"),
         ("llama", {"llama.rope.freq_base": float("nan")}, "llama.rope.freq_base: expected a positive number, got nan"),
+        ("llama", {"llama.rope.freq_base": 0.0}, "llama.rope.freq_base: expected a positive number, got 0.0"),
         ("llama", {"llama.vocab_size": 639}, "llama.vocab_size: 639 is not supported, only 640"),
         ("llama", {"llama.rope.dimension_count": 8}, "llama.rope.dimension_count: 8 is not supported, only 16"),
         ("llama", {"llama.rope.scaling.type": "linear"}, "llama.rope.scaling.type: 'linear' is not supported, only 'none'"),
@@ -134,6 +136,19 @@ def test_a_token_twice(tmp_path):
     tokens = files.tokenizer_fields()[AT + "tokens"]
     file = files.model_file(tmp_path / "x", "llama", **{AT + "tokens": [*tokens[:-1], tokens[-2]]})
     assert problems(file) == (AT + "tokens: 1 of them are there twice",)
+
+
+def test_unused_tokens(tmp_path):
+    """No merge makes one; but they may lie anywhere."""
+    tokens, types, merges = (files.tokenizer_fields()[AT + key] for key in ("tokens", "token_type", "merges"))
+    unused = tokens.index(merges[-1].replace(" ", ""))
+    types = [5 if i == unused else kind for i, kind in enumerate(types)]
+    file = files.model_file(tmp_path / "x", "llama", **{AT + "token_type": types})
+    assert problems(file)[0].startswith(AT + "merges: 1 do not make a token of two tokens")
+    changes = {AT + "token_type": types, AT + "merges": merges[:-1]}
+    convert(files.model_file(tmp_path / "y", "llama", **changes), tmp_path / "out")
+    vocab = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json")).get_vocab()
+    assert vocab == {token: i for i, token in enumerate(tokens) if types[i] != 5}
 
 
 def test_an_unsupported_architecture_is_the_only_thing_to_say(tmp_path):

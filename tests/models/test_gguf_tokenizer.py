@@ -117,6 +117,18 @@ def test_transformers_loads_it(pre, converted):
         assert [ours.encode(text) for text in texts] == [theirs.encode(text) for text in texts]
 
 
+@each_rule
+def test_where_the_file_is_silent_llama_3_alone_starts_with_bos(pre, converted):
+    ids = AutoTokenizer.from_pretrained(converted(pre, **{AT + "add_bos_token": None}) / "out").encode("a")
+    assert (ids[0] == 630) == (pre == "llama-bpe") and len(ids) == 1 + (pre == "llama-bpe")
+
+
+def test_eos_after_every_text(converted):
+    folder = converted("qwen2", **{AT + "add_eos_token": True}) / "out"
+    assert AutoTokenizer.from_pretrained(folder).encode("a")[1:] == [632]
+    assert tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode("a").ids[1:] == [632]
+
+
 def test_our_own_tokenizer_reads_it(converted):
     own = load_tokenizer(str(converted("smollm", **{AT + "eot_token_id": 631}) / "out"))
     assert own.end_id == 632 and own.stop_ids == (632, 631) and own.pad_id == 630
@@ -172,6 +184,11 @@ def test_qwen3(tmp_path):
     convert(files.write(tmp_path / "x.gguf", "qwen3", values, arrays, files.Kind.F16), tmp_path / "out")
     ours, theirs = AutoTokenizer.from_pretrained(tmp_path / "out"), tokenizers.Tokenizer.from_str(published)
     assert ours.get_vocab() == theirs.get_vocab()
+    flags = {added["id"]: added | {"special": types[added["id"]] == 3} for added in spec["added_tokens"]}
+    written = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
+    assert {added["id"]: added for added in written["added_tokens"]} == flags
+    splits = [x["pre_tokenizer"]["pretokenizers"][0] for x in (written, spec)]
+    assert written["normalizer"] == spec["normalizer"] and splits[0] == splits[1]
     rng = np.random.default_rng(0)
     noise = ["".join(map(chr, rng.choice([*range(32, 0xD800), *range(0xE000, 0x20000)], 200))) for _ in range(50)]
     for text in [*files.TEXTS, *noise]:
