@@ -1,6 +1,6 @@
 """`sapo-jax <command> CONFIG key=value ...`: the only place that reads a command line.
 
-Exit codes: 0 the steps asked for are done; 1 the run failed; 2 the command line or the config is wrong;
+Exit codes: 0 what was asked for is done; 1 it failed; 2 the command line or the config is wrong;
 75 the run was told to stop (SIGTERM, Ctrl-C), has saved, and the same command resumes it.
 """
 
@@ -21,7 +21,10 @@ EPILOG = """examples:
   sapo-jax eval runs/quickstart evaluate.samples=32
   sapo-jax sample runs/quickstart --prompt "Calculate 3 + 4."
   sapo-jax export runs/quickstart exported --dtype bfloat16
+  sapo-jax convert model.gguf models/model
 """
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -55,13 +58,20 @@ def build_parser() -> argparse.ArgumentParser:
             sub.add_argument("--greedy", action="store_true", help="the most probable tokens instead of samples")
     sub = command("export", "write a run's policy as a Hugging Face model directory", run, "directory")
     sub.add_argument("--step", type=int, help="RL step of the checkpoint (default: the newest)")
-    dtypes = ("float32", "bfloat16", "float16")
-    sub.add_argument("--dtype", choices=dtypes, default="float32", help="of the tensors (float32: nothing is rounded)")
+    sub.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (float32: nothing is rounded)")
+
+    summary = "a GGUF file (llama.cpp) into a Hugging Face model directory"
+    sub = commands.add_parser("convert", help=summary, description=summary)
+    sub.add_argument("source", metavar="FILE.gguf", type=Path, help="architecture llama, qwen3 or qwen3moe")
+    sub.add_argument("target", metavar="DIR", type=Path, help="new or empty; appears when it is complete")
+    sub.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
+    if args.command == "convert":
+        return convert_command(args)
     try:
         path, overrides = args.config, list(args.overrides)
         if path.is_dir():  # a run folder: its own config, wherever it was moved to
@@ -79,6 +89,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """key=value words may stand before or after the options."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
+    if args.command == "convert":  # takes no config
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        return args
     if wrong := [word for word in [*args.overrides, *rest] if word.startswith("-") or "=" not in word]:
         parser.error(f"unrecognized arguments: {' '.join(wrong)} (overrides look like key.path=value)")
     args.overrides += rest
@@ -146,7 +160,20 @@ def export_command(cfg: Config, args: argparse.Namespace) -> None:
     export_run(cfg, args.directory, args.step, args.dtype)
 
 
-COMMANDS = {
+def convert_command(args: argparse.Namespace) -> int:
+    from sapo_jax.models.gguf import GGUFError, convert
+
+    try:
+        found = convert(args.source, args.target, args.dtype)
+    except (GGUFError, OSError) as error:  # OSError: the disk is full, the place cannot be written
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    millions, gigabytes = found.parameters / 1e6, found.bytes / 1e9
+    print(f"{args.target}: {found.config['model_type']}, {millions:,.1f} M parameters, {gigabytes:.2f} GB {args.dtype}")
+    return 0
+
+
+COMMANDS = {  # those that take a config
     "train": train_command,
     "sft": sft_command,
     "eval": eval_command,

@@ -6,10 +6,12 @@ import json
 import shutil
 from pathlib import Path
 
+import jax.numpy as jnp
+
 from sapo_jax.config import Config, read_json_object, to_hugging_face
 from sapo_jax.data import ByteTokenizer, FileTokenizer, Tokenizer, load_template
-from sapo_jax.models.hf import hub_tensors
-from sapo_jax.models.model_dir import new_model_dir, write_json, write_tensors
+from sapo_jax.models.hf import hub_shapes, hub_tensors
+from sapo_jax.models.model_dir import new_model_dir, write_json, write_shards
 from sapo_jax.run import RunError, open_run
 
 # What stands beside a tokenizer.json and belongs to it.
@@ -28,7 +30,8 @@ def export_run(cfg: Config, folder: str | Path, step: int | None, dtype: str) ->
         stage, step, params = run.trained_params(step)
         try:
             with new_model_dir(folder) as made:
-                write_tensors(made, hub_tensors(params, run.cfg.model), dtype)
+                tensors = hub_tensors(params, run.cfg.model, jnp.dtype(dtype))
+                write_shards(made, hub_shapes(run.cfg.model), jnp.dtype(dtype), tensors)
                 write_json(made / "config.json", _config(run.cfg, run.tokenizer, dtype))
                 _write_tokenizer(made, run.cfg, run.tokenizer)
         except (OSError, ValueError) as error:

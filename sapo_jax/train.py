@@ -22,6 +22,7 @@ from sapo_jax import diagnostics
 from sapo_jax.checkpoint import Checkpoints
 from sapo_jax.config import Config
 from sapo_jax.data import PromptBatches
+from sapo_jax.describe import row_cost
 from sapo_jax.display import Display
 from sapo_jax.evaluate import evaluate
 from sapo_jax.experience import (
@@ -37,7 +38,6 @@ from sapo_jax.experience import (
 from sapo_jax.learner import last_rate, make_optimizer, make_schedule, make_update, policy_loss, state_shardings
 from sapo_jax.metrics import RunLog
 from sapo_jax.plots import plot_run
-from sapo_jax.describe import row_cost
 from sapo_jax.rollout import Rows, Rule, Sampler, rollout_rows
 from sapo_jax.run import EVALUATE, ROLLOUT, Run, RunError, Stopped, open_run
 from sapo_jax.scoring import make_scorer

@@ -125,7 +125,9 @@ class Data:
 
 @_config
 class Rewards:
-    extract: Literal["all", "final", "answer_tag", "boxed", "last_number"] = "all"  # which part of the completion is the answer
+    extract: Literal["all", "final", "answer_tag", "boxed", "last_number"] = (
+        "all"  # which part of the completion is the answer
+    )
     format_reward: NonNegative = 0.0  # added when the completion has the form that `extract` asks for
     workers: Count = 2  # verifier processes
     deadline: Positive = 5.0  # seconds per completion; then its worker is killed

@@ -301,12 +301,28 @@ def _load_layer(weights: Weights, leaf: Leaf, layer: int, shape: tuple[int, ...]
 # ---------------------------------------------------------------- out
 
 
-def hub_tensors(params: Params, cfg: Model) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, float32 tensor) of every tensor in the hub's layout, one after the other."""
+def hub_shapes(cfg: Model) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in the hub's layout, in the order of `hub_tensors`."""
+    size = sizes(cfg)
+    return {
+        name: hub_shape(leaf.row, size)
+        for leaf in leaves(cfg) for i in range(len(leaf.prefixes)) for name in leaf.names(i)
+    }  # fmt: skip
+
+
+def hub_tensors(params: Params, cfg: Model, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """The tensors in the hub's layout, one after the other, rounded to `dtype`.
+
+    Raises ValueError where a finite number is beyond the range of `dtype`.
+    """
     size = sizes(cfg)
     for leaf in leaves(cfg):
         array = _at(params, leaf.path)
         for i in range(len(leaf.prefixes)):
             layer = np.asarray(array[i] if leaf.stacked else array)
             for name, part in zip(leaf.names(i), layer if leaf.experts else [layer], strict=True):
-                yield name, to_hub(leaf.row, part, size)
+                with np.errstate(over="ignore"):  # told below
+                    rounded = to_hub(leaf.row, part, size).astype(dtype)
+                if np.isfinite(part).all() and not np.isfinite(rounded).all():
+                    raise ValueError(f"tensor {name} holds numbers beyond the range of {dtype}; write float32 instead")
+                yield rounded

@@ -41,9 +41,7 @@ class Block(nnx.Module):
         self.attention = Attention(cfg, rngs=rngs)
         self.mlp_norm = RMSNorm(D, cfg.rms_norm_eps)
         self.sparse = sparse
-        self.mlp = (
-            MoE(cfg, rngs=rngs) if sparse else MLP(D, cfg.intermediate_size, cfg.initializer_range, rngs=rngs)
-        )
+        self.mlp = MoE(cfg, rngs=rngs) if sparse else MLP(D, cfg.intermediate_size, cfg.initializer_range, rngs=rngs)
 
     def __call__(self, x_BTD, rotations, positions_BT, segment_ids_BT, prefix_ids_BT=None, cache=None, layer=0):
         """Returns x BTD, the keys and values attended to, and the Routing (None for a dense block)."""

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -17,8 +18,8 @@ from transformers import AutoModelForCausalLM
 from sapo_jax import sharding
 from sapo_jax.config import ConfigError, Mesh, Model, ModelDirError, Yarn, load, read_model_keys, to_hugging_face
 from sapo_jax.models import make_policy
-from sapo_jax.models.hf import check_weights, hub_tensors, load_params
-from sapo_jax.models.model_dir import INDEX, new_model_dir, write_json, write_tensors
+from sapo_jax.models.hf import check_weights, hub_shapes, hub_tensors, load_params
+from sapo_jax.models.model_dir import INDEX, new_model_dir, write_json, write_shards
 from tests.models.test_hf_parity import CASES
 from tests.references import hf
 
@@ -65,12 +66,21 @@ def test_what_a_config_leaves_out_is_as_in_transformers(tmp_path):
         "intermediate_size": 8,
     })  # fmt: skip
     keys = read_model_keys(tmp_path)
-    expected = {"num_key_value_heads": 4, "head_dim": 6, "tie_word_embeddings": False, "rope_theta": 1e4, "qk_norm": False}
+    expected = {
+        "num_key_value_heads": 4,
+        "head_dim": 6,
+        "tie_word_embeddings": False,
+        "rope_theta": 1e4,
+        "qk_norm": False,
+    }
     assert {key: keys[key] for key in expected} == expected
 
 
 BAD_CONFIGS = {
-    "no model_type": ({"model_type": None}, ["model_type null is not supported; supported are qwen3, qwen3_moe, llama"]),
+    "no model_type": (
+        {"model_type": None},
+        ["model_type null is not supported; supported are qwen3, qwen3_moe, llama"],
+    ),
     "unknown family": ({"model_type": "gpt2"}, ["model_type 'gpt2' is not supported"]),
     "several": (
         {"vocab_size": None, "hidden_act": "gelu", "use_sliding_window": True},
@@ -114,7 +124,10 @@ def test_model_path_brings_shape_tokenizer_and_template(tmp_path):
         case, path=f"{tmp_path}/model", remat="full", rms_norm_eps=1e-5, vocab_chunk=Model().vocab_chunk
     )
     assert (cfg.data.tokenizer, cfg.data.chat_template) == (f"{tmp_path}/model", "auto")
-    assert load(path, [f"model.path={tmp_path}/model", "data.tokenizer=byte", "data.chat_template=plain"]).data.tokenizer == "byte"
+    assert (
+        load(path, [f"model.path={tmp_path}/model", "data.tokenizer=byte", "data.chat_template=plain"]).data.tokenizer
+        == "byte"
+    )
     with pytest.raises(ConfigError) as error:
         load(path, [f"model.path={tmp_path}/nowhere", "train.stepz=3"])
     assert "model.path: " in str(error.value) and "no config.json" in str(error.value) and "stepz" in str(error.value)
@@ -129,7 +142,9 @@ def test_loading_gives_the_tensors_bit_for_bit(name, tmp_path):
     expected = hf.params(hugging_face(name).state_dict(), CASES[name])
     assert jax.tree.structure(params) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
-    jax.tree.map(lambda x, shape: x.dtype == np.float32 and x.shape == shape.shape, params, make_policy(CASES[name]).shapes)
+    jax.tree.map(
+        lambda x, shape: x.dtype == np.float32 and x.shape == shape.shape, params, make_policy(CASES[name]).shapes
+    )
 
 
 @each_case
@@ -140,7 +155,8 @@ def test_round_trip_is_bit_equal(name, shard_size, tmp_path):
     assert (original / INDEX).exists() == (shard_size == "10KB")
     params = load_case(name, original)
     with new_model_dir(tmp_path / "ours") as folder:
-        write_tensors(folder, hub_tensors(params, CASES[name]), "float32", 2**40 if shard_size == "5GB" else 10_000)
+        tensors, float32 = hub_tensors(params, CASES[name], np.dtype(np.float32)), np.dtype(np.float32)
+        write_shards(folder, hub_shapes(CASES[name]), float32, tensors, 2**40 if shard_size == "5GB" else 10_000)
         write_json(folder / "config.json", to_hugging_face(CASES[name]))
     again = load_case(name, tmp_path / "ours")
     jax.tree.map(np.testing.assert_array_equal, again, params)
@@ -163,15 +179,17 @@ def test_half_precision_survives_the_round_trip(dtype, tmp_path):
     model.save_pretrained(tmp_path / "theirs")
     params = load_case("moe", tmp_path / "theirs")
     with new_model_dir(tmp_path / "ours") as folder:
-        write_tensors(folder, hub_tensors(params, CASES["moe"]), dtype)
+        tensors = hub_tensors(params, CASES["moe"], jnp.dtype(dtype))
+        write_shards(folder, hub_shapes(CASES["moe"]), jnp.dtype(dtype), tensors)
     ours, theirs = (load_file(tmp_path / side / "model.safetensors") for side in ("ours", "theirs"))
     assert ours.keys() == theirs.keys()
     for key in ours:
         assert ours[key].dtype == theirs[key].dtype == np.dtype(ours[key].dtype)
         np.testing.assert_array_equal(ours[key].astype(np.float32), theirs[key].astype(np.float32))
     if dtype == "float16":
-        with pytest.raises(ValueError, match="tensor x .* range of float16"):
-            write_tensors(tmp_path, [("x", np.array([1e6], np.float32))], dtype)
+        params["norm"]["scale"] = params["norm"]["scale"] * 1e6
+        with pytest.raises(ValueError, match="tensor model.norm.weight .* range of float16"):
+            list(hub_tensors(params, CASES["moe"], np.dtype(np.float16)))
 
 
 def test_a_directory_appears_whole_or_not_at_all(tmp_path):
@@ -181,7 +199,7 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path):
     assert list((tmp_path / "a").iterdir()) == []
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="not empty"), new_model_dir(tmp_path / "full"):
+    with pytest.raises(FileExistsError, match="new or empty"), new_model_dir(tmp_path / "full"):
         raise AssertionError("never entered")
     assert (tmp_path / "full" / "notes.txt").read_text() == "mine"
 
@@ -221,7 +239,9 @@ def test_a_number_that_is_not_finite_is_told(tmp_path):
     tensors = load_file(saved("moe", tmp_path) / "model.safetensors")
     tensors["model.layers.2.self_attn.o_proj.weight"][3, 4] = np.nan
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ModelDirError, match="model.safetensors: tensor model.layers.2.self_attn.o_proj.weight holds NaN"):
+    with pytest.raises(
+        ModelDirError, match="model.safetensors: tensor model.layers.2.self_attn.o_proj.weight holds NaN"
+    ):
         load_case("moe", tmp_path)
 
 
@@ -236,7 +256,11 @@ def test_files_that_are_missing_or_broken(tmp_path):
     files[3].write_bytes(b"\x00" * 100)
     with pytest.raises(ModelDirError) as error:
         check_weights(tmp_path, CASES["moe"])
-    starts = [f"{files[1].name}: {INDEX} names this file, but it is not there", f"{files[2].name}: truncated", f"{files[3].name}: truncated"]
+    starts = [
+        f"{files[1].name}: {INDEX} names this file, but it is not there",
+        f"{files[2].name}: truncated",
+        f"{files[3].name}: truncated",
+    ]
     assert len(error.value.problems) == 3
     assert all(problem.startswith(start) for problem, start in zip(error.value.problems, starts, strict=True))
 

@@ -159,7 +159,10 @@ def test_packed_rows(kind, packing):
 
 def test_packings_differ():
     """Or else the test above says little."""
-    shapes = {rollout_rows(PROMPTS, sampled("dense"), tiny.PAD, 1, cost, row_tokens=n).mask_BT.shape for cost, n in PACKINGS.values()}
+    shapes = {
+        rollout_rows(PROMPTS, sampled("dense"), tiny.PAD, 1, cost, row_tokens=n).mask_BT.shape
+        for cost, n in PACKINGS.values()
+    }
     assert len(shapes) == 3
 
 
