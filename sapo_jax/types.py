@@ -41,11 +41,12 @@ class Prompt:
     index: int
     text: str  # the rendered prompt, as the model sees it
     ids: tuple[int, ...]  # its tokens; never empty
-    question: str  # the problem alone, for people to read
+    question: str  # the problem alone, for people to read; of a conversation the last user message
     answer: str
     verifier: str
     task: str  # the name of the mixture component it came from
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)  # JSON values, for the verifier
+    conversation: str = ""  # messages and tools as JSON, where they are more than the question: it tells problems apart
 
 
 @dataclasses.dataclass(frozen=True)
