@@ -215,7 +215,8 @@ class FileTokenizer(Tokenizer):
             texts = [self._look_alike.sub(lambda first: first[0] + _CUT, text) for text in texts]
             ids = self._ids(texts, specials)
         if not self._forbidden.isdisjoint(ids):
-            raise ValueError(f"{self.path}: it normalises part of this text into a special token: {''.join(texts)[:200]!r}")
+            text = "".join(texts)[:200]
+            raise ValueError(f"{self.path}: it normalises part of this text into a special token: {text!r}")
         return [self._stands_for.get(i, i) for i in ids if i != self._cut_id]
 
     def _ids(self, texts: list[str], specials: list[int]) -> list[int]:
