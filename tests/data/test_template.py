@@ -236,6 +236,14 @@ def test_smollm2(both):
             everything[1].render(chat, tools)
 
 
+def test_generation_blocks_have_a_scope_of_their_own(both):
+    source = (
+        "{% set x = 1 %}{% for m in messages %}{% generation %}{% set x = 2 %}{{ x }}{{ m.content }}{{ loop.index }}"
+        "{% endgeneration %}{{ x }}{% endfor %}{{ x }}"
+    )
+    check(*both(source), [user("a"), assistant("b"), user("c")])
+
+
 def test_the_order_of_templates_beside_a_tokenizer(both, save, tmp_path):
     tokenizer, template, _ = both("from the config {{ messages[0].content }}")
     assert template.render([user("x")]) == "from the config x"
