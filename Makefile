@@ -12,7 +12,8 @@ quickstart: $(VENV)/.installed          ## install, then train: cold start, then
 test: $(VENV)/.installed-test           ## the tests, without the slow ones
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: $(VENV)/.installed-test       ## all tests
+test-all: $(VENV)/.installed-test       ## all tests; fetches the real Qwen3 tokenizer (14 MB) first
+	$(BIN)/python tests/fetch_tokenizers.py
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.installed-test

@@ -98,7 +98,11 @@ def show_samples(cfg: Config, step: int | None, questions: Sequence[str] | None,
 
 
 def _prompt(run: Run, question: str, index: int) -> Prompt:
-    prompt = PromptMaker(run.cfg.data, run.tokenizer)(Problem(question, answer="", verifier="exact", metadata={}), "")
+    problem = Problem(question, answer="", verifier="exact", metadata={}, where="--prompt")
+    try:
+        prompt = PromptMaker(run.cfg.data, run.tokenizer)(problem, "")
+    except ValueError as error:
+        raise RunError(str(error)) from error
     if prompt is None:
         raise RunError(f"--prompt {question[:40]!r}... has more tokens than data.max_prompt_tokens; raise it")
     return dataclasses.replace(prompt, index=index)

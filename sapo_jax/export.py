@@ -1,4 +1,4 @@
-"""`sapo-jax export RUN DIR`: a run's policy as a Hugging Face model directory, for `transformers`, vLLM and the like."""
+"""`sapo-jax export RUN DIR`: a run's policy as a Hugging Face model directory, for `transformers`, vLLM and others."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _write_tokenizer(folder: Path, cfg: Config, tokenizer: Tokenizer) -> None:
         ids = {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
         write_json(folder / "generation_config.json", ids)
     if cfg.data.chat_template != "auto":  # else it was copied
-        template = load_template(cfg.data.chat_template)
+        template = load_template(cfg.data.chat_template, tokenizer)
         (folder / "chat_template.jinja").write_text(template.source, encoding="utf-8")
 
 

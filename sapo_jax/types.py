@@ -42,11 +42,12 @@ class Prompt:
     index: int
     text: str  # the rendered prompt, as the model sees it
     ids: tuple[int, ...]  # its tokens; never empty
-    question: str  # the problem alone, for people to read
+    question: str  # the problem alone, for people to read; of a conversation the last user message
     answer: str
     verifier: str
     task: str  # the name of the mixture component it came from
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)  # JSON values, for the verifier
+    conversation: str = ""  # messages and tools as JSON, where they are more than the question: it tells problems apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,11 +90,11 @@ class Batch:
 
     segment_ids_BT is 0 on padding and 1, 2, ... on the prompts and completions of a row. A token attends to the tokens
     before it in its own segment and to those of the segment prefix_ids_BT: a completion's prompt, which it shares with
-    the others of its group (its own segment again, where there is none). positions_BT goes on from prompt to completion.
-    mask_BT is True on the completion tokens that are trained on. picked_BM lists the columns of a row's completion
-    tokens (T where there is none), source_BM where the token before each of them stands: the hidden state there predicts
-    it. weight_BT is made for the WHOLE optimiser batch, so that loss = -sum(weight_BT * surrogate_BT) however the rows
-    are split into micro-batches, packed or sharded.
+    the others of its group (its own segment again, where there is none). positions_BT goes on from prompt to
+    completion. mask_BT is True on the completion tokens that are trained on. picked_BM lists the columns of a row's
+    completion tokens (T where there is none), source_BM where the token before each of them stands: the hidden state
+    there predicts it. weight_BT is made for the WHOLE optimiser batch, so that loss = -sum(weight_BT * surrogate_BT)
+    however the rows are split into micro-batches, packed or sharded.
     """
 
     tokens_BT: Array  # int32

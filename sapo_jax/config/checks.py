@@ -142,9 +142,13 @@ def named_files(cfg: Config) -> Breaches:
     if tokenizer != "byte" and not (Path(tokenizer).is_file() or (Path(tokenizer) / "tokenizer.json").is_file()):
         text = f"{tokenizer!r} is neither 'byte' nor a tokenizer.json nor a directory with one"
         yield ("data.tokenizer",), text + did_you_mean(tokenizer, ["byte"])
-    if template not in ("chatml", "plain") and not Path(template).is_file():
-        text = f"{template!r} is neither 'chatml' nor 'plain' nor the path of a Jinja template"
-        yield ("data.chat_template",), text + did_you_mean(template, ["chatml", "plain"])
+    names = "auto", "chatml", "plain"
+    if template not in names and not Path(template).is_file():
+        text = f"{template!r} is none of {', '.join(map(repr, names))} nor the path of a Jinja template"
+        yield ("data.chat_template",), text + did_you_mean(template, names)
+    if template == "auto" and tokenizer == "byte":
+        text = "'auto' is the template beside the tokenizer's file, but 'byte' has none; use chatml or plain"
+        yield ("data.chat_template", "data.tokenizer"), text
     demonstrations = cfg.cold_start.demonstrations
     if demonstrations is not None and not Path(demonstrations).is_file():
         yield ("cold_start.demonstrations",), f"there is no file {demonstrations!r} (from the working directory)"

@@ -99,7 +99,7 @@ class ReasoningGymTask:
 
 @_config
 class FileTask:
-    """Problems from JSONL or Parquet: `prompt`, `answer`, optional `verifier` and `metadata` per row."""
+    """Rows of JSONL or Parquet: `prompt` (text, or messages), `answer`; optional `verifier`, `metadata`, `tools`."""
 
     kind: Literal["file"] = "file"
     path: str = ""
@@ -115,8 +115,10 @@ Task = Annotated[ReasoningGymTask | FileTask, pydantic.Field(discriminator="kind
 @_config
 class Data:
     tokenizer: str = "byte"  # "byte", or the path of a tokenizer.json
-    chat_template: str = "chatml"  # "chatml", "plain" (the question alone), or the path of a Jinja template
-    system_prompt: str = ""
+    # "auto" (the one beside the tokenizer), "chatml", "plain" (the question alone), or the path of a Jinja template
+    chat_template: str = "chatml"
+    chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)  # e.g. {enable_thinking: false}
+    system_prompt: str = ""  # for problems that bring no system message of their own
     tasks: tuple[Task, ...] = ()
     held_out: Count = 256  # problems kept for evaluation over all tasks, never trained on
     max_prompt_tokens: Count = 256  # longer prompts are dropped and counted

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from typing import Any
 
 SHOWN = 20  # mistakes listed in one message
 
@@ -21,6 +22,21 @@ class DataError(ValueError):
         if len(self.mistakes) > 1:
             lines.insert(0, f"{len(self.mistakes)} mistakes in the data:")
         super().__init__("\n  ".join(lines))
+
+
+def text_mistake(value: Any, may_be_empty: bool = False) -> str | None:
+    """What is wrong with a value of a row that should be text, as the end of a sentence; None: nothing."""
+    if value is None:
+        return "is missing"
+    if not isinstance(value, str):
+        return f"must be text, not {type(value).__name__} ({value!r:.40})"
+    if not (value.strip() or may_be_empty):
+        return "is empty"
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return "holds half of a surrogate pair, which is not text"
+    return None
 
 
 def stable_hash(*parts: str | int, bits: int = 63) -> int:

@@ -1,6 +1,7 @@
 """Problems -> prompts, split into what is trained on and what is held out.
 
-The split goes by a hash of (data.seed, question), white space normalised. Every question has its place in [0, 1):
+The split goes by a hash of (data.seed, question), white space normalised; of a conversation (several messages, tools)
+all of it counts as the question. Every question has its place in [0, 1):
 
 - a generator's questions in the lowest quarter are never trained on; the held-out ones are the first of them in the
   generator's stream. So a question is always on the same side, whatever the task's size, options or weight, and the
@@ -19,8 +20,9 @@ from collections.abc import Collection, Iterable, Iterator
 
 from sapo_jax.config import Data, FileTask, ReasoningGymTask
 from sapo_jax.data.common import DataError, apportion, stable_hash
+from sapo_jax.data.messages import Message
 from sapo_jax.data.sources import Problem, generate_reasoning_gym, read_problems
-from sapo_jax.data.template import ChatTemplate, load_template
+from sapo_jax.data.template import load_template
 from sapo_jax.data.tokenizer import Tokenizer
 from sapo_jax.types import Prompt
 
@@ -82,11 +84,11 @@ def load_demonstrations(path: str, cfg: Data, tokenizer: Tokenizer, held_out: It
 
     A row about a held-out question is left out, and one whose prompt is over-long. Raises DataError if nothing is left.
     """
-    kept_out = {question_key(prompt.question) for prompt in held_out}
+    kept_out = set(map(problem_key, held_out))
     to_prompt, taken, prompts = PromptMaker(cfg, tokenizer), set(), []
     for problem in read_problems(path, "exact", ("exact",)):
         prompt = to_prompt(problem, "demonstrations")
-        if prompt is not None and question_key(problem.question) not in kept_out:
+        if prompt is not None and problem_key(problem) not in kept_out:
             prompts.append(_numbered(prompt, taken))
     if not prompts:
         raise DataError(f"{path}: every prompt is over-long or held out, no demonstration is left")
@@ -98,7 +100,7 @@ def _join(splits: dict[str, _Split]) -> Problems:
     kept_out = set().union(*(split.kept_out for split in splits.values()))
     train: dict[str, list[Prompt]] = {}
     for name, split in splits.items():
-        kept = [p for p in split.train if question_key(p.question) not in kept_out]
+        kept = [p for p in split.train if problem_key(p) not in kept_out]
         if not kept:
             raise DataError(f"task {name}: no problem is left to train on: the other tasks hold them all out")
         split.report.unused += len(split.train) - len(kept)
@@ -112,7 +114,7 @@ def _join(splits: dict[str, _Split]) -> Problems:
 
 def _numbered(prompt: Prompt, taken: set[int]) -> Prompt:
     """Give it an index in [0, 2**31) by a hash of task and question; the next free one where two collide."""
-    index = stable_hash("index", prompt.task, question_key(prompt.question), bits=31)
+    index = stable_hash("index", prompt.task, problem_key(prompt), bits=31)
     while index in taken:
         index = (index + 1) % 2**31
     taken.add(index)
@@ -122,6 +124,11 @@ def _numbered(prompt: Prompt, taken: set[int]) -> Prompt:
 def question_key(question: str) -> str:
     """What makes two questions the same: their text, white space normalised."""
     return " ".join(question.split())
+
+
+def problem_key(problem: Problem | Prompt) -> str:
+    """What makes two problems the same: the conversation, else the question alone."""
+    return problem.conversation or question_key(problem.question)
 
 
 def _task_names(cfg: Data) -> list[str]:
@@ -138,33 +145,40 @@ def _task_names(cfg: Data) -> list[str]:
 
 
 class PromptMaker:
-    """Problem -> Prompt without a number; None where it has more tokens than `data.max_prompt_tokens`."""
+    """Problem -> Prompt without a number; None where it has more tokens than `data.max_prompt_tokens`.
+
+    `data.system_prompt` goes before problems that bring no system message of their own. Like the messages it is data:
+    only the template and `data.chat_template_kwargs` can put special tokens into a prompt.
+    """
 
     def __init__(self, cfg: Data, tokenizer: Tokenizer):
         self.cfg, self.tokenizer = cfg, tokenizer
-        self.template = load_template(cfg.chat_template)
-        _check_template(self.template, tokenizer, cfg.tokenizer)
-        self.system = [{"role": "system", "content": cfg.system_prompt}] if cfg.system_prompt.strip() else []
+        self.template = load_template(cfg.chat_template, tokenizer)
+        self.template.check_variables(cfg.chat_template_kwargs)
 
     def __call__(self, problem: Problem, task: str) -> Prompt | None:
-        messages = [*self.system, {"role": "user", "content": problem.question}]
-        pieces = self.template.pieces(messages, **self.tokenizer.template_variables)
-        ids = self.tokenizer.encode_pieces(pieces)
+        try:
+            pieces = self.template.pieces(self._messages(problem), problem.tools, **self.cfg.chat_template_kwargs)
+            ids = self.tokenizer.encode_pieces(pieces)
+        except ValueError as error:
+            raise DataError(f"{_describe(problem)}: {error}") from error
         if not ids:
-            raise DataError(f"the question {problem.question[:80]!r} encodes to no tokens")
+            raise DataError(f"{_describe(problem)} encodes to no tokens")
         if len(ids) > self.cfg.max_prompt_tokens:
             return None
         text = "".join(text for text, _ in pieces)
-        return Prompt(-1, text, tuple(ids), problem.question, problem.answer, problem.verifier, task, problem.metadata)
+        about = problem.question, problem.answer, problem.verifier, task, problem.metadata, problem.conversation
+        return Prompt(-1, text, tuple(ids), *about)
+
+    def _messages(self, problem: Problem) -> list[Message]:
+        messages = problem.messages or [{"role": "user", "content": problem.question}]
+        if self.cfg.system_prompt.strip() and messages[0]["role"] not in ("system", "developer"):
+            return [{"role": "system", "content": self.cfg.system_prompt}, *messages]
+        return messages
 
 
-def _check_template(template: ChatTemplate, tokenizer: Tokenizer, name: str) -> None:
-    missing = [token for token in template.required_specials if token not in tokenizer.special_tokens]
-    if missing:
-        raise DataError(
-            f"the chat template {template.name} needs {', '.join(missing)} as special tokens, which {name} has not:"
-            " give data.chat_template the model's own template"
-        )
+def _describe(problem: Problem) -> str:
+    return problem.where or f"the question {problem.question[:80]!r}"
 
 
 class _Split:
@@ -185,7 +199,7 @@ class _Split:
             self._from_file(read_problems(task.path, task.verifier, verifiers))
         else:
             self._from_two_files(*_read_both(task, verifiers))
-        self.kept_out |= {question_key(p.question) for p in self.held_out}
+        self.kept_out |= set(map(problem_key, self.held_out))
 
     def _from_generator(self, stream: Iterator[Problem], size: int) -> None:
         limit = 2 * size + 64 * self.quota + 1000  # several times what a large problem space needs
@@ -193,7 +207,7 @@ class _Split:
         for problem in itertools.islice(stream, limit):
             if train_draws == size and len(self.held_out) == self.quota:
                 break
-            held_out_side = self._place(problem.question) < HELD_OUT_SIDE
+            held_out_side = self._place(problem) < HELD_OUT_SIDE
             if not held_out_side:
                 if train_draws == size:
                     continue
@@ -236,7 +250,7 @@ class _Split:
     def _admit(self, problem: Problem) -> Prompt | None:
         """Its prompt, unless the question was seen before or is over-long, which is counted."""
         self.report.read += 1
-        key = question_key(problem.question)
+        key = problem_key(problem)
         if key in self._seen:
             self.report.duplicates += 1
             return None
@@ -249,13 +263,13 @@ class _Split:
         prompts = [self._admit(problem) for problem in problems]
         return [prompt for prompt in prompts if prompt is not None]
 
-    def _place(self, question: str) -> float:
-        return stable_hash("split", self.cfg.seed, question_key(question), bits=53) / 2**53
+    def _place(self, problem: Problem | Prompt) -> float:
+        return stable_hash("split", self.cfg.seed, problem_key(problem), bits=53) / 2**53
 
     def _lowest(self, prompts: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
         """(the `quota` prompts of lowest place, the others), each in the order of the file."""
-        chosen = {p.question for p in sorted(prompts, key=lambda p: self._place(p.question))[: self.quota]}
-        return [p for p in prompts if p.question in chosen], [p for p in prompts if p.question not in chosen]
+        chosen = set(map(problem_key, sorted(prompts, key=self._place)[: self.quota]))
+        return [p for p in prompts if problem_key(p) in chosen], [p for p in prompts if problem_key(p) not in chosen]
 
     def _over_long(self) -> str:
         longer = f" and {self.report.over_long} longer than data.max_prompt_tokens = {self.cfg.max_prompt_tokens}"

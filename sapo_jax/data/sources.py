@@ -12,23 +12,44 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from sapo_jax.data.common import DataError, stable_hash
+from sapo_jax.data.common import DataError, stable_hash, text_mistake
+from sapo_jax.data.messages import (
+    Message,
+    Tool,
+    as_template_sees_it,
+    edit_text,
+    holds_null,
+    last_question,
+    messages_mistake,
+    tools_mistake,
+)
 
 _CHUNK = 1024  # problems per generator instance
 # They draw from the global random state or from the order of a set, which is another one in every process: question
 # (isomorphic_strings, list_functions, ransom_note) or answer (knight_swap, word_ladder) would change on resuming.
 IRREPRODUCIBLE = frozenset({"isomorphic_strings", "knight_swap", "list_functions", "ransom_note", "word_ladder"})
-_FIELDS = ("prompt", "answer", "verifier", "metadata")
+_FIELDS = ("prompt", "answer", "verifier", "metadata", "tools")
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """A question with its answer and what the verifier needs. Not yet a prompt: no template, no tokens."""
 
-    question: str
+    question: str  # of a conversation the last user message
     answer: str
     verifier: str
     metadata: dict[str, Any]  # JSON values
+    messages: list[Message] | None = None  # None: the question alone
+    tools: list[Tool] | None = None
+    where: str = dataclasses.field(default="", compare=False)  # `path:line`, for errors
+
+    @property
+    def conversation(self) -> str:
+        """Messages and tools as JSON, white space normalised: they tell problems apart; "": the question alone does."""
+        if self.tools is None and self.messages in (None, [{"role": "user", "content": self.question}]):
+            return ""
+        whole = edit_text([self.messages, self.tools], lambda text: " ".join(text.split()))
+        return json.dumps(whole, sort_keys=True, ensure_ascii=False)
 
 
 # ---------------------------------------------------------------- reasoning-gym
@@ -88,11 +109,13 @@ def _from_entry(name: str, entries: Any, i: int, added: dict[str, Any]) -> Probl
 
 
 def read_problems(path: str, default_verifier: str, verifiers: Collection[str]) -> list[Problem]:
-    """The rows of a JSONL or Parquet file: `prompt`, `answer`, optional `verifier`, `metadata`; others are ignored.
+    """The rows of a JSONL or Parquet file: `prompt`, `answer`, optional `verifier`, `metadata`, `tools`; others are
+    ignored.
 
-    `prompt` and `answer` are text; `metadata` is an object (or text that holds a JSON object, handy in Parquet). An
-    absent or null `verifier` means `default_verifier`. Raises DataError with every bad row as `path:line: what is
-    wrong` (Parquet: the row number, from 1).
+    `prompt` is the question, or a list of messages {"role", "content", ...} (`data.messages`) that ends before the
+    model's turn; `answer` is text; `metadata` is an object and `tools` a list of JSON schemas (both may be text that
+    holds such JSON, handy in Parquet). An absent or null `verifier` means `default_verifier`. Raises DataError with
+    every bad row as `path:line: what is wrong` (Parquet: the row number, from 1).
     """
     file = Path(path)
     if not file.is_file():
@@ -105,7 +128,7 @@ def read_problems(path: str, default_verifier: str, verifiers: Collection[str]) 
         if isinstance(problem, str):
             mistakes.append(f"{path}:{line}: {problem}")
         else:
-            problems.append(problem)
+            problems.append(dataclasses.replace(problem, where=f"{path}:{line}"))
     if not problems and not mistakes:
         mistakes.append(f"{path}: the file holds no rows")
     if mistakes:
@@ -130,7 +153,7 @@ def _refuse_constant(name: str):
     raise ValueError(f"{name} is not a JSON value")
 
 
-def _read_parquet(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_parquet(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -141,9 +164,19 @@ def _read_parquet(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 raise DataError(f"{file}: no column {' nor '.join(sorted(absent))}; there are {', '.join(names)}")
             columns = [field for field in _FIELDS if field in names]
             batches = parquet.iter_batches(batch_size=1024, columns=columns, use_threads=False)
-            yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+            rows = (row for batch in batches for row in batch.to_pylist())
+            yield from enumerate((_padded(row) or row for row in rows), 1)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{file}: not a readable Parquet file: {error}") from error
+
+
+def _padded(row: dict[str, Any]) -> str | None:
+    """Parquet gives all objects of a column the same keys, null where there was none: JSON would not be what it was."""
+    messages = row["prompt"] if isinstance(row["prompt"], list) else []
+    calls = [call for m in messages if isinstance(m, dict) for call in m.get("tool_calls") or ()]
+    if holds_null(row.get("tools") or []) or holds_null([(c.get("function") or c).get("arguments", "") for c in calls]):
+        return "`tools` or `arguments` hold nulls; in Parquet, write them as text that holds JSON"
+    return None
 
 
 _READERS = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
@@ -151,32 +184,34 @@ _READERS = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
 
 def _to_problem(row: dict[str, Any], default_verifier: str, verifiers: Collection[str]) -> Problem | str:
     """The problem in a row, or what is wrong with it."""
-    for field in ("prompt", "answer"):
-        if mistake := _text_mistake(row.get(field)):
+    prompt, messages = row.get("prompt"), None
+    if isinstance(prompt, list):
+        if mistake := messages_mistake(prompt):
+            return mistake
+        messages, prompt = as_template_sees_it(prompt), last_question(prompt)
+    for field, text in ("prompt", prompt), ("answer", row.get("answer")):
+        if mistake := text_mistake(text):
             return f"`{field}` {mistake}"
     verifier = default_verifier if row.get("verifier") is None else row["verifier"]
     if not isinstance(verifier, str) or verifier not in verifiers:
         return f"`verifier` {verifier!r} is unknown; known are {', '.join(sorted(verifiers))}"
-    metadata = row.get("metadata")
     try:
-        metadata = json.loads(metadata) if isinstance(metadata, str) else {} if metadata is None else metadata
-        if not isinstance(metadata, dict):
-            return f"`metadata` must be an object, not {type(metadata).__name__}"
-        json.dumps(metadata, allow_nan=False)
+        metadata, tools = _json_value(row, "metadata", {}), _json_value(row, "tools", None)
+    except ValueError as error:
+        return str(error)
+    if not isinstance(metadata, dict):
+        return f"`metadata` must be an object, not {type(metadata).__name__}"
+    if tools is not None and (mistake := tools_mistake(tools)):
+        return mistake
+    return Problem(prompt, row["answer"], verifier, metadata, messages, tools or None)
+
+
+def _json_value(row: dict[str, Any], field: str, default: Any) -> Any:
+    """A field that holds a JSON value, or text which does."""
+    value = row.get(field)
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+        json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        return f"`metadata` is not made of JSON values: {error}"
-    return Problem(row["prompt"], row["answer"], verifier, metadata)
-
-
-def _text_mistake(value: Any) -> str | None:
-    if value is None:
-        return "is missing"
-    if not isinstance(value, str):
-        return f"must be text, not {type(value).__name__} ({value!r:.40})"
-    if not value.strip():
-        return "is empty"
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        return "holds half of a surrogate pair, which is not text"
-    return None
+        raise ValueError(f"`{field}` is not made of JSON values: {error}") from error
+    return default if value is None else value

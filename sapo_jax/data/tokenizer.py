@@ -1,18 +1,17 @@
 """Tokenizers: text <-> ids, with special tokens that only trusted text can produce.
 
-A prompt is rendered as pieces `(text, trusted)`: what the template wrote is trusted, what came from data (questions,
-the system prompt, answers) is not. Special tokens are looked for inside single trusted pieces only, so a question that
-spells `<|im_end|>` becomes ordinary text tokens, even where it would complete a token together with its surroundings.
-Neighbouring ordinary text, trusted or not, is joined before it is encoded: the ids are those of the whole string as
-long as the data spells no special token.
+A prompt is rendered as pieces `(text, trusted)`: special tokens that the template wrote are trusted, what came from
+data (questions, the system prompt, answers) is not. Special tokens are looked for inside single trusted pieces only, so
+a question that spells `<|im_end|>` becomes ordinary text tokens, even where it would complete a token together with its
+surroundings. Neighbouring ordinary text, trusted or not, is joined before it is encoded: the ids are those that Hugging
+Face gives the whole string, as long as the data spells no special token.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,15 @@ import tokenizers
 
 Piece = tuple[str, bool]  # text, trusted
 
+_MARK, _END = "\ufdd0", "\ufdd1"  # of stand-ins; Unicode reserves these two for the inside of programs
+_CUT = _MARK + _END
+_FORGED = re.compile(f"{_MARK}(?=[0-9]*{_END})")  # a text that spells a stand-in nevertheless
+
 
 class Tokenizer:
-    """Base of all tokenizers; a subclass gives `_encode_plain` and `_decode_plain`.
+    """Base of all tokenizers; a subclass gives `_encode` and `_decode`.
 
+    name: for errors. folder: where the tokenizer's files lie, None for a built-in one.
     vocab_size: the largest id + 1.
     pad_id: what fills arrays. It may equal `end_id`: masks and lengths say what is padding, never this id.
     end_id: the end-of-turn token, appended to SFT responses. stop_ids: all ids that end a completion, it among them.
@@ -34,15 +38,17 @@ class Tokenizer:
     def __init__(
         self,
         *,
+        name: str,
+        folder: Path | None,
         vocab_size: int,
         pad_id: int,
         end_id: int,
         stop_ids: Sequence[int],
         special_tokens: Mapping[str, int],
         template_variables: Mapping[str, str],
-        strip_left: Collection[str] = (),  # special tokens that swallow the white space before them
-        strip_right: Collection[str] = (),
     ):
+        self.name = name
+        self.folder = folder
         self.vocab_size = vocab_size
         self.pad_id = pad_id
         self.end_id = end_id
@@ -51,11 +57,7 @@ class Tokenizer:
         self.template_variables = dict(template_variables)
         self._special_ids = frozenset(special_tokens.values())
         longest_first = sorted(special_tokens, key=len, reverse=True)
-        alternatives = (
-            r"\s*" * (token in strip_left) + f"({re.escape(token)})" + r"\s*" * (token in strip_right)
-            for token in longest_first
-        )
-        self._special_pattern = re.compile("|".join(alternatives))
+        self._special_pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Ids of `text`. Special tokens spelled in it are recognised only where `allow_special`."""
@@ -63,27 +65,24 @@ class Tokenizer:
 
     def encode_pieces(self, pieces: Iterable[Piece]) -> list[int]:
         """Ids of the pieces put together, special tokens being recognised inside single trusted pieces only."""
-        ids: list[int] = []
-        plain = ""
+        texts, specials = [""], []  # text, special token, text, ..., text
         for text, trusted in pieces:
-            start = 0
-            for match in self._special_pattern.finditer(text) if trusted else ():
-                ids += self._encode_plain(plain + text[start : match.start()])
-                ids.append(self.special_tokens[match[match.lastindex]])
-                plain, start = "", match.end()
-            plain += text[start:]
-        return ids + self._encode_plain(plain)
+            first, *rest = self._special_pattern.split(text) if trusted else [text]
+            texts[-1] += first
+            texts += rest[1::2]
+            specials += [self.special_tokens[token] for token in rest[::2]]
+        return self._encode(texts, specials)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Text of `ids`. Bytes that are not UTF-8 become U+FFFD; ids outside the vocabulary give nothing."""
-        ids = [int(i) for i in ids]
-        return self._decode_plain([i for i in ids if i not in self._special_ids] if skip_special else ids)
+        hidden = self._special_ids if skip_special else ()
+        return self._decode([i for i in map(int, ids) if 0 <= i < self.vocab_size and i not in hidden])
 
-    def _encode_plain(self, text: str) -> list[int]:
-        """Ids of `text`, none of them special."""
+    def _encode(self, texts: list[str], specials: list[int]) -> list[int]:
+        """Ids of texts[0], specials[0], texts[1], ..., texts[-1]; those of the texts are not special."""
         raise NotImplementedError
 
-    def _decode_plain(self, ids: list[int]) -> str:
+    def _decode(self, ids: list[int]) -> str:
         raise NotImplementedError
 
 
@@ -93,6 +92,8 @@ class ByteTokenizer(Tokenizer):
     def __init__(self):
         pad, start, end = "<|pad|>", "<|im_start|>", "<|im_end|>"
         super().__init__(
+            name="byte",
+            folder=None,
             vocab_size=259,
             pad_id=256,
             end_id=258,
@@ -102,11 +103,14 @@ class ByteTokenizer(Tokenizer):
         )
         self._bytes = [bytes([i]) for i in range(256)] + [token.encode() for token in self.special_tokens]
 
-    def _encode_plain(self, text: str) -> list[int]:
-        return list(text.encode("utf-8"))
+    def _encode(self, texts: list[str], specials: list[int]) -> list[int]:
+        ids = list(texts[0].encode("utf-8"))
+        for special, text in zip(specials, texts[1:], strict=True):
+            ids += [special, *text.encode("utf-8")]
+        return ids
 
-    def _decode_plain(self, ids: list[int]) -> str:
-        return b"".join(self._bytes[i] for i in ids if 0 <= i < self.vocab_size).decode("utf-8", errors="replace")
+    def _decode(self, ids: list[int]) -> str:
+        return b"".join(self._bytes[i] for i in ids).decode("utf-8", errors="replace")
 
 
 class FileTokenizer(Tokenizer):
@@ -115,6 +119,9 @@ class FileTokenizer(Tokenizer):
     end: `eos_token` of tokenizer_config.json, else the one `eos_token_id` of generation_config.json.
     stop: the end token and every `eos_token_id`.  pad: `pad_token`, else `pad_token_id`, else the end token.
     Special are these and the added tokens that the file marks so; other added tokens (`<think>`) are ordinary words.
+
+    The library is told to take special tokens for text. Those that are meant reach it as stand-ins: added tokens of the
+    same manners that no text spells. So it sees each text in its place, as it does in Hugging Face's hands.
     """
 
     def __init__(self, path: Path):
@@ -128,26 +135,44 @@ class FileTokenizer(Tokenizer):
         self._backend.no_padding()
         named = self._named_tokens()
         end_id, stop_ids, pad_id = self._control_ids(named)
-        added = [token for token in spec.get("added_tokens") or [] if token["content"]]
+        added = {token["content"]: token for token in spec.get("added_tokens") or [] if token["content"]}
         control = [self._backend.id_to_token(i) for i in (*stop_ids, pad_id)]
-        special = dict.fromkeys([*(token["content"] for token in added if token["special"]), *control])
+        special = dict.fromkeys([*(text for text, token in added.items() if token["special"]), *control])
         super().__init__(
+            name=str(path),
+            folder=path.parent,
             vocab_size=max(self._backend.get_vocab(with_added_tokens=True).values()) + 1,
             pad_id=pad_id,
             end_id=end_id,
             stop_ids=stop_ids,
             special_tokens={token: self._backend.token_to_id(token) for token in special},
             template_variables=named,
-            strip_left={token["content"] for token in added if token["lstrip"]},
-            strip_right={token["content"] for token in added if token["rstrip"]},
         )
-        self._look_alike = re.compile(f"(?={'|'.join(map(re.escape, special))})")
+        # What text may not become. (Some models have a special token for text that they do not know.)
+        self._forbidden = self._special_ids - ({_unknown_id(spec["model"])} - {*stop_ids, pad_id})
+        self._look_alike = re.compile(f"(?=(?:{'|'.join(map(re.escape, special))}))(?s:.)")
+        self._add_stand_ins(added)
+
+    def _add_stand_ins(self, added: Mapping[str, dict[str, Any]]) -> None:
+        """One for each special token, and one that stands for nothing, which cuts the text."""
+        self._stand_ins = {i: f"{_MARK}{i}{_END}" for i in self._special_ids}
+        tokens = [tokenizers.AddedToken(_CUT, special=False, normalized=False)]
+        for text, i in self.special_tokens.items():
+            manners = {key: added[text][key] for key in ("lstrip", "rstrip")} if text in added else {}
+            if text in added and added[text]["single_word"]:
+                raise ValueError(f"{self.path}: the special token {text!r} is `single_word`, which is not supported")
+            tokens.append(tokenizers.AddedToken(self._stand_ins[i], special=False, normalized=False, **manners))
+        self._backend.add_tokens(tokens)
+        self._cut_id = self._backend.token_to_id(_CUT)
+        self._stands_for = {self._backend.token_to_id(text): i for i, text in self._stand_ins.items()}
+        if min(self._cut_id, *self._stands_for) < self.vocab_size:
+            raise ValueError(f"{self.path}: its vocabulary cannot be added to, because its ids leave gaps")
 
     def _named_tokens(self) -> dict[str, str]:
         """{"eos_token": text, ...} of tokenizer_config.json, where a token is a string or an object."""
         config = _read_json(self._config_path, missing_ok=True)
         named = {}
-        for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        for key in ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"):
             token = config.get(key)
             token = token.get("content") if isinstance(token, dict) else token
             if token is None:
@@ -181,18 +206,35 @@ class FileTokenizer(Tokenizer):
             pad_id = self._backend.token_to_id(named["pad_token"])
         return end_id, tuple(dict.fromkeys([end_id, *eos_ids])), end_id if pad_id is None else pad_id
 
-    def _encode_plain(self, text: str) -> list[int]:
-        # Telling the library to take special tokens as text is not enough: Unigram and word-level vocabularies spell
-        # them. So look-alikes are cut after their first character, and what comes out is checked.
-        cuts = [0, *(match.start() + 1 for match in self._look_alike.finditer(text)), len(text)]
-        parts = (text[a:b] for a, b in itertools.pairwise(cuts) if b > a)
-        ids = [i for part in parts for i in self._backend.encode(part, add_special_tokens=False).ids]
-        if not self._special_ids.isdisjoint(ids):
-            raise ValueError(f"{self.path}: it normalises part of this text into a special token: {text[:200]!r}")
-        return ids
+    def _encode(self, texts: list[str], specials: list[int]) -> list[int]:
+        texts = [_FORGED.sub(_MARK + _CUT, text) for text in texts]
+        ids = self._ids(texts, specials)
+        if not self._forbidden.isdisjoint(ids):
+            # Unigram and word-level vocabularies have special tokens among their words, and end tokens need not be
+            # marked as special: look-alikes are cut after their first character.
+            texts = [self._look_alike.sub(lambda first: first[0] + _CUT, text) for text in texts]
+            ids = self._ids(texts, specials)
+        if not self._forbidden.isdisjoint(ids):
+            text = "".join(texts)[:200]
+            raise ValueError(f"{self.path}: it normalises part of this text into a special token: {text!r}")
+        return [self._stands_for.get(i, i) for i in ids if i != self._cut_id]
 
-    def _decode_plain(self, ids: list[int]) -> str:
+    def _ids(self, texts: list[str], specials: list[int]) -> list[int]:
+        text = texts[0] + "".join(self._stand_ins[i] + text for i, text in zip(specials, texts[1:], strict=True))
+        try:
+            return self._backend.encode(text, add_special_tokens=False).ids
+        except TypeError as error:  # how the library takes halves of surrogate pairs
+            raise ValueError(f"this is not Unicode text: {text[:200]!r}") from error
+
+    def _decode(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=False)
+
+
+def _unknown_id(model: dict[str, Any]) -> int | None:
+    """The id that a model of the `tokenizers` library gives to what is not in its vocabulary."""
+    if model.get("unk_token") is not None:
+        return model["vocab"].get(model["unk_token"])
+    return model.get("unk_id")
 
 
 def _read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:

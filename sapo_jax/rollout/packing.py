@@ -1,9 +1,9 @@
 """Packing: which completions share a row, and how long the rows are. Plain arithmetic on lengths.
 
-A piece is a prompt with one or more of its completions, `p c1 c2 ...`; the prompt's tokens are computed once for all of
-them (attention lets each completion see the prompt and itself, see `kernels.attention`). A row holds one or more pieces.
-Sharing saves prompt tokens but makes rows longer, hence attention dearer: `plan_rows` takes the cheapest of several ways.
-The plan is a function of the lengths alone, so a resumed run packs, and rounds, exactly as the uninterrupted one.
+A piece is a prompt with one or more of its completions, `p c1 c2 ...`; the prompt's tokens are computed once for all
+of them (attention lets each completion see the prompt and itself, see `kernels.attention`). A row holds one or more
+pieces. Sharing saves prompt tokens but makes rows longer, hence attention dearer: `plan_rows` takes the cheapest of
+several ways. The plan is a function of the lengths alone, so a resumed run packs, and rounds, as the uninterrupted one.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def plan_rows(
 ) -> Plan:
     """Rows for `mini_batches` equal shares of the groups, in their order.
 
-    row_cost: the cost of a row of T tokens, in any unit. multiple: R is a multiple of it (rows of a micro-batch, devices).
-    row_tokens: T, if it is not to be chosen. All mini-batches get the same T and R, so that they run one program.
+    row_cost: the cost of a row of T tokens, in any unit. multiple: R is a multiple of it (a micro-batch's rows, or
+    devices). row_tokens: T, if it is not to be chosen. All mini-batches get the same T and R, so that they run one program.
     Raises ValueError where a sequence is longer than row_tokens.
     """
     P, B = len(prompt_length_P), len(length_B)

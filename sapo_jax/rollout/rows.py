@@ -87,9 +87,9 @@ def rollout_rows(
     multiple: int = 1,
     row_tokens: int = 0,
 ) -> Rows:
-    """A rollout as packed rows, completion ids exactly as sampled: mini_batches * R rows, those of a mini-batch together.
+    """A rollout as packed rows (see `packing.plan_rows`), completion ids exactly as sampled.
 
-    How they are packed: see `packing.plan_rows`.
+    mini_batches * R rows, those of a mini-batch together.
     """
     lengths = [len(prompt.ids) for prompt in prompts]
     plan = plan_rows(

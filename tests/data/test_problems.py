@@ -216,6 +216,64 @@ def test_registered_verifiers_are_the_default(rows):
     assert load_problems(data, BYTE).held_out[0].verifier == "numeric"
 
 
+def conversation(*contents, question="and now?"):
+    """The first content is the user's, then they take turns; `question` comes last."""
+    turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    return [*turns, {"role": "user", "content": question}]
+
+
+def test_conversations_end_to_end(rows):
+    prompts = [conversation(f"first {i}", "<think>x</think><|im_end|>") for i in range(30)]
+    prompts += [conversation(" first  3\n", "<think>x</think><|im_end|>"), conversation(), "and  now?"]
+    own = [{"role": "system", "content": "Be kind."}, *conversation("x", "y")]
+    problems = load(FileTask(path=rows([*prompts, own])), held_out=8, system_prompt="Be brief.")
+    assert len(problems.held_out) == 8
+    report = problems.report["rows"]
+    assert (report.read, report.duplicates, report.held_out + report.train) == (34, 2, 32)
+    everyone = everything(problems)
+    assert {p.question for p in everyone} == {"and now?"}
+    assert len({p.index for p in everyone}) == len({p.text for p in everyone}) == 32
+    by_answer = {p.answer: p for p in everyone}
+    assert by_answer["3"].text == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nfirst 3<|im_end|>\n<|im_start|>assistant\n"
+        "<think>x</think><|im_end|><|im_end|>\n<|im_start|>user\nand now?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert [i for i in by_answer["3"].ids if i > 255] == [257, 258] * 4 + [257]
+    assert by_answer["33"].text.startswith("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nx")
+    assert "Be brief" not in by_answer["33"].text
+
+
+def test_conversations_are_split_as_a_whole(rows):
+    """The last message is the same in all of them; what is held out is a conversation, whatever the task is called."""
+    prompts = [conversation(f"first {i}", "b") for i in range(30)]
+    one, two = FileTask(path=rows(prompts)), FileTask(path=rows(prompts[::-1], "other.jsonl"))
+    problems = load(one, two, held_out=12)
+    kept_out = {p.conversation for p in problems.held_out}
+    assert len(kept_out) > 0 and "" not in kept_out
+    assert all(p.conversation not in kept_out for prompts in problems.train.values() for p in prompts)
+
+
+def test_template_variables_and_tools_reach_the_template(tmp_path):
+    template = tmp_path / "chat.jinja"
+    template.write_text("{{ mood }}:{{ tools | tojson if tools else '' }}{{ messages[-1].content }}")
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "".join(json.dumps({"prompt": f"q {i}", "answer": "a", "tools": [{"n": i}]}) + "\n" for i in range(5))
+    )
+    task, template = FileTask(path=str(path)), str(template)
+    problems = load(task, held_out=2, chat_template=template, chat_template_kwargs={"mood": "<|im_end|>"})
+    for prompt in everything(problems):
+        i = prompt.question[-1]
+        assert prompt.text == f'<|im_end|>:[{{"n": {i}}}]q {i}'
+        assert prompt.ids[0] == BYTE.end_id  # the config is trusted
+    with pytest.raises(ValueError, match=r"chat\.jinja has no variable moood; did you mean mood"):
+        load(task, held_out=2, chat_template=template, chat_template_kwargs={"moood": "x"})
+    with pytest.raises(
+        DataError, match=r"data\.tasks\[0\] \(rows\): .*rows\.jsonl:1: chat template chatml leaves out the tools"
+    ):
+        load(task, held_out=2)
+
+
 def test_templates(rows, bpe, save):
     path = rows([f"question {i}" for i in range(10)])
     plain = load(FileTask(path=path), held_out=2, chat_template="plain")
@@ -228,5 +286,5 @@ def test_templates(rows, bpe, save):
     assert [i for i in ids if i < 3] == [1, 2, 1]
     added = [token for token in json.loads(bpe.to_str())["added_tokens"] if token["content"] != "<|im_start|>"]
     without = load_tokenizer(str(save(bpe, {"eos_token": "<|im_end|>"}, added_tokens=added)))
-    with pytest.raises(DataError, match=r"chatml needs <\|im_start\|> as special tokens"):
+    with pytest.raises(ValueError, match=r"chatml needs <\|im_start\|> as special tokens"):
         load_problems(data, without, KNOWN)

@@ -61,6 +61,122 @@ def test_optional_and_further_fields_blank_lines_and_a_byte_order_mark(write):
     ]
 
 
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Weather?"},
+    {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "sky", "arguments": '{"city": null}'}}]},
+    {"role": "tool", "content": "", "tool_call_id": "1"},
+    {"role": "assistant", "content": "None.", "reasoning_content": "No weather."},
+    {"role": "user", "content": " And tomorrow?\n"},
+]
+TOOLS = [{"type": "function", "function": {"name": "sky", "parameters": {"type": "object"}}}]
+
+
+def test_conversations(write):
+    rows = [
+        {"prompt": TURNS, "answer": "a", "tools": TOOLS},
+        {"prompt": [{"role": "user", "content": "a", "name": None}], "answer": "a", "tools": []},
+        {"prompt": "a", "answer": "a", "tools": json.dumps(TOOLS)},
+        {"prompt": TURNS[:2], "answer": "a", "tools": None},
+        {"prompt": [TURNS[0] | {"content": " Be\nbrief. "}, TURNS[1]], "answer": "a"},
+    ]
+    path = write(rows)
+    problems = read_problems(path, "math", KNOWN)
+    assert [p.question for p in problems] == [" And tomorrow?\n", "a", "a", "Weather?", "Weather?"]
+    assert problems[0].messages[3] == TURNS[3]
+    assert problems[1].messages == [{"role": "user", "content": "a"}]
+    assert [p.tools for p in problems] == [TOOLS, None, TOOLS, None, None]
+    assert [p.where for p in problems] == [f"{path}:{i}" for i in range(1, 6)]
+    keys = [p.conversation for p in problems]
+    assert keys[1] == ""  # the question alone, whichever way it is written
+    assert keys[3] == keys[4] and len(set(keys)) == 4
+
+
+def test_conversations_in_parquet(write, tmp_path):
+    rows = [{"prompt": TURNS, "answer": "a", "tools": json.dumps(TOOLS)}, {"prompt": TURNS[:2], "answer": "b"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert read_problems(str(tmp_path / "rows.parquet"), "math", KNOWN) == read_problems(write(rows), "math", KNOWN)
+
+
+def test_parquet_that_pads_json_is_refused(tmp_path):
+    """Arrow gives all structs of a column the same fields: absent ones would come back as nulls."""
+    calls = [{"name": "f", "arguments": {"x": 1}}, {"name": "g", "arguments": {"y": 1}}]
+    turn = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "tool_calls": calls},
+        {"role": "tool", "content": "b"},
+    ]
+    for i, row in enumerate([{"prompt": turn}, {"prompt": "a", "tools": [{"x": 1}, {"y": 1}]}]):
+        path = tmp_path / f"{i}.parquet"
+        pq.write_table(pa.Table.from_pylist([{**row, "answer": "a"}]), path)
+        with pytest.raises(DataError, match=r"parquet:1: `tools` or `arguments` hold nulls; in Parquet, write them as"):
+            read_problems(str(path), "math", KNOWN)
+    pq.write_table(pa.table({"prompt": [["a"]], "answer": ["b"]}), tmp_path / "list.parquet")
+    with pytest.raises(DataError, match=r"list\.parquet:1: `prompt\[0\]` must be an object, not str"):
+        read_problems(str(tmp_path / "list.parquet"), "math", KNOWN)
+
+
+def turn(role, content="x", **more):
+    return {"role": role, "content": content, **more}
+
+
+BAD_PROMPTS = [
+    ([], "`prompt` has no user message"),
+    (["a"], r"`prompt\[0\]` must be an object, not str \('a'\)"),
+    (
+        [turn("user"), turn("usr")],
+        r"`prompt\[1\].role` must be one of system, developer, user, assistant, tool, not 'usr'",
+    ),
+    ([{"content": "x"}], r"`prompt\[0\].role` must be one of .*, not None"),
+    ([turn(["user"])], r"`prompt\[0\].role` must be one of"),
+    ([{"role": "user"}], r"`prompt\[0\].content` is missing"),
+    ([turn("user", " ")], r"`prompt\[0\].content` is empty"),
+    ([turn("user", 3)], r"`prompt\[0\].content` must be text, not int \(3\)"),
+    ([turn("user", [{"type": "text", "text": "a"}])], r"`prompt\[0\].content` must be text, not list"),
+    ([turn("user", "\ud800")], r"`prompt\[0\].content` holds half of a surrogate pair"),
+    (
+        [turn("user", contents="x")],
+        r"`prompt\[0\]` has the unknown key 'contents'; known are role, tool_calls, content",
+    ),
+    ([turn("user", name=3)], r"`prompt\[0\].name` must be text, not int"),
+    ([turn("user"), {"role": "assistant"}], r"`prompt\[1\].content` is missing"),
+    ([turn("system")], "`prompt` has no user message"),
+    ([turn("user"), turn("assistant")], "`prompt` ends with an assistant message"),
+    ([turn("user", tool_calls=[])], r"`prompt\[0\].tool_calls` stands in a message of the user"),
+    ([turn("assistant", tool_calls={})], r"`prompt\[0\].tool_calls` must be a list, not dict"),
+    ([turn("assistant", tool_calls=["f"])], r"`prompt\[0\].tool_calls\[0\]` must be an object with the `name`"),
+    ([turn("assistant", tool_calls=[{"function": {}}])], r"tool_calls\[0\]` must be an object with the `name`"),
+    ([turn("assistant", tool_calls=[{"name": "f", "arguments": [1]}])], r"tool_calls\[0\]` must have `arguments`"),
+    ([turn("assistant", tool_calls=[{"name": "\ud800", "arguments": ""}])], r"tool_calls` is not made of JSON values"),
+    ([turn("assistant", reasoning_content=[])], r"`prompt\[0\].reasoning_content` must be text, not list"),
+]
+BAD_TOOLS = [
+    ({}, "`tools` must be a list of JSON schemas, not {}"),
+    (["f"], "`tools` must be a list of JSON schemas"),
+    ([{}], "`tools` must be a list of JSON schemas"),
+    ("[", "`tools` is not made of JSON values"),
+    (3, "`tools` must be a list"),
+    ([{"x": "\udfff"}], "`tools` is not made of JSON values: .* half of a surrogate pair"),
+    (json.loads('[{"x":' + "[" * 200 + "]" * 200 + "}]"), "`tools` is not made of JSON values: .* nested too deeply"),
+]
+
+
+@pytest.mark.parametrize("prompt, message", BAD_PROMPTS, ids=range(len(BAD_PROMPTS)))
+def test_bad_conversations(write, prompt, message):
+    path = write([{"prompt": "a", "answer": "b"}, {"prompt": prompt, "answer": "b"}])
+    with pytest.raises(DataError, match=message) as caught:
+        read_problems(path, "math", KNOWN)
+    assert str(caught.value).startswith(f"{path}:2: ")
+
+
+@pytest.mark.parametrize("tools, message", BAD_TOOLS, ids=range(len(BAD_TOOLS)))
+def test_bad_tools(write, tools, message):
+    path = write([{"prompt": "a", "answer": "b", "tools": tools}])
+    with pytest.raises(DataError, match=message) as caught:
+        read_problems(path, "math", KNOWN)
+    assert str(caught.value).startswith(f"{path}:1: ")
+
+
 BAD_LINES = {
     '{"prompt": "a"': "not JSON",
     "[1]": "not a JSON object but list",

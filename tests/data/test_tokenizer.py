@@ -2,9 +2,10 @@ import json
 
 import pytest
 import tokenizers
-from tokenizers import models, normalizers, pre_tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from sapo_jax.data import load_tokenizer
+from tests.data.conversations import CORPUS, SPELLED
 
 TEXTS = ["", "12 + 7 = 19", "  spaces\tand\nlines \n", "ünïcödé ✓ 漢字 🙂", "\x00\x1f", "a" * 1000]
 LOOK_ALIKES = [
@@ -178,6 +179,124 @@ def test_special_tokens_that_swallow_white_space(bpe, save):
     text = "a  <|im_start|> b <|im_end|> \n c"
     assert tokenizer.encode(text, allow_special=True) == backend.encode(text, add_special_tokens=False).ids
     assert tokenizer.decode(tokenizer.encode(text, allow_special=True)) == "a b c"
+
+
+def test_special_tokens_that_match_whole_words_only_are_refused(bpe, save):
+    added = json.loads(bpe.to_str())["added_tokens"]
+    added[0]["single_word"] = True
+    with pytest.raises(ValueError, match=r"special token '<\|endoftext\|>' is `single_word`"):
+        load_tokenizer(str(save(bpe, CHATML, added_tokens=added)))
+
+
+def test_a_vocabulary_with_gaps_is_refused(save):
+    backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "[END]": 1, "b": 5}, unk_token="a"))
+    with pytest.raises(ValueError, match="its ids leave gaps"):
+        load_tokenizer(str(save(backend, {"eos_token": "[END]"})))
+
+
+def test_unknown_text_may_become_a_special_token_made_for_it(save):
+    backend = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "[END]": 1, "a": 2}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(["[UNK]"])
+    assert load_tokenizer(str(save(backend, {"eos_token": "[END]"}))).encode("a b [END]") == [2, 0, 0, 0]
+    with pytest.raises(ValueError, match="into a special token"):  # not if it ends a turn
+        load_tokenizer(str(save(backend, {"eos_token": "[UNK]"}))).encode("a b")
+
+
+def test_text_that_spells_stand_ins_is_text(hf):
+    for text in ("\ufdd02\ufdd1", "\ufdd0\ufdd1", "\ufdd0\ufdd02\ufdd1\ufdd1", "\ufdd0"):
+        for pieces in ([(text, False)], [(text[:1], False), (text[1:], False)], [(text, True)]):
+            ids = hf.encode_pieces([*pieces, ("<|im_end|>", True)])
+            assert hf.decode(ids, skip_special=False) == text + "<|im_end|>"
+            assert [i for i in ids if i in hf.special_tokens.values()] == [hf.end_id]
+    ids = hf.encode_pieces([("\ufdd0", False), ("<|im_end|>", True), ("2\ufdd1", False)])
+    assert hf.decode(ids, skip_special=False) == "\ufdd0<|im_end|>2\ufdd1"
+    assert ids.count(hf.end_id) == 1
+    assert hf.decode([hf.vocab_size, hf.vocab_size + 1]) == ""
+
+
+def test_half_of_a_surrogate_pair(tokenizer):
+    with pytest.raises(ValueError):
+        tokenizer.encode("a\ud800")
+
+
+# ---------------------------------------------------------------- against transformers
+
+
+def llama_3_like():
+    """Byte-level BPE that splits as Llama 3's tokenizer does, after NFC as in Qwen's."""
+    tokenizer = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
+    tokenizer.normalizer = normalizers.NFC()
+    words = Regex(
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer, trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+
+
+def smollm2_like():
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer, trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+
+
+def llama_2_like():
+    """A space goes before the text, but only at its start: no text between special tokens may get one."""
+    tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    return tokenizer, trainers.BpeTrainer(special_tokens=["<unk>"])
+
+
+def word_pieces():
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(cleanup=False)
+    return tokenizer, trainers.WordPieceTrainer(special_tokens=["<unk>"])
+
+
+@pytest.fixture(params=[llama_3_like, smollm2_like, llama_2_like, word_pieces])
+def pair(request, save):
+    """(our tokenizer, Hugging Face's) of one folder."""
+    transformers = pytest.importorskip("transformers")
+    backend, trainer = request.param()
+    trainer.vocab_size, trainer.show_progress = 700, False
+    backend.train_from_iterator(CORPUS, trainer)
+    backend.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    backend.add_tokens(["<think>", "</think>"])
+    folder = str(save(backend, {**CHATML, "tokenizer_class": "PreTrainedTokenizerFast"}))
+    return load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def test_agrees_with_transformers(pair):
+    """As data: the ids of transformers' `split_special_tokens`. As template text: its usual ids."""
+    ours, theirs = pair
+    assert ours.special_tokens == {
+        token.content: i for i, token in theirs.added_tokens_decoder.items() if token.special
+    }
+    for text in [*CORPUS, *SPELLED]:
+        as_data = theirs.encode(text, add_special_tokens=False, split_special_tokens=True)
+        as_template = theirs.encode(text, add_special_tokens=False)
+        assert ours.encode(text) == as_data
+        assert ours.encode(text, allow_special=True) == as_template
+        for ids in as_data, as_template:
+            assert ours.decode(ids, skip_special=False) == theirs.decode(ids)
+
+
+def test_pieces_agree_with_transformers(pair):
+    """Each text in its place between special tokens, and the seam between trusted and other text is none."""
+    ours, theirs = pair
+    for text in CORPUS:
+        whole = f"<|im_start|>user\n{text}<|im_end|> \n<|im_start|>{text}"
+        pieces = [("<|im_start|>us", True), (f"er\n{text}", False), ("<|im_end|> \n<|im_start|>", True), (text, False)]
+        assert ours.encode_pieces(pieces) == theirs.encode(whole, add_special_tokens=False)
 
 
 def test_truncation_and_templates_of_the_file_are_off(bpe, save):
