@@ -54,7 +54,7 @@ def plan_rows(
     """Rows for `mini_batches` equal shares of the groups, in their order.
 
     row_cost: the cost of a row of T tokens, in any unit. multiple: R is a multiple of it (a micro-batch's rows, or
-    devices). row_tokens: T, if it is not to be chosen. All mini-batches get the same T and R, so that they run one program.
+    devices). row_tokens: T, if it is not to be chosen. All mini-batches get the same T and R: they run one program.
     Raises ValueError where a sequence is longer than row_tokens.
     """
     P, B = len(prompt_length_P), len(length_B)
