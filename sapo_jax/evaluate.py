@@ -26,8 +26,9 @@ def evaluate(
     """Metrics and sample rows of k = evaluate.samples completions for every held-out problem.
 
     avg@k: mean correctness over problems and samples. pass@k: share of problems with at least one correct sample.
-    stderr: of avg@k, over problems (the k samples of one problem are not independent). Completions whose verifier
-    failed count as wrong here, and their number is reported: a failing verifier must not improve a score.
+    stderr: of avg@k, over problems (the k samples of one problem are not independent); ci_low, ci_high: its 95 %
+    interval, by the percentile bootstrap over problems. Completions whose verifier failed count as wrong here, and
+    their number is reported: a failing verifier must not improve a score.
     """
     cfg, prompts = run.cfg.evaluate, run.problems.held_out if prompts is None else prompts
     correct, lengths, failures = [], [], 0
@@ -42,12 +43,15 @@ def evaluate(
         rows += sample_rows(judged)
     correct_PG = np.concatenate(correct)
     per_problem = correct_PG.mean(axis=1)
+    low, high = bootstrap_interval(per_problem)
     metrics = {
         "held_out/avg": float(per_problem.mean()),
         "held_out/pass": float(correct_PG.any(axis=1).mean()),
         "held_out/stderr": float(per_problem.std(ddof=1) / math.sqrt(len(per_problem)))
         if len(per_problem) > 1
         else 0.0,
+        "held_out/ci_low": low,
+        "held_out/ci_high": high,
         "held_out/problems": len(correct_PG),
         "held_out/samples": int(correct_PG.size),
         "held_out/verifier_failures": failures,
@@ -59,10 +63,18 @@ def evaluate(
     return metrics, rows
 
 
+def bootstrap_interval(value_P: np.ndarray, draws: int = 10_000) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean: the middle of the means of P values drawn with replacement."""
+    drawn = np.random.default_rng(0).integers(0, len(value_P), (draws, len(value_P)))
+    low, high = np.percentile(value_P[drawn].mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
 def describe(metrics: dict[str, Any], k: int) -> str:
     """One line for people."""
     return (
-        f"avg@{k} {metrics['held_out/avg']:.1%} (standard error {metrics['held_out/stderr']:.1%}), "
+        f"avg@{k} {metrics['held_out/avg']:.1%} (95 % interval {metrics['held_out/ci_low']:.1%} to "
+        f"{metrics['held_out/ci_high']:.1%}), "
         f"pass@{k} {metrics['held_out/pass']:.1%}, {metrics['held_out/problems']} held-out problems, "
         f"{metrics['held_out/samples']} samples"
     )

