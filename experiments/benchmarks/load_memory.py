@@ -1,7 +1,7 @@
 """Peak host memory of loading Hugging Face weights, above the model's own share.
 
-    python experiments/benchmarks/load_memory.py                       # SmolLM2 (after `make smollm2`) and 2 GB, made here
-    python experiments/benchmarks/load_memory.py --model DIR
+    python experiments/benchmarks/load_memory.py                # a 2 GB model made here; SmolLM2, after `make smollm2`
+    python experiments/benchmarks/load_memory.py --model DIR    # this one
 
 Hardware: any; 3 GB of memory and disk, a minute. Expected: the last column below 2. Writes results/load_memory.csv.
 
@@ -29,8 +29,8 @@ from sapo_jax.config import Mesh, Model, read_model_keys, to_hugging_face
 RESULTS = Path(__file__).parents[1] / "results" / "load_memory.csv"
 SMOLLM2 = Path(".cache/smollm2/model")
 SYNTHETIC = Model(  # 0.5 B parameters in float32: 2 GB
-    vocab_size=64000, hidden_size=1280, num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=8, head_dim=80,
-    intermediate_size=3456,
+    vocab_size=64000, hidden_size=1280, num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=8,
+    head_dim=80, intermediate_size=3456,
 )  # fmt: skip
 
 

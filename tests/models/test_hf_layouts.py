@@ -82,7 +82,10 @@ def test_their_left_padded_batch(name):
         np.testing.assert_allclose(ours[place], theirs[place], atol=1e-5)
 
 
-@each_case
+QUICK = ("llama-mqa", "moe-sparse-step")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 @torch.no_grad()
 def test_greedy_generation(name):
     """64 tokens, token for token: prompts of three lengths, left-padded in one batch."""
