@@ -13,6 +13,7 @@ from sapo_jax.data import ByteTokenizer, FileTokenizer, Tokenizer, load_template
 from sapo_jax.models.hf import hub_shapes, hub_tensors
 from sapo_jax.models.model_dir import new_model_dir, write_json, write_shards
 from sapo_jax.run import RunError, open_run
+from sapo_jax.types import Params
 
 # What stands beside a tokenizer.json and belongs to it.
 _TOKENIZER_FILES = (
@@ -22,21 +23,27 @@ _TOKENIZER_FILES = (
 
 
 def export_run(cfg: Config, folder: str | Path, step: int | None, dtype: str) -> None:
-    """Write the newest checkpoint (or that of RL step `step`): config, safetensors, tokenizer, chat template.
-
-    float32 holds the trained parameters bit for bit; bfloat16 and float16 round them to nearest even.
-    """
+    """Write the newest checkpoint of a run, or that of RL step `step`. Raises RunError."""
     with open_run(cfg, write=False) as run:
         stage, step, params = run.trained_params(step)
         try:
-            with new_model_dir(folder) as made:
-                tensors = hub_tensors(params, run.cfg.model, jnp.dtype(dtype))
-                write_shards(made, hub_shapes(run.cfg.model), jnp.dtype(dtype), tensors)
-                write_json(made / "config.json", _config(run.cfg, run.tokenizer, dtype))
-                _write_tokenizer(made, run.cfg, run.tokenizer)
+            write_model(folder, params, run.cfg, run.tokenizer, dtype)
         except (OSError, ValueError) as error:
             raise RunError(f"export: {error}") from error
         print(f"{stage} step {step} of {run.dir}, {dtype} -> {folder}")
+
+
+def write_model(folder: str | Path, params: Params, cfg: Config, tokenizer: Tokenizer, dtype: str) -> None:
+    """Make `folder`: config.json, safetensors, tokenizer, chat template, generation_config.json.
+
+    float32 holds the parameters bit for bit; bfloat16 and float16 round them to nearest even. Raises FileExistsError
+    where the folder holds something, ValueError for a shape or a number that the format has no place for.
+    """
+    with new_model_dir(folder) as made:
+        tensors = hub_tensors(params, cfg.model, jnp.dtype(dtype))
+        write_shards(made, hub_shapes(cfg.model), jnp.dtype(dtype), tensors)
+        write_json(made / "config.json", _config(cfg, tokenizer, dtype))
+        _write_tokenizer(made, cfg, tokenizer)
 
 
 def _config(cfg: Config, tokenizer: Tokenizer, dtype: str) -> dict:

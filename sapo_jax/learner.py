@@ -130,7 +130,7 @@ def make_update(policy: Policy, tx, loss_fn: LossFn, micro_batch: int, shardings
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         aux = {
             "loss": loss.sum(),
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "nonfinite_in_row": opt_state.notfinite_count,
             "nonfinite_total": opt_state.total_notfinite,
             "stats": stats,

@@ -25,30 +25,42 @@ def compose(layers: Iterable[dict[str, Any]], overrides: Sequence[str]) -> tuple
 
     Mappings merge key by key, all else is replaced. A union section whose tag changes (`objective.name`,
     `data.tasks.N.kind`) starts afresh. A preset counts as its published values, at the layer that names it; likewise a
-    model directory, as what its config.json says. Overrides of tags, of the preset and of the model directory come
-    before the others, so that their order on a command line means nothing.
+    model directory, as what its config.json says, unless a higher layer names another. Overrides of tags, of the preset
+    and of the model directory come before the others, so that their order on a command line means nothing.
     """
-    raw, problems = BOTTOM, []
-    for layer in layers:
-        raw = merge(raw, _expanded(layer, problems))
-    parsed = []
+    raw, problems, parsed, layers = BOTTOM, [], [], list(layers)
     for override in overrides:
         try:
             parsed.append(parse_override(override))
         except ConfigError as error:
             problems += error.problems
-    for keys, value in sorted(parsed, key=lambda item: not _is_tag(item[0])):
-        layer = value
-        for key in reversed(keys):
-            layer = {key: layer}
+    parsed.sort(key=lambda item: not _is_tag(item[0]))
+    laid_over = [_nested(*item) for item in parsed]
+    paths = [path for path in map(_model_path, [*layers, *laid_over]) if path is not None]
+    for layer in layers:
+        raw = merge(raw, _expanded(layer, paths, problems))
+    for (keys, _), layer in zip(parsed, laid_over, strict=True):
         try:
-            raw = merge(raw, _expanded(layer, problems))
+            raw = merge(raw, _expanded(layer, paths, problems))
         except NoSuchItem as error:
             problems.append(Problem((".".join(map(str, keys)),), error.args[0]))
     return raw, problems
 
 
-def _expanded(layer: dict[str, Any], problems: list[Problem]) -> dict[str, Any]:
+def _nested(keys: Sequence[str | int], value: Any) -> Any:
+    for key in reversed(keys):
+        value = {key: value}
+    return value
+
+
+def _model_path(layer: dict[str, Any]) -> Any:
+    model = layer.get("model")
+    return model.get("path") if isinstance(model, dict) else None
+
+
+def _expanded(layer: dict[str, Any], paths: list[Any], problems: list[Problem]) -> dict[str, Any]:
+    if paths and _model_path(layer) not in (None, paths[-1]):
+        return layer  # overruled: it need not even exist
     try:
         return expand(layer)
     except ModelDirError as error:  # nothing can be said of the shape, nor of the tokenizer

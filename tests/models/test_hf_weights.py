@@ -128,6 +128,8 @@ def test_model_path_brings_shape_tokenizer_and_template(tmp_path):
         load(path, [f"model.path={tmp_path}/model", "data.tokenizer=byte", "data.chat_template=plain"]).data.tokenizer
         == "byte"
     )
+    path.write_text(f"model: {{path: nowhere}}\n{task}\n")
+    assert load(path, [f"model.path={tmp_path}/model"]).model.vocab_size == case.vocab_size  # overruled: never read
     with pytest.raises(ConfigError) as error:
         load(path, [f"model.path={tmp_path}/nowhere", "train.stepz=3"])
     assert "model.path: " in str(error.value) and "no config.json" in str(error.value) and "stepz" in str(error.value)

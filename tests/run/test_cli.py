@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from sapo_jax.cli import main
 
@@ -81,6 +82,36 @@ def test_sample_shows_completions(run_folder, capsys):
     assert out.count("3+2=") == 2
     assert main(["sample", str(run_folder), "--greedy", "-n", "3"]) == 0
     assert capsys.readouterr().out.count("question") == 3
+
+
+def test_export_of_a_run_folder(run_folder, tmp_path, capsys):
+    """transformers takes it: the run's parameters, its byte tokenizer, its template. A full folder is refused."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path / "out"
+    assert main(["export", str(run_folder), str(folder)]) == 0
+    assert "rl step 1" in capsys.readouterr().out
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = "3+2= é漢"
+    assert tokenizer(text).input_ids == list(text.encode()) and tokenizer.decode(list(text.encode())) == text
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "3+2="}], tokenize=False) == "3+2="
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") == tokenizer.eos_token_id == 258
+    assert sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(folder).parameters()) > 10_000
+    assert main(["export", str(run_folder), str(folder)]) == 1
+    assert "new or empty" in capsys.readouterr().err
+    assert main(["export", str(run_folder), str(tmp_path / "half"), "--dtype", "bfloat16"]) == 0
+    ours, half = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("out", "half"))
+    assert half.dtype == torch.bfloat16 and torch.equal(ours.lm_head.weight.bfloat16(), half.lm_head.weight)
+
+
+def test_training_from_an_exported_model_starts_where_it_ended(run_folder, tiny_config, tmp_path):
+    """model.path: held-out accuracy before any step is what the run that was exported reached."""
+    folder = tmp_path / "out"
+    assert main(["export", str(run_folder), str(folder)]) == 0
+    settings = [f"model.path={folder}", "cold_start.steps=0", "train.steps=1", "evaluate.every=0"]
+    assert main(["train", str(tiny_config), *settings, f"run_dir={tmp_path}/again"]) == 0
+    first, then = (json.loads((f / "summary.json").read_text()) for f in (run_folder, tmp_path / "again"))
+    assert then["held_out_before"] == first["held_out_after"]
 
 
 def test_eval_without_a_checkpoint_says_so(tiny_config, tmp_path, capsys):

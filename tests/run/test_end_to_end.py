@@ -22,13 +22,17 @@ def rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-QUICK = ("quickstart", "quickstart_moe")  # the others differ from them by their objective or their data
+QUICK = ("quickstart", "quickstart_moe", "smollm2")  # the others differ from them by their objective or their data
 MARKED = [p if p.stem in QUICK else pytest.param(p, marks=pytest.mark.slow) for p in CONFIGS]
 
 
 @pytest.mark.parametrize("path", MARKED, ids=[path.stem for path in CONFIGS])
-def test_every_config_runs_two_steps(path, tmp_path):
-    summary = train(load(path, [*SMALL, f"run_dir={tmp_path}/run"]))
+def test_every_config_runs_two_steps(path, tiny_model, tmp_path):
+    """Those that start from a pretrained model start from a tiny one of its family here."""
+    pretrained = (
+        ["data.max_prompt_tokens=256", f"model.path={tiny_model}"] if "model: {path:" in path.read_text() else []
+    )
+    summary = train(load(path, [*SMALL, *pretrained, f"run_dir={tmp_path}/run"]))
     assert summary["rl_steps"] == 2
     assert 0 <= summary["held_out_before"] <= 1 and 0 <= summary["held_out_after"] <= 1
     for name in ("config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "progress.png"):

@@ -1,0 +1,25 @@
+"""A tiny pretrained model, for configurations that start from one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import pytest
+
+from sapo_jax.config import Config, Data, Model
+from sapo_jax.data import load_tokenizer
+from sapo_jax.export import write_model
+from sapo_jax.models import make_policy
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A random Llama-shaped model of the byte tokenizer, as a Hugging Face directory."""
+    cfg = Model(
+        vocab_size=259, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+        intermediate_size=64, qk_norm=False,
+    )  # fmt: skip
+    folder, whole = tmp_path_factory.mktemp("model") / "model", Config(model=cfg, data=Data(chat_template="chatml"))
+    write_model(folder, make_policy(cfg).init(jax.random.key(0)), whole, load_tokenizer("byte"), "float32")
+    return folder
