@@ -55,7 +55,10 @@ def test_the_curves_are_the_logged_values():
     ]
     main = drawn["Reward and held-out accuracy"]
     assert curves(main)["held-out accuracy"] == ([0, 5], [0.25, 0.75])
-    assert curves(main)["train reward (mean of the rollout)"] == ([1, 2, 3, 4, 5], [0.2 + step / 100 for step in range(1, 6)])
+    assert curves(main)["train reward (mean of the rollout)"] == (
+        [1, 2, 3, 4, 5],
+        [0.2 + step / 100 for step in range(1, 6)],
+    )
     assert [text.get_text() for text in main.texts] == ["25.0%", "75.0%"]
     assert curves(drawn["Cold start: loss per token"])["loss"] == ([1, 2, 3, 4], [3.0, 1.5, 1.0, 0.75])
     assert curves(drawn["Mean gate weight"])["A < 0"][1] == [0.97] * 5

@@ -18,6 +18,7 @@ from sapo_jax.config.schema import (
     ColdStart,
     Config,
     Data,
+    Diagnostics,
     Evaluate,
     FileTask,
     Loss,
@@ -35,6 +36,6 @@ from sapo_jax.config.schema import (
 
 __all__ = [
     "CISPO", "GRPO", "GSPO", "PRESETS", "SAPO", "Advantage", "Checkpoint", "ColdStart", "Config", "ConfigError",
-    "Data", "Evaluate", "FileTask", "Loss", "Mesh", "Model", "Objective", "Optimizer", "Problem", "ReasoningGymTask",
+    "Data", "Diagnostics", "Evaluate", "FileTask", "Loss", "Mesh", "Model", "Objective", "Optimizer", "Problem", "ReasoningGymTask",
     "Rewards", "Rollout", "Task", "Train", "Yarn", "check", "diff", "dump", "load", "verify", "warnings",
 ]  # fmt: skip

@@ -58,7 +58,9 @@ SETTINGS = {
 SLOW = [name for name in SETTINGS if name != "gspo_token_correction_epochs"]
 
 
-@pytest.mark.parametrize("name", ["gspo_token_correction_epochs", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
+@pytest.mark.parametrize(
+    "name", ["gspo_token_correction_epochs", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)]
+)
 def test_settings_run(name, tiny_config, tmp_path):
     overrides = SETTINGS[name]
     summary = train(load(tiny_config, [*overrides, "train.steps=2", f"run_dir={tmp_path}/run"]))
