@@ -47,8 +47,8 @@ def head_logprobs(hidden_ND, head_VD, targets_N, temperature: float, chunk: int)
     sum p^2; all N.
 
     The vocabulary is cut into equal slices of at most `chunk` tokens. One pass over them keeps a running max m and the
-    sums of exp(z - m), (z - m) exp(z - m) and exp(z - m)^2; the backward pass recomputes each slice, so that only N x chunk logits
-    exist at a time. Only the log-probabilities have a gradient.
+    sums of exp(z - m), (z - m) exp(z - m) and exp(z - m)^2; the backward pass recomputes each slice, so that
+    only N x chunk logits exist at a time. Only the log-probabilities have a gradient.
     """
     V, D = head_VD.shape
     least = -(-V // chunk)

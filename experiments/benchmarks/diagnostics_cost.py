@@ -69,7 +69,7 @@ def measure(model: Model, rows: int, T: int, completion: int, repeats: int) -> d
         updates.append(make_update(policy, tx, loss, rows))
         states.append(init_state(jax.tree.map(lambda x: x.copy(), params), tx))
     times = {"without": [], "with": [], "host": []}
-    for repeat in range(repeats + 2):  # the first two compile and warm up
+    for _ in range(repeats + 2):  # the first two compile and warm up
         for i, name in enumerate(("without", "with")):
             start = time.perf_counter()
             states[i], aux = jax.block_until_ready(updates[i](states[i], batch))

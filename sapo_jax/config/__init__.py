@@ -36,6 +36,7 @@ from sapo_jax.config.schema import (
 
 __all__ = [
     "CISPO", "GRPO", "GSPO", "PRESETS", "SAPO", "Advantage", "Checkpoint", "ColdStart", "Config", "ConfigError",
-    "Data", "Diagnostics", "Evaluate", "FileTask", "Loss", "Mesh", "Model", "Objective", "Optimizer", "Problem", "ReasoningGymTask",
-    "Rewards", "Rollout", "Task", "Train", "Yarn", "check", "diff", "dump", "load", "verify", "warnings",
+    "Data", "Diagnostics", "Evaluate", "FileTask", "Loss", "Mesh", "Model", "Objective", "Optimizer", "Problem",
+    "ReasoningGymTask", "Rewards", "Rollout", "Task", "Train", "Yarn", "check", "diff", "dump", "load", "verify",
+    "warnings",
 ]  # fmt: skip

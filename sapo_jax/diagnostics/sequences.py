@@ -92,10 +92,9 @@ def fingerprints(tokens_BT: Array, positions_BT: Array, ids_BT: Array) -> jax.Ar
 
     Integer sums wrap around and have no rounding, so packing and the order of rows leave it as it is.
     """
-    word = jnp.asarray(tokens_BT).astype(jnp.uint32) * jnp.uint32(0x9E3779B1) + jnp.asarray(positions_BT).astype(
-        jnp.uint32
-    )
-    return _mix(segment_sum(_mix(word)[..., None], jnp.asarray(ids_BT))[..., 0])
+    tokens_BT, positions_BT = (jnp.asarray(x).astype(jnp.uint32) for x in (tokens_BT, positions_BT))
+    word_BT = _mix(tokens_BT * jnp.uint32(0x9E3779B1) + positions_BT)
+    return _mix(segment_sum(word_BT[..., None], jnp.asarray(ids_BT))[..., 0])
 
 
 def _mix(h: jax.Array) -> jax.Array:

@@ -88,8 +88,8 @@ def finalize(stats: TokenStats) -> dict[str, jax.Array]:
     """Scalars by metric name: `gate/mean` of all tokens, `gate/pos_mean` where A > 0, `gate/neg_mean` where A < 0.
 
     Likewise ratio, grad_weight, clip_fraction, entropy, surrogate/centered_{mean,...}, kl/old_k3_{mean,...} and the
-    extras; ratio/{min,max,pos_min,...}; tokens/{count,pos_count,neg_count}; and the scalars of the evidence. In a group without tokens every statistic
-    is 0, never NaN: its count tells that from a true 0.
+    extras; ratio/{min,max,pos_min,...}; tokens/{count,pos_count,neg_count}; and the evidence's (finalize_evidence). In
+    a group without tokens every statistic is 0, never NaN: its count tells that from a true 0.
     """
     some = stats.count > 0
     named = {

@@ -13,17 +13,17 @@ import pytest
 import torch
 
 from sapo_jax.config import SAPO
-from sapo_jax.diagnostics import Gates, collect_evidence, evidence_row, read_evidence
-from sapo_jax.diagnostics import histograms as hist
-from sapo_jax.diagnostics.evidence import (
-    NOBODY,
-    PER_SEQUENCE,
-    SAMPLE,
-    SIGNS,
+from sapo_jax.diagnostics import (
+    Gates,
+    collect_evidence,
+    evidence_row,
     finalize_evidence,
     ratio_quantiles,
+    read_evidence,
     reduce_evidence,
 )
+from sapo_jax.diagnostics import histograms as hist
+from sapo_jax.diagnostics.evidence import NOBODY, PER_SEQUENCE, SAMPLE, SIGNS
 from sapo_jax.diagnostics.sequences import sequences
 from sapo_jax.metrics import _plain
 from sapo_jax.objectives.sapo import sapo
