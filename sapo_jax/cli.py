@@ -20,6 +20,7 @@ EPILOG = """examples:
   sapo-jax train configs/quickstart.yaml objective.name=grpo name=grpo
   sapo-jax eval runs/quickstart evaluate.samples=32
   sapo-jax sample runs/quickstart --prompt "Calculate 3 + 4."
+  sapo-jax analyze runs/quickstart                             what the gate does, whether A1 and A2 hold; plots
 """
 
 
@@ -50,11 +51,18 @@ def build_parser() -> argparse.ArgumentParser:
             sub.add_argument("--prompt", action="append", help="a question (repeatable; default: held-out problems)")
             sub.add_argument("-n", type=int, default=4, help="completions per prompt, and held-out problems shown (4)")
             sub.add_argument("--greedy", action="store_true", help="the most probable tokens instead of samples")
+    summary = "A1/A2 statistics, gate and gradient shares of a run, from its diagnostics.jsonl: a table and plots"
+    sub = commands.add_parser("analyze", help=summary, description=summary)
+    sub.add_argument("run", metavar="RUN", type=Path, help="the folder of a run; nothing else of it is needed")
+    sub.add_argument("--out", type=Path, help="folder of phases.csv and the plots (default: RUN/analysis)")
+    sub.set_defaults(overrides=[])
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
+    if args.command == "analyze":
+        return analyze_command(args)
     try:
         path, overrides = args.config, list(args.overrides)
         if path.is_dir():  # a run folder: its own config, wherever it was moved to
@@ -72,6 +80,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """key=value words may stand before or after the options."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
+    if args.command == "analyze" and rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if wrong := [word for word in [*args.overrides, *rest] if word.startswith("-") or "=" not in word]:
         parser.error(f"unrecognized arguments: {' '.join(wrong)} (overrides look like key.path=value)")
     args.overrides += rest
@@ -131,6 +141,17 @@ def sample_command(cfg: Config, args: argparse.Namespace) -> None:
     from sapo_jax.evaluate import show_samples
 
     show_samples(cfg, args.step, args.prompt, args.n, args.greedy)
+
+
+def analyze_command(args: argparse.Namespace) -> int:
+    from sapo_jax.analyze import AnalysisError, analyze
+
+    try:
+        analyze(args.run, args.out)
+    except AnalysisError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 COMMANDS = {

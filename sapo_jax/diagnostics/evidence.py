@@ -187,14 +187,15 @@ def finalize_evidence(evidence: Evidence) -> dict[str, Array]:
     over = lambda x, n: xp.where(n > 0, x / xp.where(n > 0, n, 1), 0)
     mean = lambda name, of: over(total[name], total[of])
     counts, edges = hist.magnitudes(total["log_ratio"])
+    largest = evidence.max["abs_log_ratio"].max()  # a quantile is not above it, as its bin may be
     effective = lambda s: over(s["grad_weight"] ** 2, s["tokens"] * s["grad_weight_squared"])
     of_sign = lambda i: {name: x[i] for name, x in evidence.sum.items()}
     measure = "logits" if "logits/total" in total else "coefficient"
     return {
         "a1/abs_log_ratio_mean": mean("abs_log_ratio", "tokens"),
-        "a1/abs_log_ratio_p50": hist.quantile(counts, edges, 0.50),
-        "a1/abs_log_ratio_p99": hist.quantile(counts, edges, 0.99),
-        "a1/abs_log_ratio_max": evidence.max["abs_log_ratio"].max(),
+        "a1/abs_log_ratio_p50": xp.minimum(hist.quantile(counts, edges, 0.50), largest),
+        "a1/abs_log_ratio_p99": xp.minimum(hist.quantile(counts, edges, 0.99), largest),
+        "a1/abs_log_ratio_max": largest,
         "a1/gate_error_mean": mean("gate_error", "tokens"),
         **{f"a2/{x}_mean": mean(x, "sequences") for x in ("variance", "gap_log", "gap_real", "bound")},
         "a2/variance_max": evidence.max["variance"].max(),
