@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
 
-.PHONY: quickstart test test-all lint clean
+.PHONY: quickstart test test-all lint notebooks clean
 
 quickstart: $(VENV)/.installed          ## install, then train: cold start, then SAPO (minutes on two cores)
 	$(BIN)/sapo-jax train configs/quickstart.yaml
@@ -18,6 +18,10 @@ test-all: $(VENV)/.installed-test       ## all tests
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+notebooks: $(VENV)/.installed           ## run the notebooks and store their outputs
+	$(PIP) -e '.[notebooks]'
+	$(BIN)/jupytext --to ipynb --execute notebooks/*.py
 
 clean:                                  ## remove the environment (not the runs)
 	rm -rf $(VENV)
