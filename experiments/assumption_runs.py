@@ -3,7 +3,7 @@
 A tiny dense policy (configs/quickstart.yaml, 0.1 M parameters) and a tiny mixture of experts (quickstart_moe.yaml, 8
 experts), each after a shortened cold start of 300 steps, for 40 RL steps of 4 updates. They are TINY, and so are their
 completions (2 to 6 tokens): they show that the measurement works and what it looks like, not what a 30 B policy does.
-Their steps are large too: the quickstart's learning rate is about a thousand times that of a large model.
+Their steps are large too: the quickstart's learning rate is hundreds of times that of a large model.
 """
 
 from __future__ import annotations

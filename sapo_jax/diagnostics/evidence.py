@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from sapo_jax.diagnostics import histograms as hist
 from sapo_jax.diagnostics.gates import Gates, clipped, closed_gate, closed_log_gate, outside
-from sapo_jax.diagnostics.sequences import fingerprints, on_tokens, sequences
+from sapo_jax.diagnostics.sequences import Sequences, fingerprints, on_tokens, sequences
 from sapo_jax.objectives.ratios import is_live, masked, safe_log_ratio
 from sapo_jax.types import Array, Batch
 
@@ -146,16 +146,17 @@ def _regions(adv_BT, ratio_BT, sequence_ratio_BT, gates: Gates) -> dict[str, Arr
     }
 
 
-def _sample(table, fingerprint_BS: Array) -> dict[str, Array]:
-    """The SAMPLE sequences of least fingerprint: a random choice that is the same however the rows lie."""
+def _sample(table: Sequences, fingerprint_BS: Array) -> dict[str, Array]:
+    """The SAMPLE sequences of least fingerprint: a random choice that is the same however the rows lie.
+
+    First within each row, which stays on its device, and then among what is left of all rows."""
     fields = {name: getattr(table, name) for name in PER_SEQUENCE} | {"length": table.count}
     fields["fingerprint"] = jnp.where(table.is_there, fingerprint_BS, jnp.uint32(NOBODY))
-    empty = {"fingerprint": jnp.uint32(NOBODY)}
-    padded = {  # never fewer than SAMPLE places
-        name: jnp.concatenate([x.reshape(-1), jnp.full(SAMPLE, empty.get(name, 0), x.dtype)])
-        for name, x in fields.items()
-    }
-    return _least(padded)
+    order = jnp.argsort(fields["fingerprint"], axis=1, stable=True)[:, :SAMPLE]
+    least = {name: jnp.take_along_axis(x_BS, order, axis=1).reshape(-1) for name, x_BS in fields.items()}
+    places = max(0, SAMPLE - len(least["fingerprint"]))  # of a batch with fewer
+    fill = lambda name: jnp.uint32(NOBODY) if name == "fingerprint" else 0
+    return _least({name: jnp.pad(x, (0, places), constant_values=fill(name)) for name, x in least.items()})
 
 
 def _least(fields: Mapping[str, Array]) -> dict[str, Array]:
