@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
 
-.PHONY: quickstart smollm2 test test-all lint clean
+.PHONY: quickstart smollm2 test test-all lint notebooks clean
 SMOLLM2 := .cache/smollm2
 
 quickstart: $(VENV)/.installed          ## install, then train: cold start, then SAPO (minutes on two cores)
@@ -31,6 +31,10 @@ test-all: $(VENV)/.installed-test $(SMOLLM2)/model  ## all tests; fetches SmolLM
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+notebooks: $(VENV)/.installed           ## run the notebooks and store their outputs
+	$(PIP) -e '.[notebooks]'
+	$(BIN)/jupytext --to ipynb --execute notebooks/*.py
 
 clean:                                  ## remove the environment (not the runs)
 	rm -rf $(VENV)

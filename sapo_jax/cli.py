@@ -22,6 +22,7 @@ EPILOG = """examples:
   sapo-jax sample runs/quickstart --prompt "Calculate 3 + 4."
   sapo-jax export runs/quickstart exported --dtype bfloat16
   sapo-jax convert model.gguf models/model
+  sapo-jax analyze runs/quickstart                             what the gate does, whether A1 and A2 hold; plots
 """
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -65,13 +66,18 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("source", metavar="FILE.gguf", type=Path, help="architecture llama, qwen3 or qwen3moe")
     sub.add_argument("target", metavar="DIR", type=Path, help="new or empty; appears when it is complete")
     sub.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
+
+    summary = "A1/A2 statistics, gate and gradient shares of a run, from its diagnostics.jsonl: a table and plots"
+    sub = commands.add_parser("analyze", help=summary, description=summary)
+    sub.add_argument("run", metavar="RUN", type=Path, help="the folder of a run; nothing else of it is needed")
+    sub.add_argument("--out", type=Path, help="folder of phases.csv and the plots (default: RUN/analysis)")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
-    if args.command == "convert":
-        return convert_command(args)
+    if args.command in WITHOUT_CONFIG:
+        return WITHOUT_CONFIG[args.command](args)
     try:
         path, overrides = args.config, list(args.overrides)
         if path.is_dir():  # a run folder: its own config, wherever it was moved to
@@ -89,7 +95,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """key=value words may stand before or after the options."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
-    if args.command == "convert":  # takes no config
+    if args.command in WITHOUT_CONFIG:
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         return args
@@ -173,7 +179,19 @@ def convert_command(args: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {  # those that take a config
+def analyze_command(args: argparse.Namespace) -> int:
+    from sapo_jax.analyze import AnalysisError, analyze
+
+    try:
+        analyze(args.run, args.out)
+    except AnalysisError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+WITHOUT_CONFIG = {"convert": convert_command, "analyze": analyze_command}
+COMMANDS = {
     "train": train_command,
     "sft": sft_command,
     "eval": eval_command,

@@ -89,7 +89,13 @@ def policy_loss(cfg: Config) -> LossFn:
         if kl is not None:
             extra["kl/reference"] = kl(scores.logp_BT - batch.ref_logp_BT, batch.mask_BT)
             surrogate_BT -= cfg.loss.kl_coef * extra["kl/reference"]
-        stats = diagnostics.collect(per_token, log_ratio_BT, scores.entropy_BT, batch.adv_BT, batch.mask_BT, extra)
+        evidence = None
+        if cfg.diagnostics.every:
+            gates = diagnostics.Gates.of(cfg.objective)
+            evidence = diagnostics.collect_evidence(log_ratio_BT, batch, gates, scores.logp_BT, scores.collision_BT)
+        stats = diagnostics.collect(
+            per_token, log_ratio_BT, scores.entropy_BT, batch.adv_BT, batch.mask_BT, extra, evidence
+        )
         return -jnp.sum(batch.weight_BT * surrogate_BT), (stats, scores.routing)
 
     return loss

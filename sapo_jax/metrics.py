@@ -1,4 +1,4 @@
-"""What a run leaves on disk to look at: metrics.jsonl, samples.jsonl, TensorBoard events, summary.json.
+"""What a run leaves on disk to look at: metrics, samples and diagnostics (.jsonl), TensorBoard events, summary.json.
 
 metrics.jsonl holds one row per (stage, step): `{"stage": "rl", "step": 3, "reward/mean": 0.25, ...}`. Numbers are
 Python floats in full precision, so a resumed run writes the rows of the uninterrupted one, but for keys under `time/`.
@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
+DIAGNOSTICS = "diagnostics.jsonl"
 STAGES = ("cold_start", "rl")  # in the order they run
 
 
@@ -85,6 +86,7 @@ class RunLog:
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._metrics, self._samples = self.run_dir / "metrics.jsonl", self.run_dir / "samples.jsonl"
+        self._diagnostics = self.run_dir / DIAGNOSTICS
         self._boards: dict[str, SummaryWriter] = {}
         self._keep(lambda _: True)
 
@@ -126,6 +128,11 @@ class RunLog:
         self._known(stage)
         append_rows(self._samples, [{"stage": stage, "step": step, **row} for row in rows])
 
+    def diagnostics(self, stage: str, step: int, row: Mapping[str, Any]) -> None:
+        """Appends a row of JSON values to diagnostics.jsonl."""
+        self._known(stage)
+        append_rows(self._diagnostics, [{"stage": stage, "step": step, **row}])
+
     def rows(self, stage: str) -> list[dict[str, Any]]:
         """The rows of one stage in order, metrics as floats."""
         rows = [row for row in read_rows(self._metrics) if row["stage"] == self._known(stage)]
@@ -155,8 +162,8 @@ class RunLog:
         return SummaryWriter(folder, purge_step=step, flush_secs=1, filename_suffix=suffix)
 
     def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
-        """Rewrites both files with the wanted rows, and without a torn last line, where that changes them."""
-        for path in (self._metrics, self._samples):
+        """Rewrites the files with the wanted rows, and without a torn last line, where that changes them."""
+        for path in (self._metrics, self._samples, self._diagnostics):
             text = "".join(_line(row) for row in read_rows(path) if wanted(row))
             if path.exists() and text.encode() != path.read_bytes():
                 write_atomically(path, text)

@@ -1,6 +1,7 @@
 """A run: its folder, and everything that is built once from its config.
 
-runs/NAME/  config.yaml  metrics.jsonl  samples.jsonl  summary.json  progress.png  tb/  checkpoints/{cold_start,rl}/
+runs/NAME/  config.yaml  metrics.jsonl  samples.jsonl  diagnostics.jsonl  summary.json  progress.png  tb/
+            checkpoints/{cold_start,rl}/
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ class Scores:
     entropy_BT: Array  # float32, nats, of the distribution that token t was drawn from; no gradient
     greedy_BT: Array  # bool, token t is a most probable one
     routing: Routing | None
+    collision_BT: Array | None = None  # float32, sum_v p_v^2 of that distribution; no gradient
 
 
 def score(model: Qwen3, batch: Batch, temperature: float) -> Scores:
@@ -34,7 +35,7 @@ def score(model: Qwen3, batch: Batch, temperature: float) -> Scores:
     B, T, D = out.hidden_BTD.shape
     hidden_ND = jnp.take_along_axis(out.hidden_BTD, batch.source_BM[..., None], axis=1).reshape(-1, D)
     targets_N = jnp.take_along_axis(batch.tokens_BT, jnp.minimum(batch.picked_BM, T - 1), axis=1).reshape(-1)
-    logp_N, entropy_N, greedy_N = head_logprobs(
+    logp_N, entropy_N, greedy_N, collision_N = head_logprobs(
         hidden_ND, model.head_VD(), targets_N, temperature, model.cfg.vocab_chunk
     )
     row_B1 = jnp.arange(B)[:, None]
@@ -42,15 +43,16 @@ def score(model: Qwen3, batch: Batch, temperature: float) -> Scores:
     def align(x_N):  # column T, where there is no token, is out of bounds: dropped
         return jnp.zeros((B, T), x_N.dtype).at[row_B1, batch.picked_BM].set(x_N.reshape(B, -1), mode="drop")
 
-    return Scores(align(logp_N), align(entropy_N), align(greedy_N), out.routing)
+    return Scores(align(logp_N), align(entropy_N), align(greedy_N), out.routing, align(collision_N))
 
 
-def head_logprobs(hidden_ND, head_VD, targets_N, temperature: float, chunk: int) -> tuple[Array, Array, Array]:
-    """log softmax(hidden head^T / temperature) at the targets, the entropy, and whether the target is a mode; all N.
+def head_logprobs(hidden_ND, head_VD, targets_N, temperature: float, chunk: int) -> tuple[Array, Array, Array, Array]:
+    """log p = log softmax(hidden head^T / temperature) at the targets, the entropy, whether the target is a mode, and
+    sum p^2; all N.
 
-    The vocabulary is cut into equal slices of at most `chunk` tokens. One pass over them keeps a running max m, sum of
-    exp(z - m) and sum of (z - m) exp(z - m); the backward pass recomputes each slice, so that only N x chunk logits
-    exist at a time. Only the log-probabilities have a gradient.
+    The vocabulary is cut into equal slices of at most `chunk` tokens. One pass over them keeps a running max m and the
+    sums of exp(z - m), (z - m) exp(z - m) and exp(z - m)^2; the backward pass recomputes each slice, so that
+    only N x chunk logits exist at a time. Only the log-probabilities have a gradient.
     """
     V, D = head_VD.shape
     least = -(-V // chunk)
@@ -63,7 +65,7 @@ def head_logprobs(hidden_ND, head_VD, targets_N, temperature: float, chunk: int)
 
     @jax.checkpoint
     def one_slice(carry, slice_):
-        max_N, sum_N, centered_N, target_N = carry
+        max_N, sum_N, centered_N, square_N, target_N = carry
         head, start = slice_
         z = jnp.einsum("nd,vd->nv", hidden_ND, head, preferred_element_type=jnp.float32) / temperature
         z = jnp.where(start + jnp.arange(size) < V, z, NEGATIVE) if padding else z
@@ -77,16 +79,18 @@ def head_logprobs(hidden_ND, head_VD, targets_N, temperature: float, chunk: int)
             new_max,
             sum_N * jnp.exp(shift) + exp.sum(axis=-1),
             constant((centered_N + shift * sum_N) * jnp.exp(shift) + (exp * below).sum(axis=-1)),
+            constant(square_N * jnp.exp(2 * shift) + (exp * exp).sum(axis=-1)),
             target_N + jnp.where(here_N, z_target, 0.0),
         ), None
 
     zeros = jnp.zeros(len(hidden_ND), jnp.float32)
-    start = (jnp.full_like(zeros, NEGATIVE), zeros, zeros, zeros)
+    start = (jnp.full_like(zeros, NEGATIVE), zeros, zeros, zeros, zeros)
     slices = (head_VD.reshape(n, size, D), jnp.arange(n) * size)
-    (max_N, sum_N, centered_N, target_N), _ = jax.lax.scan(one_slice, start, slices)
+    (max_N, sum_N, centered_N, square_N, target_N), _ = jax.lax.scan(one_slice, start, slices)
     log_sum_N = jnp.log(sum_N)
     # The max comes off first: adding it to log_sum would round the latter to the digits that a large max leaves.
-    return (target_N - max_N) - log_sum_N, constant(log_sum_N - centered_N / sum_N), target_N >= max_N
+    logp_N, entropy_N = (target_N - max_N) - log_sum_N, constant(log_sum_N - centered_N / sum_N)
+    return logp_N, entropy_N, target_N >= max_N, constant(square_N / sum_N**2)
 
 
 def make_scorer(policy: Policy, temperature: float, micro_batch: int) -> Callable[[Params, Batch], tuple[Array, Array]]:

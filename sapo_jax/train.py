@@ -60,8 +60,8 @@ class Trainer:
     row_cost: Callable[[int], float]
     reference: Params | None  # of the KL penalty
 
-    def step(self, state: TrainState, prompts: list[Prompt], step: int) -> tuple[TrainState, dict, list[dict]]:
-        """One RL step on P prompts: the new state, metrics, and sample rows."""
+    def step(self, state: TrainState, prompts: list[Prompt], step: int) -> tuple[TrainState, dict, list[dict], dict]:
+        """One RL step on P prompts: the new state, metrics, sample rows, and a row of diagnostics (empty: not due)."""
         run, cfg, clock = self.run, self.run.cfg, Clock()
         rollout = self.sampler(state.params, prompts, run.key(ROLLOUT, step))
         clock.lap("rollout")
@@ -93,7 +93,7 @@ class Trainer:
             "learning_rate": last_rate(self.schedule, state, auxes[-1]),
             **clock.laps,
         }
-        return state, metrics, sample_rows(judged, adv_PG)
+        return state, metrics, sample_rows(judged, adv_PG), evidence(auxes, cfg, step + 1)
 
     def _score(self, params: Params, rows: Rows) -> np.ndarray:
         """Log-probs BT, a mini-batch's rows at a time."""
@@ -141,6 +141,13 @@ def update_metrics(auxes: list[dict], cfg: Config) -> dict[str, Any]:
     return metrics
 
 
+def evidence(auxes: list[dict], cfg: Config, step: int) -> dict[str, Any]:
+    """The row of diagnostics.jsonl for the N updates of `step`; {} where none is due."""
+    if not cfg.diagnostics.every or step % cfg.diagnostics.every:
+        return {}
+    return diagnostics.evidence_row([aux["stats"].evidence for aux in auxes], diagnostics.Gates.of(cfg.objective))
+
+
 def make_trainer(run: Run, reference: Params | None) -> tuple[Trainer, Any]:
     """The trainer and its optax transformation."""
     cfg = run.cfg
@@ -182,13 +189,15 @@ def reinforce(run: Run, log: RunLog, display: Display) -> None:
                 save(checkpoints, run, state, step, batches)
                 raise Stopped
             clock = Clock()
-            state, metrics, samples = trainer.step(state, next(batches), step)
+            state, metrics, samples, diagnosis = trainer.step(state, next(batches), step)
             step += 1
             clock.lap("step")
             if metrics["nonfinite/in_row"] >= cfg.train.max_nonfinite:
                 raise RunError(nonfinite_message(STAGE, step, cfg.train.max_nonfinite))
             metrics |= clock.laps | saving
             log.samples(STAGE, step, ({"split": "train", **row} for row in samples[: cfg.train.log_samples]))
+            if diagnosis:
+                log.diagnostics(STAGE, step, diagnosis)
             if step == cfg.train.steps or (cfg.evaluate.every and step % cfg.evaluate.every == 0):
                 log_evaluation(run, log, state, step, metrics)
             else:

@@ -392,7 +392,7 @@ def test_sft_loss_is_torch_cross_entropy():
     @tiny.quick_jit
     def run(params):
         model = policy.bind(params)
-        out = model.forward(batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)
+        out = model.forward(batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT, batch.prefix_ids_BT)
         return sft_loss(model, changed(batch, weight_BT=weight_BT)), model.logits(out.hidden_BTD)
 
     (loss, ((hits, tokens), _)), logits_BTV = run(params)

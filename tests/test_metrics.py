@@ -102,6 +102,7 @@ def fill(log: RunLog, stage: str, steps: range) -> None:
     for step in steps:
         log.write(stage, step, {"loss": 1 / (step + 1), "time/step": 0.5})
         log.samples(stage, step, [{"completion": f"{stage} {step} {i}"} for i in range(2)])
+        log.diagnostics(stage, step, {"sum": {"tokens": [step, 0, 1]}})
 
 
 def test_rewind_then_going_on_gives_the_uninterrupted_files(tmp_path):
@@ -115,7 +116,7 @@ def test_rewind_then_going_on_gives_the_uninterrupted_files(tmp_path):
         log.rewind("rl", 2)
         assert [row["step"] for row in log.rows("rl")] == [0, 1, 2] and len(log.rows("cold_start")) == 3
         fill(log, "rl", range(3, 6))
-    for name in ("metrics.jsonl", "samples.jsonl"):
+    for name in ("metrics.jsonl", "samples.jsonl", "diagnostics.jsonl"):
         assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
@@ -125,7 +126,7 @@ def test_rewind_into_an_earlier_stage_drops_the_later_one(tmp_path):
         fill(log, "rl", range(3))
         log.rewind("cold_start", 2)
         assert [row["step"] for row in log.rows("cold_start")] == [1, 2] and log.rows("rl") == []
-        assert len(lines(tmp_path / "samples.jsonl")) == 4
+        assert len(lines(tmp_path / "samples.jsonl")) == 4 and len(lines(tmp_path / "diagnostics.jsonl")) == 2
         log.rewind("cold_start", -1)  # nothing was restored: start again
         assert (tmp_path / "metrics.jsonl").read_text() == "" == (tmp_path / "samples.jsonl").read_text()
         fill(log, "cold_start", range(1, 2))
@@ -136,13 +137,13 @@ def test_rewind_into_an_earlier_stage_drops_the_later_one(tmp_path):
 def test_a_torn_last_line_is_dropped(tmp_path, torn):
     with RunLog(tmp_path) as log:
         fill(log, "rl", range(2))
-    for name in ("metrics.jsonl", "samples.jsonl"):
+    for name in ("metrics.jsonl", "samples.jsonl", "diagnostics.jsonl"):
         with (tmp_path / name).open("a", errors="surrogateescape") as file:
             file.write(torn)
     with RunLog(tmp_path) as log:
         log.write("rl", 2, {"loss": 0.0})
         assert [row["step"] for row in log.rows("rl")] == [0, 1, 2]
-    assert len(lines(tmp_path / "samples.jsonl")) == 4
+    assert len(lines(tmp_path / "samples.jsonl")) == 4 and len(lines(tmp_path / "diagnostics.jsonl")) == 2
 
 
 def test_a_bad_line_inside_is_an_error_that_names_it(tmp_path):

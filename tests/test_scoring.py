@@ -19,7 +19,7 @@ CASES = [  # V, chunk, temperature; 37 and 41 are prime
 
 
 def whole(hidden_ND, head_VD, targets_N, temperature, weight_N):
-    """Log-probs, entropy, greedy flag; gradients of sum(weight * log-prob). From the formulas, in float64."""
+    """Log-probs, entropy, greedy flag, sum p^2; gradients of sum(weight * log-prob). From the formulas, in float64."""
     z_NV = hidden_ND.astype(np.float64) @ head_VD.T / temperature
     logp_NV = z_NV - z_NV.max(axis=1, keepdims=True)
     logp_NV -= np.log(np.exp(logp_NV).sum(axis=1, keepdims=True))
@@ -27,7 +27,8 @@ def whole(hidden_ND, head_VD, targets_N, temperature, weight_N):
     entropy_N = -np.sum(np.exp(logp_NV) * logp_NV, axis=1)
     dz_NV = weight_N[:, None] * (chosen_NV - np.exp(logp_NV)) / temperature
     logp_N = logp_NV[chosen_NV]
-    return (logp_N, entropy_N, logp_N == logp_NV.max(axis=1)), (dz_NV @ head_VD, dz_NV.T @ hidden_ND)
+    collision_N = np.sum(np.exp(2 * logp_NV), axis=1)
+    return (logp_N, entropy_N, logp_N == logp_NV.max(axis=1), collision_N), (dz_NV @ head_VD, dz_NV.T @ hidden_ND)
 
 
 def example(V: int, scale: float = 1.5):
@@ -41,21 +42,22 @@ def example(V: int, scale: float = 1.5):
 
 @pytest.mark.parametrize(("V", "chunk", "temperature"), CASES)
 def test_head_logprobs(V, chunk, temperature):
-    """Values, entropy, greedy flag, and the gradients of a weighted sum of log-probs."""
+    """Values, entropy, greedy flag, sum p^2, and the gradients of a weighted sum of log-probs."""
     hidden_ND, head_VD, targets_N = example(V)
     weight_N = np.random.default_rng(0).standard_normal(N).astype(np.float32)
 
     def loss(hidden_ND, head_VD):
         out = head_logprobs(hidden_ND, head_VD, targets_N, temperature, chunk)
-        return jnp.sum(weight_N * out[0]), out
+        return jnp.sum(weight_N * out[0]) + 7 * out[1].sum() + 7 * out[3].sum(), out  # these two have no gradient
 
     run = quick_jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
-    (_, (logp_N, entropy_N, greedy_N)), gradients = run(hidden_ND, head_VD)
+    (_, (logp_N, entropy_N, greedy_N, collision_N)), gradients = run(hidden_ND, head_VD)
     expected, expected_gradients = whole(hidden_ND, head_VD, targets_N, temperature, weight_N)
     assert logp_N.dtype == entropy_N.dtype == jnp.float32 and greedy_N.dtype == bool
     np.testing.assert_allclose(logp_N, expected[0], atol=1e-5)
     np.testing.assert_allclose(entropy_N, expected[1], atol=1e-5)
     np.testing.assert_array_equal(greedy_N, expected[2])
+    np.testing.assert_allclose(collision_N, expected[3], rtol=1e-5)
     assert 0 < np.sum(greedy_N) < N
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-6 * np.abs(theirs).max())
@@ -82,12 +84,13 @@ def test_extreme_logits(chunk):
         return out[0].sum(), out
 
     run = quick_jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
-    (_, (logp_N, entropy_N, greedy_N)), gradients = run(hidden_ND, head_VD)
+    (_, (logp_N, entropy_N, greedy_N, collision_N)), gradients = run(hidden_ND, head_VD)
     logits = head_VD.astype(np.float64).sum(axis=1)
     expected = logits - logits.max() - np.log(np.sum(np.exp(logits - logits.max())))
     np.testing.assert_allclose(logp_N, expected[targets_N], rtol=1e-6)
     np.testing.assert_allclose(entropy_N, -np.sum(np.exp(expected) * expected), rtol=1e-5)
     np.testing.assert_array_equal(greedy_N, [True, False, False, False, False])
+    np.testing.assert_allclose(collision_N, np.sum(np.exp(2 * expected)), rtol=1e-6)
     prob_V = np.exp(expected)
     expected_head = np.bincount(targets_N, minlength=V) - 5 * prob_V
     assert all(np.isfinite(g).all() for g in gradients)
@@ -138,7 +141,9 @@ def test_score_is_aligned_with_the_tokens(scored):
     np.testing.assert_allclose(np.asarray(scores.logp_BT)[:, 1:][real_BT], expected_BT[real_BT], atol=1e-5)
     entropy_BT = -(np.exp(logp_BTV) * logp_BTV).sum(axis=-1)[:, :-1]
     np.testing.assert_allclose(np.asarray(scores.entropy_BT)[:, 1:][real_BT], entropy_BT[real_BT], atol=1e-5)
-    for x_BT in (scores.logp_BT, scores.entropy_BT, scores.greedy_BT):
+    collision_BT = np.exp(2 * logp_BTV).sum(axis=-1)[:, :-1]
+    np.testing.assert_allclose(np.asarray(scores.collision_BT)[:, 1:][real_BT], collision_BT[real_BT], rtol=1e-4)
+    for x_BT in (scores.logp_BT, scores.entropy_BT, scores.greedy_BT, scores.collision_BT):
         assert not np.any(np.asarray(x_BT)[~batch.mask_BT])
     assert scores.logp_BT.dtype == scores.entropy_BT.dtype == jnp.float32
 

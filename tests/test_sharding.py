@@ -19,7 +19,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from sapo_jax import sharding
+from sapo_jax import diagnostics, sharding
 from sapo_jax.config import SAPO, Config, Mesh, Optimizer
 from sapo_jax.config import Rollout as RolloutConfig
 from sapo_jax.learner import init_state, make_optimizer, make_update, policy_loss, state_shardings
@@ -139,6 +139,8 @@ def on_mesh(model, mesh_cfg: Mesh | None) -> dict:
             "moments": jax.device_get(optax.tree.get(state.opt_state, "mu")),
             "loss": float(aux["loss"]),
             "grad_norm": float(aux["grad_norm"]),
+            "statistics": diagnostics.finalize(evidence := diagnostics.reduce(jax.device_get(aux["stats"]))),
+            "counts": [x for x in jax.tree.leaves(evidence) if x.dtype.kind in "iu"],
             "logp": np.asarray(logp_BT)[batch.segment_ids_BT > 0],
             "entropy": np.asarray(entropy_BT)[batch.segment_ids_BT > 0],
             "sampler_logp": rollout.logp_BC,
@@ -184,7 +186,8 @@ def eight_devices():
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_mesh_changes_no_number(case, eight_devices):
-    """Scores, loss, gradient norm, parameters and moments after a step: 1e-5 from one device. Same sampled tokens."""
+    """Scores, loss, gradient norm, statistics, parameters and moments after a step: 1e-5 from one device. The same
+    sampled tokens, histograms and sampled sequences."""
     found = eight_devices[case]
     assert max(found["gaps"].values()) < 1e-5, found["gaps"]
     assert found["same_tokens"] and len(set(found["lengths"])) > 2

@@ -19,6 +19,7 @@ from sapo_jax.config.schema import (
     ColdStart,
     Config,
     Data,
+    Diagnostics,
     Evaluate,
     FileTask,
     Loss,
@@ -36,7 +37,7 @@ from sapo_jax.config.schema import (
 
 __all__ = [
     "CISPO", "GRPO", "GSPO", "PRESETS", "SAPO", "Advantage", "Checkpoint", "ColdStart", "Config", "ConfigError",
-    "Data", "Evaluate", "FileTask", "Loss", "Mesh", "Model", "ModelDirError", "Objective", "Optimizer", "Problem",
-    "ReasoningGymTask", "Rewards", "Rollout", "Task", "Train", "Yarn", "check", "diff", "dump", "load",
+    "Data", "Diagnostics", "Evaluate", "FileTask", "Loss", "Mesh", "Model", "ModelDirError", "Objective", "Optimizer",
+    "Problem", "ReasoningGymTask", "Rewards", "Rollout", "Task", "Train", "Yarn", "check", "diff", "dump", "load",
     "read_json_object", "read_model_keys", "to_hugging_face", "verify", "warnings",
 ]  # fmt: skip

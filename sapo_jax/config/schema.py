@@ -260,6 +260,13 @@ class Train:
 
 
 @_config
+class Diagnostics:
+    """Evidence for SAPO's assumptions A1 and A2, and what hard clips would throw away (`diagnostics.jsonl`)."""
+
+    every: CountOrZero = 1  # RL steps between rows of diagnostics.jsonl; 0: none, and none of its scalars in metrics
+
+
+@_config
 class Evaluate:
     every: CountOrZero = 0  # RL steps between evaluations; 0: only before and after RL
     samples: Count = 8  # k of avg@k and pass@k
@@ -299,6 +306,7 @@ class Config:
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     cold_start: ColdStart = dataclasses.field(default_factory=ColdStart)
     train: Train = dataclasses.field(default_factory=Train)
+    diagnostics: Diagnostics = dataclasses.field(default_factory=Diagnostics)
     evaluate: Evaluate = dataclasses.field(default_factory=Evaluate)
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)

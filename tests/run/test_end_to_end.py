@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from sapo_jax.analyze import read_diagnostics
+from sapo_jax.cli import main
 from sapo_jax.config import load
+from sapo_jax.diagnostics import finalize_evidence
 from sapo_jax.train import train
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -35,11 +38,12 @@ def test_every_config_runs_two_steps(path, tiny_model, tmp_path):
     summary = train(load(path, [*SMALL, *pretrained, f"run_dir={tmp_path}/run"]))
     assert summary["rl_steps"] == 2
     assert 0 <= summary["held_out_before"] <= 1 and 0 <= summary["held_out_after"] <= 1
-    for name in ("config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "progress.png"):
+    for name in ("config.yaml", "metrics.jsonl", "samples.jsonl", "diagnostics.jsonl", "summary.json", "progress.png"):
         assert (tmp_path / "run" / name).stat().st_size > 0
     assert list((tmp_path / "run" / "tb" / "rl").iterdir())
     last = rows(tmp_path / "run")[-1]
     assert last["step"] == 2 and last["nonfinite/total"] == 0
+    assert last["a2/breaches"] == 0 and {"a2/variance_mean", "grad_share/gspo_clipped"} <= last.keys()
     if "moe" in path.stem:
         assert last["router/load_max"] >= 1
 
@@ -77,6 +81,28 @@ def test_settings_run(name, tiny_config, tmp_path):
         train(load(tiny_config, [*overrides, "train.steps=3", f"run_dir={tmp_path}/run"]))
         assert [row["step"] for row in rows(tmp_path / "run") if row["stage"] == "rl"] == [0, 1, 2, 3]
         assert [row["step"] for row in rows(tmp_path / "run") if row["stage"] == "cold_start"] == list(range(1, 21))
+
+
+@pytest.mark.parametrize("every", [0, 2])
+def test_diagnostics_are_written_as_often_as_asked_for(every, tiny_config, tmp_path):
+    """Not at all with 0, and then without their scalars too. What is written is what the metrics say."""
+    train(
+        load(tiny_config, [f"diagnostics.every={every}", "train.steps=3", "objective.name=gspo", f"run_dir={tmp_path}"])
+    )
+    last = rows(tmp_path)[-1]
+    assert ("a2/variance_mean" in last) == ("effective_tokens/fraction" in last) == (every > 0)
+    if not every:
+        assert not (tmp_path / "diagnostics.jsonl").exists()
+        assert main(["analyze", str(tmp_path)]) == 1
+        return
+    found, (second,) = (
+        read_diagnostics(tmp_path),
+        [row for row in rows(tmp_path) if (row["stage"], row["step"]) == ("rl", 2)],
+    )
+    assert found.steps == [2] and (found.gates.tau_pos, found.gates.tau_neg) == (1.0, 1.05)  # a GSPO run, SAPO's gate
+    expected = {name: float(x) for name, x in finalize_evidence(found.evidence[0]).items()}
+    assert {name: second[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert found.evidence[0].sum["tokens"].sum() == second["tokens/count"]
 
 
 def test_rl_improves_the_tiny_policy(tiny_config, tmp_path):

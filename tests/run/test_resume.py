@@ -59,6 +59,7 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert any(row.get("groups/no_signal_fraction", 1) < 1 for row in rows(a)), "RL had nothing to learn from"
     assert without_time(a) == without_time(b)
     assert samples(a) == samples(b)
+    assert (a / "diagnostics.jsonl").read_bytes() == (b / "diagnostics.jsonl").read_bytes()
     assert digests(a, "cold_start", 20) == digests(b, "cold_start", 20)
     assert digests(a, "rl", 5) == digests(b, "rl", 5)
 

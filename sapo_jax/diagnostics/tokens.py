@@ -1,4 +1,4 @@
-"""Live diagnostics: per-token arrays -> a small tree of statistics -> named scalars, inside the jitted update.
+"""Live statistics of tokens: per-token arrays -> a small tree -> named scalars, inside the jitted update.
 
 `collect` takes one micro-batch; `merge` two results, or `reduce` the stacked results of a scan; `finalize` names them.
 Sums are float32 over a micro-batch and then over micro-batches; counts are int32, exact to 2^31 tokens (a float32
@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from sapo_jax.diagnostics.evidence import Evidence, finalize_evidence, reduce_evidence
 from sapo_jax.objectives.kl import k3
 from sapo_jax.types import Array
 
@@ -28,6 +29,7 @@ class TokenStats:
     sum: dict[str, Array]
     min: dict[str, Array]  # +inf in a group without tokens
     max: dict[str, Array]  # -inf in a group without tokens
+    evidence: Evidence | None = None  # of the same tokens, where it was asked for
 
 
 def collect(
@@ -37,9 +39,10 @@ def collect(
     adv_BT: Array,
     mask_BT: Array,
     extra: Mapping[str, Array] | None = None,
+    evidence: Evidence | None = None,
 ) -> TokenStats:
     """Statistics of one micro-batch. `diagnostics` is the objective's; `extra` adds quantities to average, [B, T]
-    by name, e.g. {"kl/ref_k3": ...}. Masked tokens are never read."""
+    by name, e.g. {"kl/ref_k3": ...}; `evidence` of the micro-batch goes along. Masked tokens are never read."""
     token_groups = (mask_BT, mask_BT & (adv_BT > 0), mask_BT & (adv_BT < 0))
 
     def over_groups(reduce, x_BT, fill):
@@ -60,6 +63,7 @@ def collect(
         sum={name: over_groups(jnp.sum, x_BT, 0) for name, x_BT in means.items()},
         min={"ratio": over_groups(jnp.min, diagnostics["ratio"], jnp.inf)},
         max={"ratio": over_groups(jnp.max, diagnostics["ratio"], -jnp.inf)},
+        evidence=evidence,
     )
     return jax.lax.stop_gradient(stats)
 
@@ -71,6 +75,7 @@ def reduce(stacked: TokenStats) -> TokenStats:
         sum=jax.tree.map(lambda x: jnp.sum(x, axis=0), stacked.sum),
         min=jax.tree.map(lambda x: jnp.min(x, axis=0), stacked.min),
         max=jax.tree.map(lambda x: jnp.max(x, axis=0), stacked.max),
+        evidence=None if stacked.evidence is None else reduce_evidence(stacked.evidence),
     )
 
 
@@ -83,8 +88,8 @@ def finalize(stats: TokenStats) -> dict[str, jax.Array]:
     """Scalars by metric name: `gate/mean` of all tokens, `gate/pos_mean` where A > 0, `gate/neg_mean` where A < 0.
 
     Likewise ratio, grad_weight, clip_fraction, entropy, surrogate/centered_{mean,...}, kl/old_k3_{mean,...} and the
-    extras; ratio/{min,max,pos_min,...}; tokens/{count,pos_count,neg_count}. In a group without tokens every statistic
-    is 0, never NaN: its count tells that from a true 0.
+    extras; ratio/{min,max,pos_min,...}; tokens/{count,pos_count,neg_count}; and the evidence's (finalize_evidence). In
+    a group without tokens every statistic is 0, never NaN: its count tells that from a true 0.
     """
     some = stats.count > 0
     named = {
@@ -93,9 +98,10 @@ def finalize(stats: TokenStats) -> dict[str, jax.Array]:
         "max": {name: jnp.where(some, x, 0) for name, x in stats.max.items()},
         "count": {"tokens": stats.count},
     }
-    return {
+    scalars = {
         f"{name}{'_' if '/' in name else '/'}{group}{statistic}": x[i]
         for statistic, values in named.items()
         for name, x in values.items()
         for i, group in enumerate(GROUPS)
     }
+    return scalars if stats.evidence is None else scalars | finalize_evidence(stats.evidence)
