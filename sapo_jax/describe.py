@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import numpy as np
+
 from sapo_jax.config import Config, Model, dump, warnings
 
 GiB = 2**30
@@ -76,7 +78,8 @@ def flops(cfg: Config, vocab_size: int) -> Flops:
 
         forward  = 2 N' tokens + 4 L H h keys + 2 V D predictions,   N' = N without the head
         rollout  = forward of P prompts (one prediction each) and of B (C - 1) decoded tokens
-        scoring  = forward of B sequences of T, once for the old policy (old_logp: scorer), once for a KL reference
+        scoring  = forward of B sequences of T, once for the old policy (old_logp: scorer), once for a KL reference,
+                   once every live_mismatch_every steps
         update   = epochs * forward of B sequences of T * 3 (backward is twice a forward: 6 N), plus what is
                    recomputed: the head always, attention with remat `dots`, all of it with `full`
     """
@@ -89,11 +92,17 @@ def flops(cfg: Config, vocab_size: int) -> Flops:
     keys_of = lambda n: n * (n + 1) / 2  # causal: token t attends to t keys
     prefill = P * (S * body + keys_of(S) * key + head)
     decode = B * ((C - 1) * (body + head) + (keys_of(T - 1) - keys_of(S)) * key)
-    passes = (cfg.train.old_logp == "scorer") + (cfg.loss.kl != "none")
+    every = cfg.train.live_mismatch_every
+    passes = (cfg.train.old_logp == "scorer") + (cfg.loss.kl != "none") + (1 / every if every else 0)
     in_body, in_keys, in_head = B * T * body, B * keys_of(T) * key, B * (T - 1) * head
     again = {"none": 0, "dots": in_keys, "full": in_body + in_keys}[model.remat] + in_head
     update = cfg.train.epochs * (3 * (in_body + in_keys + in_head) + again)
     return Flops(prefill + decode, passes * (in_body + in_keys + in_head), update)
+
+
+def routing_bytes(model: Model) -> int:
+    """Bytes of the expert ids of one token: k in each sparse layer, of the smallest dtype that holds E."""
+    return sum(model.sparse_layers) * model.num_experts_per_tok * np.min_scalar_type(model.num_experts).itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +117,8 @@ class Memory:
     logits: float  # one slice of the vocabulary, and its gradient
     kv_cache: float
     decode_weights: float  # the layers, unstacked for the decode loop
+    recorded_experts: float  # r3: ids of the whole rollout, while it is sampled
+    replayed_experts: float  # ids of a mini-batch (routing_on: host) or of the whole rollout
 
     @property
     def resident(self) -> float:
@@ -115,11 +126,11 @@ class Memory:
 
     @property
     def update(self) -> float:
-        return self.resident + self.gradients + self.activations + self.logits
+        return self.resident + self.gradients + self.activations + self.logits + self.replayed_experts
 
     @property
     def rollout(self) -> float:
-        return self.resident + self.decode_weights + self.kv_cache
+        return self.resident + self.decode_weights + self.kv_cache + self.recorded_experts
 
     @property
     def peak(self) -> float:
@@ -157,6 +168,8 @@ def memory(cfg: Config, vocab_size: int) -> Memory:
     evaluated = min(cfg.evaluate.batch_prompts, cfg.data.held_out) * cfg.evaluate.samples
     sampled = max(cfg.rollout.prompts_per_step * cfg.rollout.group_size, evaluated) / shards
     per_token = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim / mesh.tensor * itemsize
+    replay, rollout = cfg.train.routing_replay, mini * cfg.train.mini_batches
+    experts = routing_bytes(model) * T / shards
     return Memory(
         parameters=parameters,
         moments=2 * parameters,
@@ -166,6 +179,8 @@ def memory(cfg: Config, vocab_size: int) -> Memory:
         logits=2 * 4 * n * T * min(vocab_size, model.vocab_chunk),
         kv_cache=sampled * (T - 1) * per_token,
         decode_weights=layers,
+        recorded_experts=rollout * experts if replay == "r3" else 0,
+        replayed_experts=(mini if cfg.train.routing_on == "host" else rollout) * experts if replay != "none" else 0,
     )
 
 
@@ -206,6 +221,7 @@ def describe(cfg: Config, vocab_size: int) -> str:
             "scoring": _si(cost.scoring, "FLOP"),
             "update": _si(cost.update, "FLOP"),
             "together": _si(cost.total, "FLOP"),
+            **({} if cfg.train.routing_replay == "none" else {"experts to replay": _experts(cfg)}),
         },
         f"memory on one device, estimated ({_mesh(cfg)})": {
             **{field.name.replace("_", " "): _gib(getattr(space, field.name)) for field in dataclasses.fields(space)},
@@ -224,6 +240,14 @@ def describe(cfg: Config, vocab_size: int) -> str:
         text += ["", f"# {title}", *(f"#   {name:<20} {value}" for name, value in lines.items())]
     text += ["", f"# warnings: {len(notes) or 'none'}", *(f"#   {note}" for note in notes)]
     return "\n".join(text) + "\n"
+
+
+def _experts(cfg: Config) -> str:
+    per_token, layers, k = routing_bytes(cfg.model), sum(cfg.model.sparse_layers), cfg.model.num_experts_per_tok
+    tokens = (cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens) * cfg.rollout.prompts_per_step
+    total = tokens * cfg.rollout.group_size * per_token
+    ids = f"{layers} layers x {k} ids of {per_token // (layers * k)} B"
+    return f"{per_token} B per token ({ids}), {_gib(total)}, on the {cfg.train.routing_on}"
 
 
 def _mesh(cfg: Config) -> str:

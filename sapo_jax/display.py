@@ -31,6 +31,7 @@ _CELLS = (
     ("clip +/-", "{:.1%}", ("clip_fraction/pos_mean", "clip_fraction/neg_mean")),
     ("ratio min/mean/max", "{:.3f}", ("ratio/min", "ratio/mean", "ratio/max")),
     ("entropy", "{:.3f}", ("entropy/mean",)),
+    ("replay difference", "{:.1%}", ("router/replay_difference_mean",)),
     ("token accuracy", "{:.1%}", ("accuracy/token",)),
     ("loss", "{:.4f}", ("loss",)),
     ("grad norm", "{:.3f}", ("grad_norm",)),

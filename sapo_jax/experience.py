@@ -115,10 +115,12 @@ def rollout_metrics(judged: Judged, adv_PG: np.ndarray) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
 
-def mismatch_metrics(old_logp_BT: np.ndarray, sampler_logp_BT: np.ndarray, mask_BT: np.ndarray) -> dict[str, float]:
+def mismatch_metrics(
+    old_logp_BT: np.ndarray, sampler_logp_BT: np.ndarray, mask_BT: np.ndarray, prefix: str = "mismatch/"
+) -> dict[str, float]:
     """How far scorer and sampler disagree on the same tokens: mean and max of |log ratio|, nats."""
     gap_N = np.abs(old_logp_BT - sampler_logp_BT)[mask_BT]
-    return {"mismatch/mean": float(gap_N.mean()), "mismatch/max": float(gap_N.max())} if gap_N.size else {}
+    return {f"{prefix}mean": float(gap_N.mean()), f"{prefix}max": float(gap_N.max())} if gap_N.size else {}
 
 
 def row_metrics(rows: Rows) -> dict[str, float]:

@@ -7,6 +7,7 @@ loss is not linear in the batch: it is the mean of the micro-batches' own.)
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -112,15 +113,15 @@ def sft_loss(model: Qwen3, batch: Batch) -> tuple[Array, Any]:
 def make_update(policy: Policy, tx, loss_fn: LossFn, micro_batch: int, shardings: TrainState | None = None):
     """Jitted (state, batch) -> (state, aux): one optimiser step on a batch of B = n * micro_batch rows (0: n = 1).
 
-    The state is donated. `aux` holds loss, grad_norm (before clipping), nonfinite_in_row, and `stats`: what loss_fn
-    returned, with a leading dim of n micro-batches.
+    The state is donated. `aux` holds loss, grad_norm (before clipping), nonfinite_in_row, and with a leading dim of n
+    micro-batches `stats`: what loss_fn returned, and `routing`: moe.Routing of the sparse layers, without the ids.
     """
 
     def micro_loss(params: Params, micro: Batch, n_micro: int):
         loss, (stats, routing) = loss_fn(policy.bind(params), micro)
         if routing is not None:
             loss += policy.cfg.router_aux_loss_coef * routing.aux_loss.mean() / n_micro
-            routing = (routing.load_E, routing.aux_loss)
+            routing = dataclasses.replace(routing, expert_ids_BTk=None)  # too large to keep
         return loss, (stats, routing)
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:

@@ -34,8 +34,9 @@ STOPPED = 75  # exit code (EX_TEMPFAIL) of a run that was told to stop, has save
 
 # What may change between the parts of a resumed run: nothing that has a say in the numbers of a step already done.
 MAY_CHANGE = (
-    "train.steps", "train.log_samples", "train.print_samples_every", "train.max_nonfinite", "checkpoint.", "evaluate.",
-    "run_dir", "rewards.workers", "rewards.deadline", "rewards.memory_mb",
+    "train.steps", "train.log_samples", "train.print_samples_every", "train.max_nonfinite", "train.routing_on",
+    "train.live_mismatch_every", "checkpoint.", "evaluate.", "run_dir", "rewards.workers", "rewards.deadline",
+    "rewards.memory_mb",
 )  # fmt: skip
 
 
@@ -77,9 +78,9 @@ class Run:
         """What a checkpoint holds beside the arrays."""
         return {"data": batches.get_state(), "seed": self.cfg.train.seed, "config": dump(self.cfg)}
 
-    def sampler(self, rule: Rule, group_size: int) -> Sampler:
+    def sampler(self, rule: Rule, group_size: int, *, record_routing: bool = False) -> Sampler:
         cfg, tok = self.cfg.rollout, self.tokenizer
-        return Sampler(self.policy, rule, group_size, cfg.max_new_tokens, tok.stop_ids, tok.pad_id)
+        return Sampler(self.policy, rule, group_size, cfg.max_new_tokens, tok.stop_ids, tok.pad_id, record_routing)
 
     @functools.cached_property
     def eval_sampler(self) -> Sampler:

@@ -31,7 +31,8 @@ class Scores:
 
 def score(model: Qwen3, batch: Batch, temperature: float) -> Scores:
     """Scores of the completion tokens of the rows (`picked_BM`); the head never sees the other positions."""
-    out = model.forward(batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT, batch.prefix_ids_BT)
+    where = (batch.positions_BT, batch.segment_ids_BT, batch.prefix_ids_BT)
+    out = model.forward(batch.tokens_BT, *where, expert_ids_BTLk=batch.expert_ids_BTLk)
     B, T, D = out.hidden_BTD.shape
     hidden_ND = jnp.take_along_axis(out.hidden_BTD, batch.source_BM[..., None], axis=1).reshape(-1, D)
     targets_N = jnp.take_along_axis(batch.tokens_BT, jnp.minimum(batch.picked_BM, T - 1), axis=1).reshape(-1)
@@ -93,16 +94,22 @@ def head_logprobs(hidden_ND, head_VD, targets_N, temperature: float, chunk: int)
     return logp_N, entropy_N, target_N >= max_N, constant(square_N / sum_N**2)
 
 
-def make_scorer(policy: Policy, temperature: float, micro_batch: int) -> Callable[[Params, Batch], tuple[Array, Array]]:
-    """Jitted (params, batch) -> log-probs and entropies BT, `micro_batch` rows at a time (see `split`)."""
+def make_scorer(
+    policy: Policy, temperature: float, micro_batch: int, *, record_routing: bool = False
+) -> Callable[[Params, Batch], tuple[Array, ...]]:
+    """Jitted (params, batch) -> log-probs and entropies BT, `micro_batch` rows at a time (see `split`).
+
+    record_routing: and the experts BTLk that the router chose. Where the batch brings its own, they are replayed.
+    """
 
     @jax.jit
-    def scorer(params: Params, batch: Batch) -> tuple[Array, Array]:
+    def scorer(params: Params, batch: Batch) -> tuple[Array, ...]:
         model = policy.bind(params)
 
         def one(micro: Batch):
             scores = score(model, micro, temperature)
-            return scores.logp_BT, scores.entropy_BT
+            recorded = (scores.routing.expert_ids_BTLk,) if record_routing else ()
+            return scores.logp_BT, scores.entropy_BT, *recorded
 
         return jax.tree.map(join, jax.lax.map(one, split(batch, micro_batch)))
 

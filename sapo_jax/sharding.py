@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from sapo_jax.config.schema import Mesh as MeshConfig
@@ -73,6 +72,6 @@ def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
 
 
 def put_batch(tree, mesh: jax.sharding.Mesh):
-    """Host arrays with a leading batch dim -> device arrays split over the mesh."""
+    """Arrays with a leading batch dim -> device arrays split over the mesh. What is there already stays."""
     sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.device_put(np.asarray(x), sharding), tree)
+    return jax.tree.map(lambda x: jax.device_put(x, sharding), tree)

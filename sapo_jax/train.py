@@ -39,11 +39,12 @@ from sapo_jax.learner import last_rate, make_optimizer, make_schedule, make_upda
 from sapo_jax.metrics import RunLog
 from sapo_jax.plots import plot_run
 from sapo_jax.rollout import Rows, Rule, Sampler, rollout_rows
+from sapo_jax.routing import checked, router_metrics, sampled_experts
 from sapo_jax.run import EVALUATE, ROLLOUT, Run, RunError, Stopped, open_run
 from sapo_jax.scoring import make_scorer
 from sapo_jax.sft import cold_start, nonfinite_message, reference_params
 from sapo_jax.sharding import put_batch
-from sapo_jax.types import Batch, Params, Prompt, TrainState
+from sapo_jax.types import Batch, Params, Prompt, Rollout, TrainState
 
 STAGE = "rl"
 
@@ -72,13 +73,15 @@ class Trainer:
             prompts, rollout, run.tokenizer.pad_id, cfg.train.mini_batches, self.row_cost,
             multiple=cfg.train.micro_batch or run.batch_shards, row_tokens=cfg.train.row_tokens,
         )  # fmt: skip
-        logps = dict.fromkeys(("sampler", "old"), rows.place(rollout.logp_BC))
-        if cfg.train.old_logp == "scorer":
-            logps["old"] = self._score(state.params, rows)
-        if self.reference is not None:
-            logps["reference"] = self._score(self.reference, rows)
+        logps, expert_ids_BTLk = self._scores(state.params, prompts, rollout, rows, step)
         clock.lap("score")
-        batches = mini_batches(training_arrays(rows, judged, adv_PG, logps, cfg), cfg)
+        arrays = training_arrays(rows, judged, adv_PG, logps, cfg)
+        if expert_ids_BTLk is not None:
+            arrays["expert_ids_BTLk"] = expert_ids_BTLk
+        batches = mini_batches(arrays, cfg)
+        if cfg.train.routing_on == "device":  # else they go there with the rest of their batch
+            hold = lambda batch: put_batch(batch.expert_ids_BTLk, run.mesh)
+            batches = [dataclasses.replace(batch, expert_ids_BTLk=hold(batch)) for batch in batches]
         auxes = []
         for batch in batches * cfg.train.epochs:
             state, aux = self.update(state, put_batch(batch, run.mesh))
@@ -95,20 +98,40 @@ class Trainer:
         }
         return state, metrics, sample_rows(judged, adv_PG), evidence(auxes, cfg, step + 1)
 
-    def _score(self, params: Params, rows: Rows) -> np.ndarray:
-        """Log-probs BT, a mini-batch's rows at a time."""
+    def _scores(
+        self, params: Params, prompts: list[Prompt], rollout: Rollout, rows: Rows, step: int
+    ) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+        """Log-probs BT by name (sampler, old, reference, live), and the experts that the updates replay."""
+        cfg, model, ids_BTLk = self.run.cfg.train, self.run.cfg.model, None
+        logps = dict.fromkeys(("sampler", "old"), rows.place(rollout.logp_BC))
+        if cfg.routing_replay == "r3":
+            ids_BTLk = sampled_experts(rows, prompts, rollout, model)
+        if cfg.old_logp == "scorer":
+            logps["old"], *recorded = self._score(params, rows, ids_BTLk)
+            if cfg.routing_replay == "r2":
+                ids_BTLk = checked(recorded[0], rows.arrays, model)
+        if self.reference is not None:
+            logps["reference"] = self._score(self.reference, rows)[0]
+        if cfg.live_mismatch_every and (step + 1) % cfg.live_mismatch_every == 0:
+            logps["live"] = self._score(params, rows)[0]
+        return logps, ids_BTLk
+
+    def _score(self, params: Params, rows: Rows, expert_ids_BTLk: np.ndarray | None = None) -> list[np.ndarray]:
+        """Log-probs BT and, with r2, the experts that were chosen, BTLk; a mini-batch's rows at a time."""
         unused = np.zeros(rows.mask_BT.shape, np.float32)
-        batch = Batch(**rows.arrays, adv_BT=unused, weight_BT=unused)
+        batch = Batch(**rows.arrays, adv_BT=unused, weight_BT=unused, expert_ids_BTLk=expert_ids_BTLk)
         parts = zip(*(np.split(x, self.run.cfg.train.mini_batches) for x in jax.tree.leaves(batch)), strict=True)
         parts = [jax.tree.unflatten(jax.tree.structure(batch), part) for part in parts]
-        return np.concatenate([self.scorer(params, put_batch(part, self.run.mesh))[0] for part in parts])
+        scored = [self.scorer(params, put_batch(part, self.run.mesh)) for part in parts]
+        return [np.concatenate(x) for x in zip(*((logp, *recorded) for logp, _, *recorded in scored), strict=True)]
 
     def _mismatch(self, logps: dict, mask_BT: np.ndarray, first: dict) -> dict[str, float]:
         """Sampler against scorer. Without a scoring pass, the first update's ratio (r = 1 but for it) tells as much."""
+        live = mismatch_metrics(logps["live"], logps["sampler"], mask_BT, "mismatch/live_") if "live" in logps else {}
         if self.run.cfg.train.old_logp == "scorer":
-            return mismatch_metrics(logps["old"], logps["sampler"], mask_BT)
+            return mismatch_metrics(logps["old"], logps["sampler"], mask_BT) | live
         ratio = diagnostics.finalize(diagnostics.reduce(first["stats"]))
-        return {"mismatch/max": max(abs(np.log(float(ratio[f"ratio/{end}"]))) for end in ("min", "max"))}
+        return {"mismatch/max": max(abs(np.log(float(ratio[f"ratio/{end}"]))) for end in ("min", "max"))} | live
 
 
 class Clock:
@@ -134,10 +157,7 @@ def update_metrics(auxes: list[dict], cfg: Config) -> dict[str, Any]:
         **diagnostics.finalize(diagnostics.reduce(stats)),
     }
     if any(cfg.model.sparse_layers):
-        load_E, aux_loss = (
-            np.concatenate(x).mean(axis=0) for x in zip(*(aux["routing"] for aux in auxes), strict=True)
-        )
-        metrics |= {"router/load_max": load_E.max() * cfg.model.num_experts, "router/aux_loss": aux_loss.mean()}
+        metrics |= router_metrics([aux["routing"] for aux in auxes], cfg.model)
     return metrics
 
 
@@ -156,8 +176,10 @@ def make_trainer(run: Run, reference: Params | None) -> tuple[Trainer, Any]:
     rule = Rule(cfg.rollout.temperature, cfg.rollout.top_k, cfg.rollout.top_p, cfg.rollout.min_p)
     trainer = Trainer(
         run,
-        run.sampler(rule, cfg.rollout.group_size),
-        make_scorer(run.policy, cfg.rollout.temperature, cfg.train.micro_batch),
+        run.sampler(rule, cfg.rollout.group_size, record_routing=cfg.train.routing_replay == "r3"),
+        make_scorer(
+            run.policy, cfg.rollout.temperature, cfg.train.micro_batch, record_routing=cfg.train.routing_replay == "r2"
+        ),
         make_update(run.policy, tx, policy_loss(cfg), cfg.train.micro_batch, state_shardings(run.policy, tx, run.mesh)),
         make_schedule(cfg.optimizer, updates),
         row_cost(cfg.model),

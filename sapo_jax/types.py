@@ -79,8 +79,8 @@ class Rollout:
     logp_BC: Array  # float32 log-probabilities under the sampling distribution; 0 after the end
     length_B: Array  # int32 number of completion tokens, the stop token included
     finish_B: Array  # int32 index into FINISH_REASONS
-    # Routing of every token that passed the model, where it was asked for: T = S left-padded prompt slots, then C; the
-    # slot of a completion's last token, which never passes the model, holds 0.
+    # Where asked for, the experts of every token that passed the model: T = S left-padded prompt slots, then C.
+    # Elsewhere E, "not recorded": on padding, and on a completion's last token, which nothing is sampled from.
     expert_ids_BTLk: Array | None = None
 
 
@@ -109,6 +109,7 @@ class Batch:
     old_logp_BT: Array | None = None  # float32, under the policy that sampled (the denominator of the ratio)
     ref_logp_BT: Array | None = None  # float32, under the KL reference policy
     correction_BT: Array | None = None  # float32, sampler-trainer importance weight (constant)
+    expert_ids_BTLk: Array | None = None  # the experts that tokens are sent to (see moe.MoE); None: those of the router
 
 
 @_pytree

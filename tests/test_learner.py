@@ -372,7 +372,7 @@ def test_aux_loss_is_added_as_the_mean_of_the_micro_batches():
     model = changed(MOE, router_aux_loss_coef=0.25)
     zeros = changed(batch, weight_BT=np.zeros_like(batch.weight_BT))  # no policy loss: what is left is the aux loss
     state, aux = make_update(tiny.policy(model), SGD, policy_loss(CFG), 2)(fresh_state(SGD, model), zeros)
-    load_nLE, aux_nL = aux["routing"]
+    load_nLE, aux_nL = aux["routing"].load_E, aux["routing"].aux_loss
     assert load_nLE.shape == (2, 2, 5) and aux_nL.shape == (2, 2)
     np.testing.assert_allclose(load_nLE.sum(axis=-1), 1, rtol=1e-5)
     assert np.all(aux_nL > 0.9) and aux["loss"] == pytest.approx(0.25 * float(aux_nL.mean()), rel=1e-6)

@@ -39,6 +39,7 @@ CASES = {
     "moe data=8": (MOE, Mesh(data=8)),
     "moe data=2 expert=2 tensor=2": (MOE, Mesh(data=2, expert=2, tensor=2)),
     "moe fsdp=2 expert=4": (MOE, Mesh(fsdp=2, expert=4)),
+    "replay data=2 expert=2 tensor=2": (MOE, Mesh(data=2, expert=2, tensor=2)),  # of random experts, and recording
 }
 
 # ---------------------------------------------------------------- mesh and specs
@@ -110,7 +111,7 @@ def test_without_a_mesh_constrain_does_nothing():
 # ---------------------------------------------------------------- eight devices
 
 
-def on_mesh(model, mesh_cfg: Mesh | None) -> dict:
+def on_mesh(model, mesh_cfg: Mesh | None, replay: bool = False) -> dict:
     """One optimiser step, scores and a rollout on a mesh (None: one device and no mesh), as the trainer runs them."""
     mesh = sharding.make_mesh(mesh_cfg or Mesh(data=1), None if mesh_cfg else jax.devices()[:1])
     cfg = Config(
@@ -119,6 +120,8 @@ def on_mesh(model, mesh_cfg: Mesh | None) -> dict:
     )  # fmt: skip
     policy, tx = tiny.policy(model), make_optimizer(cfg.optimizer, 10)
     batch = tiny.batch(lengths=(12, 7, 16, 10, 9, 14, 11, 8) * 2)
+    if replay:
+        batch = dataclasses.replace(batch, expert_ids_BTLk=tiny.random_experts(batch.tokens_BT.shape, model))
     prompts = [tiny.prompt(i, n) for i, n in enumerate((3, 9, 16, 5, 12, 1, 7, 10))]
     with jax.set_mesh(mesh):
         placed = state_shardings(policy, tx, mesh)
@@ -126,7 +129,7 @@ def on_mesh(model, mesh_cfg: Mesh | None) -> dict:
         logp_BT, entropy_BT = make_scorer(policy, 0.9, 8)(params, sharding.put_batch(batch, mesh))
         noise_BT = np.random.default_rng(0).normal(0, 0.5, logp_BT.shape).astype(np.float32)
         batch = dataclasses.replace(batch, old_logp_BT=np.asarray(logp_BT) + noise_BT)
-        rollout = Sampler(policy, Rule(0.9), 2, 12, (1, 2), tiny.PAD)(params, prompts, jax.random.key(1))
+        rollout = Sampler(policy, Rule(0.9), 2, 12, (1, 2), tiny.PAD, replay)(params, prompts, jax.random.key(1))
 
         state = jax.jit(lambda p: init_state(p, tx), out_shardings=placed)(params)
         update = make_update(policy, tx, policy_loss(cfg), 8, placed)
@@ -146,6 +149,7 @@ def on_mesh(model, mesh_cfg: Mesh | None) -> dict:
             "sampler_logp": rollout.logp_BC,
         },
         "tokens": rollout.tokens_BC.tolist(),
+        "experts": rollout.expert_ids_BTLk.tolist() if replay else None,
         "lengths": rollout.length_B.tolist(),
         "placed": all(jax.tree.leaves(same_place)),
         "temporaries": compiled.memory_analysis().temp_size_in_bytes,  # per device
@@ -154,17 +158,18 @@ def on_mesh(model, mesh_cfg: Mesh | None) -> dict:
 
 def main() -> None:
     """{case: {quantity: largest difference from one device, ...}} as the last line of stdout."""
-    single = {name: on_mesh(model, None) for name, model in (("dense", DENSE), ("moe", MOE))}
+    single = {"dense": on_mesh(DENSE, None), "moe": on_mesh(MOE, None), "replay": on_mesh(MOE, None, replay=True)}
     found = {}
     for case, (model, mesh_cfg) in CASES.items():
-        one, many = single["moe" if model is MOE else "dense"], on_mesh(model, mesh_cfg)
+        kind = case.split()[0]
+        one, many = single[kind], on_mesh(model, mesh_cfg, kind == "replay")
         gap = lambda a, b: float(np.max(np.abs(np.asarray(a, np.float64) - b)))
         found[case] = {
             "gaps": {
                 name: max(jax.tree.leaves(jax.tree.map(gap, many["numbers"][name], one["numbers"][name])))
                 for name in one["numbers"]
             },
-            "same_tokens": many["tokens"] == one["tokens"],
+            "same_tokens": many["tokens"] == one["tokens"] and many["experts"] == one["experts"],
             "lengths": many["lengths"],
             "placed": many["placed"],
             "temporaries": many["temporaries"] / one["temporaries"],

@@ -314,6 +314,19 @@ def kl_penalty(cfg: Config) -> Breaches:
         yield keys, f"kl is {cfg.loss.kl} but kl_coef is 0, so it does nothing; set kl_coef > 0, or kl: none"
 
 
+def routing_replay(cfg: Config) -> Breaches:
+    train, keys = cfg.train, ("train.routing_replay",)
+    if train.routing_replay != "none" and not cfg.model.num_experts:
+        text = "the model is dense: there are no experts to replay; set routing_replay: none, or model.num_experts"
+        yield (*keys, "model.num_experts"), text
+    if train.routing_replay == "r2" and train.old_logp == "sampler":
+        text = "r2 records in the scoring pass, which old_logp: sampler leaves out; use old_logp: scorer, or r3"
+        yield (*keys, "train.old_logp"), text
+    if train.routing_replay != "r3" and train.live_mismatch_every:
+        text = f"with {train.routing_replay} the scoring pass replays nothing: mismatch/mean is that without replay"
+        yield ("train.live_mismatch_every", *keys), f"{text} already; set live_mismatch_every: 0, or routing_replay: r3"
+
+
 def warm_up(cfg: Config) -> Breaches:
     train, cold = cfg.train, cfg.cold_start
     total = train.steps * train.mini_batches * train.epochs
@@ -340,5 +353,5 @@ RULES: tuple[Callable[[Config], Breaches], ...] = (
     format_reward, response_template, run_folder,
     whole_groups, batch_axes, sequence_length,
     heads, experts, model_axes, context_axis,
-    truncated_sampling, kl_penalty, warm_up, kept_checkpoints,
+    truncated_sampling, kl_penalty, routing_replay, warm_up, kept_checkpoints,
 )  # fmt: skip

@@ -253,6 +253,10 @@ class Train:
     row_tokens: CountOrZero = 0  # length of a packed row; 0: the cheapest, chosen for each rollout
     epochs: Count = 1  # passes over a rollout batch
     old_logp: Literal["scorer", "sampler"] = "scorer"  # where the denominator of the ratio comes from
+    # The experts that updates replay. r2: of the scoring pass (arXiv 2507.18071); r3: of the sampler (arXiv 2510.11370)
+    routing_replay: Literal["none", "r2", "r3"] = "none"
+    routing_on: Literal["host", "device"] = "host"  # where their ids wait: sent with each mini-batch, or once a rollout
+    live_mismatch_every: CountOrZero = 0  # r3: RL steps between scoring passes without replay, to log; 0: never
     seed: CountOrZero = 0
     max_nonfinite: Count = 5  # stop after so many non-finite updates in a row
     log_samples: CountOrZero = 8  # completions of each step that go to samples.jsonl

@@ -1,4 +1,8 @@
-"""Top-k mixture of experts: a softmax router and dropless SwiGLU experts, as in Qwen3-MoE (arXiv 2505.09388)."""
+"""Top-k mixture of experts: a softmax router and dropless SwiGLU experts, as in Qwen3-MoE (arXiv 2505.09388).
+
+Routing replay: the k experts of a token may be given instead of chosen. Only their ids are; the gate weights come from
+the router's own probabilities, so that it still learns.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from sapo_jax import kernels
@@ -17,15 +22,35 @@ from sapo_jax.types import Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """What the router did. Leading dims of a stack of layers come before these."""
+    """What the router chose, also where other routes were taken: replay holds a token's experts fixed, but balancing
+    is about the router as it is now. Leading dims of a stack of layers come before these."""
 
-    expert_ids_BTk: Array  # smallest unsigned integer dtype that holds E
+    expert_ids_BTk: Array  # best first; the smallest unsigned integer dtype that holds E, which is no expert
     load_E: Array  # float32, share of the real (not padding) routes that went to each expert; sums to 1
     aux_loss: Array  # float32 scalar, E * sum_e load_e * mean prob_e: 1 when balanced (arXiv 2101.03961, Eq. 4)
+    replay: Replay | None = None
+
+    @property
+    def expert_ids_BTLk(self) -> Array:
+        """Of a stack of layers."""
+        return jnp.moveaxis(self.expert_ids_BTk, 0, 2)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """How far the routes taken are from those the router would have chosen. Sums, so that micro-batches add up."""
+
+    tokens: Array  # int32 scalar, the real tokens whose experts were given
+    difference: Array  # float32 scalar, over them: the share of the k chosen experts that are not among those given
 
 
 class MoE(nnx.Module):
-    """y = sum over the k chosen experts of gate_e * SwiGLU_e(x); gate = softmax(x Wr)_e, over all E in float32."""
+    """y = sum over k experts of gate_e * SwiGLU_e(x); gate = softmax(x Wr)_e, over all E in float32.
+
+    The k experts are the most probable ones, or those of replay_BTk (any integer dtype); a token whose ids there are
+    all E has none recorded and keeps the most probable ones. With norm_topk_prob the gates of the k sum to 1.
+    """
 
     def __init__(self, cfg: Model, *, rngs: nnx.Rngs):
         D, E, F, std = cfg.hidden_size, cfg.num_experts, cfg.moe_intermediate_size, cfg.initializer_range
@@ -36,29 +61,38 @@ class MoE(nnx.Module):
         self.k = cfg.num_experts_per_tok
         self.normalize = cfg.norm_topk_prob
 
-    def __call__(self, x_BTD: Array, segment_ids_BT: Array) -> tuple[Array, Routing]:
+    def __call__(self, x_BTD: Array, segment_ids_BT: Array, replay_BTk: Array | None = None) -> tuple[Array, Routing]:
         B, T, D = x_BTD.shape
         E = self.router.shape[1]
         router_DE = self.router[...].astype(x_BTD.dtype)
         logits_BTE = jnp.einsum("btd,de->bte", x_BTD, router_DE, preferred_element_type=jnp.float32)
         prob_BTE = jax.nn.softmax(logits_BTE, axis=-1)
-        _, ids_BTk = jax.lax.top_k(prob_BTE, self.k)
-        gate_BTk = jnp.take_along_axis(prob_BTE, ids_BTk, axis=-1)
-        if self.normalize:
-            gate_BTk /= gate_BTk.sum(axis=-1, keepdims=True)
+        _, chosen_BTk = jax.lax.top_k(prob_BTE, self.k)
+        ids_BTk = chosen_BTk if replay_BTk is None else jnp.where(replay_BTk < E, replay_BTk, chosen_BTk)
+        if self.normalize:  # the same as dividing by their sum, which replayed experts may all underflow to 0
+            gate_BTk = jax.nn.softmax(jnp.take_along_axis(logits_BTE, ids_BTk, axis=-1), axis=-1)
+        else:
+            gate_BTk = jnp.take_along_axis(prob_BTE, ids_BTk, axis=-1)
 
         rows_ND = jnp.broadcast_to(x_BTD[:, :, None], (B, T, self.k, D)).reshape(-1, D)
         weights = (p[...].astype(x_BTD.dtype) for p in (self.gate, self.up, self.down))
         y_BTkD = kernels.expert_mlp(rows_ND, ids_BTk.reshape(-1), *weights).reshape(B, T, self.k, D)
         y_BTD = jnp.einsum("btkd,btk->btd", y_BTkD, gate_BTk.astype(x_BTD.dtype))
-        return y_BTD, _routing(ids_BTk, prob_BTE, segment_ids_BT > 0, E)
+        return y_BTD, _routing(chosen_BTk, prob_BTE, segment_ids_BT > 0, E, replay_BTk)
 
 
-def _routing(ids_BTk: Array, prob_BTE: Array, real_BT: Array, E: int) -> Routing:
+def _routing(ids_BTk: Array, prob_BTE: Array, real_BT: Array, E: int, replay_BTk: Array | None = None) -> Routing:
     real = real_BT.astype(jnp.float32)
     n_tokens = jnp.maximum(real.sum(), 1.0)
     chosen_BTE = jax.nn.one_hot(ids_BTk, E, dtype=jnp.float32).sum(axis=2)
     load_E = jnp.einsum("bte,bt->e", chosen_BTE, real) / (n_tokens * ids_BTk.shape[-1])
     mean_prob_E = jnp.einsum("bte,bt->e", prob_BTE, real) / n_tokens
-    dtype = jnp.uint8 if E <= 256 else jnp.uint16
-    return Routing(ids_BTk.astype(dtype), load_E, E * jnp.sum(load_E * mean_prob_E))
+    ids_BTk = ids_BTk.astype(np.min_scalar_type(E))
+    replay = None if replay_BTk is None else _replay(ids_BTk, replay_BTk, real_BT & (replay_BTk[..., 0] < E))
+    return Routing(ids_BTk, load_E, E * jnp.sum(load_E * mean_prob_E), replay)
+
+
+def _replay(chosen_BTk: Array, given_BTk: Array, counted_BT: Array) -> Replay:
+    kept_BTk = (chosen_BTk[..., :, None] == given_BTk[..., None, :]).any(axis=-1)
+    difference_BT = 1 - kept_BTk.mean(axis=-1, dtype=jnp.float32)
+    return Replay(counted_BT.sum(dtype=jnp.int32), jnp.where(counted_BT, difference_BT, 0).sum())

@@ -43,14 +43,16 @@ class Block(nnx.Module):
         self.sparse = sparse
         self.mlp = MoE(cfg, rngs=rngs) if sparse else MLP(D, cfg.intermediate_size, cfg.initializer_range, rngs=rngs)
 
-    def __call__(self, x_BTD, rotations, positions_BT, segment_ids_BT, prefix_ids_BT=None, cache=None, layer=0):
+    def __call__(
+        self, x_BTD, rotations, positions_BT, segment_ids_BT, prefix_ids_BT=None, cache=None, layer=0, replay_BTk=None
+    ):
         """Returns x BTD, the keys and values attended to, and the Routing (None for a dense block)."""
         x_BTD = constrain(x_BTD, "batch", None, None)
         y = self.attention_norm(x_BTD)
         y, kv = self.attention(y, rotations, positions_BT, segment_ids_BT, prefix_ids_BT, cache, layer)
         x_BTD += y
         y = self.mlp_norm(x_BTD)
-        y, routing = self.mlp(y, segment_ids_BT) if self.sparse else (self.mlp(y), None)
+        y, routing = self.mlp(y, segment_ids_BT, replay_BTk) if self.sparse else (self.mlp(y), None)
         return x_BTD + y, kv, routing
 
 
@@ -95,27 +97,45 @@ class Qwen3(nnx.Module):
         x_BTD = self.embed[...].astype(self.dtype)[tokens_BT]
         return x_BTD, rotations(positions_BT, self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling)
 
-    def forward(self, tokens_BT, positions_BT, segment_ids_BT, prefix_ids_BT=None, *, want_kv=False) -> Forward:
+    def forward(
+        self, tokens_BT, positions_BT, segment_ids_BT, prefix_ids_BT=None, *, expert_ids_BTLk=None, want_kv=False
+    ) -> Forward:
         """Pass whole rows through the layers (scoring, updates, prefill). Segments and prefixes: see types.Batch.
 
+        expert_ids_BTLk: the experts to send each token to (see moe.MoE), one set for each sparse layer.
         Layers are scanned: compile time does not grow with depth. `remat` of the config decides what backward redoes.
         """
         x_BTD, rotation = self._start(tokens_BT, positions_BT)
         kvs, routings = [], []
-        for run in self.layers:
+        for run, replay_LBTk in zip(self.layers, self._replay(tokens_BT.shape, expert_ids_BTLk), strict=True):
             graphdef, stacked = nnx.split(run)
 
-            def one_layer(x, layer_state, graphdef=graphdef):
+            def one_layer(x, layer, graphdef=graphdef):
+                layer_state, replay_BTk = layer
                 block = nnx.merge(graphdef, layer_state)
-                x, kv, routing = block(x, rotation, positions_BT, segment_ids_BT, prefix_ids_BT)
+                x, kv, routing = block(x, rotation, positions_BT, segment_ids_BT, prefix_ids_BT, replay_BTk=replay_BTk)
                 return x, (kv if want_kv else None, routing)
 
             if self.cfg.remat != "none":
                 one_layer = jax.checkpoint(one_layer, policy=REMAT[self.cfg.remat], prevent_cse=False)
-            x_BTD, (kv, routing) = jax.lax.scan(one_layer, x_BTD, stacked)
+            x_BTD, (kv, routing) = jax.lax.scan(one_layer, x_BTD, (stacked, replay_LBTk))
             kvs.append(kv)
             routings += [] if routing is None else [routing]
         return Forward(self.norm(x_BTD), _joined(kvs) if want_kv else None, _joined(routings) if routings else None)
+
+    def _replay(self, shape_BT: tuple[int, int], expert_ids_BTLk: Array | None) -> list[Array | None]:
+        """For each run of layers its part of the ids, LBTk; None for dense layers, and without replay."""
+        runs = layer_runs(self.cfg)
+        if expert_ids_BTLk is None:
+            return [None] * len(runs)
+        expected = (*shape_BT, sum(self.cfg.sparse_layers), self.cfg.num_experts_per_tok)
+        if expert_ids_BTLk.shape != expected:
+            raise ValueError(f"expert_ids_BTLk has the shape {expert_ids_BTLk.shape}, this model needs {expected}")
+        ids_LBTk, parts, start = jnp.moveaxis(expert_ids_BTLk, 2, 0), [], 0
+        for sparse, length in runs:
+            parts.append(ids_LBTk[start : start + length] if sparse else None)
+            start += length * sparse
+        return parts
 
     def decoder(self) -> list[Block]:
         """The layers one by one. Made once before a decode loop, which then holds no slice of a stacked array."""

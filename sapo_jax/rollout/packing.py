@@ -111,10 +111,10 @@ def _fill(pieces: Sequence[Piece], T: int) -> tuple[tuple[Piece, ...], ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Token rows and where each trained token comes from: token t of row b is number offset_BT of sequence_BT."""
+    """Token rows and where each token comes from: completion token t of row b is number offset_BT of sequence_BT."""
 
     arrays: dict[str, np.ndarray]  # fields of types.Batch: tokens, positions, segments, prefixes, mask, picked, source
-    sequence_BT: np.ndarray  # int32; -1 where no completion token stands
+    sequence_BT: np.ndarray  # int32; of a prompt one of the sequences that it begins; -1 on padding
     offset_BT: np.ndarray  # int32, from 0 at the first completion token
 
     @property
@@ -128,3 +128,12 @@ class Rows:
     def place(self, value_NC: np.ndarray) -> np.ndarray:
         """A value per completion token -> BT; 0 elsewhere."""
         return np.where(self.mask_BT, value_NC[self.sequence_BT, self.offset_BT], np.zeros((), value_NC.dtype))
+
+    def place_slots(self, value_NT: np.ndarray, S: int, prompt_length_N: np.ndarray, fill) -> np.ndarray:
+        """A value (of any further dims) per slot of the sampler, S left-padded prompt slots and then the completion's,
+        -> BT...; a prompt that completions share has its own once. `fill` on padding."""
+        slot_BT = S - prompt_length_N[self.sequence_BT] + self.arrays["positions_BT"]
+        real_BT = self.sequence_BT >= 0
+        placed = value_NT[self.sequence_BT, np.where(real_BT, slot_BT, 0)]
+        placed[~real_BT] = fill
+        return placed

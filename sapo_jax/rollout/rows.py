@@ -33,8 +33,8 @@ class _Sheet:
     def write(self, row: int, ids: Sequence[int], *, first: int, prefix: int, before: int, sequence: int) -> int:
         """Append a segment; returns its number.
 
-        first: position of its first token; prefix: the segment that it also attends to (0: none); before: the column of
-        the token before its first one; sequence: whose completion it is, -1 for a prompt.
+        first: position of its first token; prefix: the prompt's segment, 0 for a prompt; before: the column of the
+        token before a completion's first one; sequence: which one it is part of, of a prompt's any.
         """
         start, n = self.used[row], len(ids)
         here = slice(start, start + n)
@@ -43,14 +43,15 @@ class _Sheet:
         self.tokens[row, here] = ids
         self.positions[row, here] = np.arange(first, first + n)
         self.segments[row, here], self.prefixes[row, here] = segment, prefix or segment
-        if sequence >= 0:
-            self.sequence[row, here], self.offset[row, here] = sequence, np.arange(n)
+        self.sequence[row, here] = sequence
+        if prefix:
+            self.offset[row, here] = np.arange(n)
             self.source[row, here] = [before, *range(start, start + n - 1)]
         self.used[row] += n
         return segment
 
     def rows(self) -> Rows:
-        mask_BT = self.sequence >= 0
+        mask_BT = self.source >= 0
         T, M = mask_BT.shape[1], bucket(int(mask_BT.sum(axis=1).max()), 1)
         picked_BM = np.full((len(mask_BT), min(M, T)), T, np.int32)
         source_BM = np.zeros_like(picked_BM)
@@ -71,7 +72,7 @@ def token_rows(sequences: Sequence[tuple[Sequence[int], int]], pad_id: int) -> d
     """
     sheet = _Sheet(len(sequences), bucket(max(len(ids) for ids, _ in sequences)), pad_id)
     for b, (ids, n_prompt) in enumerate(sequences):
-        prompt = sheet.write(b, ids[:n_prompt], first=0, prefix=0, before=-1, sequence=-1)
+        prompt = sheet.write(b, ids[:n_prompt], first=0, prefix=0, before=-1, sequence=b)
         if len(ids) > n_prompt:
             sheet.write(b, ids[n_prompt:], first=n_prompt, prefix=prompt, before=n_prompt - 1, sequence=b)
     return sheet.rows().arrays
@@ -99,7 +100,7 @@ def rollout_rows(
     for row, pieces in _numbered(plan):
         for piece in pieces:
             ids = prompts[piece.prompt].ids
-            prompt = sheet.write(row, ids, first=0, prefix=0, before=-1, sequence=-1)
+            prompt = sheet.write(row, ids, first=0, prefix=0, before=-1, sequence=piece.sequences[0])
             last = sheet.used[row] - 1
             for b in piece.sequences:
                 completion = rollout.tokens_BC[b, : rollout.length_B[b]]

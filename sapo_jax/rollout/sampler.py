@@ -53,6 +53,12 @@ class Sampler:
         if self.record_routing and not any(self.policy.cfg.sparse_layers):
             raise ValueError("record_routing: the model is dense, no layer has experts: there is no routing to record")
 
+    @property
+    def no_expert(self) -> np.unsignedinteger:
+        """The id that stands for "not recorded": E, in the dtype of the ids."""
+        E = self.policy.cfg.num_experts
+        return np.min_scalar_type(E).type(E)
+
     def __call__(self, params: Params, prompts: Sequence[Prompt], key: Array, batch_prompts: int = 0) -> Rollout:
         """G completions per prompt, as host arrays (see types.Rollout).
 
@@ -84,7 +90,10 @@ def _sample(sampler: Sampler, params: Params, tokens_PS, length_P, index_P, acti
     finish_B = jnp.where(_is_stop(sampler, state.tokens_BC).any(axis=1), STOP, LENGTH)
     expert_ids = None
     if sampler.record_routing:
-        expert_ids = jnp.concatenate([fork(prompt_ids_PSLk), state.expert_ids_BCLk], axis=1)
+        # A stop token passes the model if other rows go on: forgotten, so that a row does not depend on the others.
+        passed_BC = jnp.arange(sampler.max_new_tokens) < state.length_B[:, None] - 1
+        ids_BCLk = jnp.where(passed_BC[..., None, None], state.expert_ids_BCLk, sampler.no_expert)
+        expert_ids = jnp.concatenate([fork(prompt_ids_PSLk), ids_BCLk], axis=1)
     return Rollout(state.tokens_BC, state.logp_BC, state.length_B, finish_B.astype(jnp.int32), expert_ids)
 
 
@@ -105,7 +114,9 @@ def _prefill(sampler: Sampler, model: Qwen3, tokens_PS: Array, length_P: Array):
     grow = lambda x: jnp.pad(x, [(0, 0), (0, room)] + [(0, 0)] * (x.ndim - 2))
     k, v = (tuple(grow(layer) for layer in stacked) for stacked in out.kv)
     cache = KVCache(k, v, grow(position_PS), grow(segment_PS), jnp.int32(S))
-    ids = jnp.moveaxis(out.routing.expert_ids_BTk, 0, 2) if sampler.record_routing else None
+    ids = None
+    if sampler.record_routing:
+        ids = jnp.where(segment_PS[..., None, None] > 0, out.routing.expert_ids_BTLk, sampler.no_expert)
     return out.hidden_BTD[:, -1], cache, ids
 
 
@@ -113,8 +124,7 @@ def _first_token(sampler: Sampler, model: Qwen3, hidden_BD, cache: KVCache, key_
     B, C, L = len(hidden_BD), sampler.max_new_tokens, sum(sampler.policy.cfg.sparse_layers)
     routing = None
     if sampler.record_routing:
-        dtype = jnp.uint8 if sampler.policy.cfg.num_experts <= 256 else jnp.uint16
-        routing = jnp.zeros((B, C, L, sampler.policy.cfg.num_experts_per_tok), dtype)
+        routing = jnp.full((B, C, L, sampler.policy.cfg.num_experts_per_tok), sampler.no_expert)
     state = DecodeState(
         n=jnp.int32(0),
         token_B=jnp.full(B, sampler.pad_id, jnp.int32),

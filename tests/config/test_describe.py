@@ -4,7 +4,7 @@ import pytest
 
 from sapo_jax.config import PRESETS, Config, Data, Mesh, Model, Rollout, Train, load
 from sapo_jax.config.schema import ColdStart, Evaluate, Loss
-from sapo_jax.describe import Flops, ParameterCount, describe, flops, memory, parameter_count
+from sapo_jax.describe import Flops, ParameterCount, describe, flops, memory, parameter_count, routing_bytes
 
 TINY = Model(
     hidden_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=4, intermediate_size=16
@@ -106,6 +106,34 @@ def test_memory_by_remat_dtype_and_batch():
     assert memory(config(cold_start=ColdStart(steps=1, batch_size=4)), 10).activations == 4 * layer
     assert memory(config(evaluate=Evaluate(samples=4)), 10).kv_cache == 2048  # 2 held-out prompts * 4 samples
     assert memory(config(loss=Loss(kl="k3", kl_coef=0.1)), 10).reference == 4 * 1288
+
+
+def test_experts_to_replay_by_hand(tmp_path):
+    """4 sequences of 5 tokens, 3 sparse layers of 2 ids; 256 experts need two bytes, as E itself is an id."""
+    sparse = {"num_hidden_layers": 4, "num_experts": 255, "mlp_only_layers": (0,)}
+    moe = lambda **keys: Model(**vars(TINY) | sparse | keys)  # noqa: E731
+    assert (routing_bytes(moe()), routing_bytes(moe(num_experts=256)), routing_bytes(TINY)) == (6, 12, 0)
+    assert routing_bytes(Model(**PRESETS["qwen3-30b-a3b"])) == 48 * 8
+
+    def experts(**train):
+        m = memory(config(model=moe(), train=Train(mini_batches=2, **train), mesh=Mesh(data=2)), 10)
+        bare = memory(config(model=moe(), train=Train(mini_batches=2), mesh=Mesh(data=2)), 10)
+        assert m.update - bare.update == m.replayed_experts and m.rollout - bare.rollout == m.recorded_experts
+        return m.recorded_experts, m.replayed_experts
+
+    assert experts() == (0, 0)
+    assert experts(routing_replay="r2") == (0, 2 * 5 * 6 / 2)
+    assert experts(routing_replay="r3", routing_on="device") == (4 * 5 * 6 / 2, 4 * 5 * 6 / 2)
+    forward = flops(config(model=moe()), 10).scoring
+    every = Train(mini_batches=2, routing_replay="r3", live_mismatch_every=4)
+    assert flops(config(model=moe(), train=every), 10).scoring == 1.25 * forward
+
+    path = tmp_path / "run.yaml"
+    path.write_text("data: {tasks: [{kind: reasoning_gym, name: chain_sum}]}\n")
+    replay = ["model.num_experts=8", "train.routing_replay=r2"]
+    line = "#   experts to replay    8 B per token (4 layers x 2 ids of 1 B), 0.001 GiB, on the host\n"
+    assert line in describe(load(path, replay), 300)
+    assert "experts to replay" not in describe(load(path, replay[:1]), 300)
 
 
 def test_memory_is_split_over_the_mesh():

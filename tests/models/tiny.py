@@ -49,6 +49,12 @@ def prompt(index: int, length: int) -> Prompt:
     return Prompt(index, "", ids, "", "", "exact", "none")
 
 
+def random_experts(rows: tuple[int, ...], cfg: Model = MOE, seed: int = 0) -> np.ndarray:
+    """k different experts, in random order, for every sparse layer: [*rows, L, k], say BTLk."""
+    draws = np.random.default_rng(seed).random((*rows, sum(cfg.sparse_layers), cfg.num_experts))
+    return np.argsort(draws, axis=-1)[..., : cfg.num_experts_per_tok].astype(np.uint8)
+
+
 def separate_rows(prompts: Sequence[Prompt], rollout: Rollout) -> dict[str, np.ndarray]:
     """A rollout with one sequence per row, in its order."""
     G = len(rollout.length_B) // len(prompts)

@@ -67,13 +67,22 @@ def test_rollout_rows_by_hand():
     assert rows.mask_BT.astype(int).tolist() == [[0, 0, 1, 1, 1, 1, 1] + [0] * 9, [0, 1, 1, 1, 1] + [0] * 11]
     assert rows.arrays["picked_BM"].tolist() == [[2, 3, 4, 5, 6, 16], [1, 2, 3, 4, 16, 16]]
     assert rows.arrays["source_BM"].tolist() == [[1, 2, 3, 1, 5, 0], [0, 0, 2, 3, 0, 0]]
-    assert rows.sequence_BT[:, :7].tolist() == [[-1, -1, 0, 0, 0, 1, 1], [-1, 2, 3, 3, 3, -1, -1]]
+    assert rows.sequence_BT[:, :7].tolist() == [[0, 0, 0, 0, 0, 1, 1], [2, 2, 3, 3, 3, -1, -1]]
     logps = [[0, 0, -0.1, -0.2, -0.3, -0.4, -0.5], [0, -0.6, -0.7, -0.8, -0.9, 0, 0]]
     placed = rows.place(ROLLOUT.logp_BC)
     np.testing.assert_allclose(placed, [row + [0] * 9 for row in logps], rtol=1e-6)
     assert placed.dtype == np.float32
     assert rows.spread(np.array([1.0, 2, 3, 4]))[:, :7].tolist() == [[0, 0, 1, 1, 1, 2, 2], [0, 3, 4, 4, 4, 0, 0]]
     assert rows.spread(np.array([True, False, True, True]))[0].sum() == 3
+
+
+def test_what_stands_in_the_slots_of_the_sampler_is_placed_by_hand():
+    """S = 4 left-padded prompt slots, then 3 of the completion; the prompt's once for both completions."""
+    slot_NT1 = (10 * np.arange(4)[:, None] + np.arange(7)).astype(np.uint8)[..., None]
+    placed = rollout_rows(PAIR, ROLLOUT, 9, 2, lambda T: T).place_slots(slot_NT1, 4, np.array([2, 2, 1, 1]), fill=99)
+    assert placed.shape == (2, 16, 1) and placed.dtype == np.uint8
+    assert placed[0, :, 0].tolist() == [2, 3, 4, 5, 6, 14, 15] + [99] * 9
+    assert placed[1, :, 0].tolist() == [23, 24, 34, 35, 36] + [99] * 11
 
 
 def test_several_prompts_in_a_row():

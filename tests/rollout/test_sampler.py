@@ -238,7 +238,7 @@ def test_pairs_of_tokens_have_the_right_frequencies():
 
 
 def test_recorded_routing_is_that_of_a_full_forward_pass():
-    """Slot s of a row is column s: left-padded prompt, then completion; the last token never passed the model."""
+    """Slot s of a row is column s: left-padded prompt, then completion. Padding and the last token hold E."""
     cfg, C, G = tiny.MOE, 12, 2
     rollout = sample(make("moe", Rule(0.8), G, C, (1, 2), record_routing=True))
     np.testing.assert_array_equal(rollout.tokens_BC, sampled("moe").tokens_BC)  # recording changes no draw
@@ -256,7 +256,9 @@ def test_recorded_routing_is_that_of_a_full_forward_pass():
         passed = slice(16 - S, 16 + length - 1)
         found_tLk = rollout.expert_ids_BTLk[b, passed]
         np.testing.assert_array_equal(found_tLk, expected_LBTk[:, b, : S + length - 1].transpose(1, 0, 2))
-    assert len(np.unique(rollout.expert_ids_BTLk)) == cfg.num_experts
+        assert set(found_tLk.flatten()) <= set(range(cfg.num_experts))
+        assert np.all(np.delete(rollout.expert_ids_BTLk[b], passed, axis=0) == cfg.num_experts)
+    assert len(np.unique(rollout.expert_ids_BTLk)) == cfg.num_experts + 1
 
     real_BT = rows["segment_ids_BT"] > 0  # the load counts no padding
     for ids_BTk, load_E in zip(expected_LBTk, routing.load_E, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from sapo_jax.cli import main
 from sapo_jax.config import load
 from sapo_jax.diagnostics import finalize_evidence
 from sapo_jax.train import train
+from tests.run.test_resume import digests, without_time
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 SMALL = [
@@ -25,7 +27,8 @@ def rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-QUICK = ("quickstart", "quickstart_moe", "smollm2")  # the others differ from them by their objective or their data
+# the others differ from them by their objective or their data; replay: see test_routing_replay
+QUICK = ("quickstart", "quickstart_moe", "smollm2")
 MARKED = [p if p.stem in QUICK else pytest.param(p, marks=pytest.mark.slow) for p in CONFIGS]
 
 
@@ -46,6 +49,7 @@ def test_every_config_runs_two_steps(path, tiny_model, tmp_path):
     assert last["a2/breaches"] == 0 and {"a2/variance_mean", "grad_share/gspo_clipped"} <= last.keys()
     if "moe" in path.stem:
         assert last["router/load_max"] >= 1
+        assert ("router/replay_difference_mean" in last) == path.stem.endswith(("_r2", "_r3"))
 
 
 SETTINGS = {
@@ -103,6 +107,43 @@ def test_diagnostics_are_written_as_often_as_asked_for(every, tiny_config, tmp_p
     expected = {name: float(x) for name, x in finalize_evidence(found.evidence[0]).items()}
     assert {name: second[name] for name in expected} == pytest.approx(expected, rel=1e-5)
     assert found.evidence[0].sum["tokens"].sum() == second["tokens/count"]
+
+
+MOE = [
+    "model.num_experts=8", "optimizer.learning_rate=1e-2", "train.mini_batches=4", "train.row_tokens=32", "train.steps=2",
+    "evaluate.every=0", "checkpoint.every=1",
+]  # fmt: skip
+REPLAY = {
+    "r2": ["train.routing_replay=r2", "train.routing_on=device", "train.epochs=2", "train.micro_batch=1"],
+    "r3": ["train.routing_replay=r3", "train.live_mismatch_every=2", "objective.name=gspo", "loss={kl: k3, kl_coef: 0.1}"],
+    "r3_sampler_logp": ["train.routing_replay=r3", "train.old_logp=sampler", "model.mlp_only_layers=[0]"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["r3", *(pytest.param(n, marks=pytest.mark.slow) for n in REPLAY if n != "r3")])
+def test_routing_replay(name, tiny_config, tmp_path):
+    """Two steps; the second one again from the checkpoint of the first, with experts recorded anew, is bit-equal. The
+    first update of a rollout replays what the router chooses, later ones drift from it."""
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    run = lambda folder: train(load(tiny_config, [*MOE, *REPLAY[name], f"run_dir={folder}"]))
+    run(whole)
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "rl" / "2")
+    run(resumed)
+    assert digests(resumed, "rl", 2) == digests(whole, "rl", 2) != digests(whole, "rl", 1)
+    assert without_time(resumed) == without_time(whole)
+
+    *_, first, second = rows(whole)
+    sparse = (1,) if "model.mlp_only_layers=[0]" in REPLAY[name] else (0, 1)
+    for row in (first, second):
+        assert row["mismatch/max"] < 1e-4
+        shares = {key: x for key, x in row.items() if key.startswith("replay_difference/")}
+        assert shares.keys() == {f"replay_difference/layer_{i}" for i in sparse}
+        assert 0 < max(shares.values()) == row["router/replay_difference_max"] < 1
+        assert sum(shares.values()) / len(shares) == pytest.approx(row["router/replay_difference_mean"])
+    assert "mismatch/live_mean" not in first
+    if name == "r3":
+        assert second["mismatch/live_mean"] <= second["mismatch/live_max"] < 1e-4  # float32: the same experts
 
 
 def test_rl_improves_the_tiny_policy(tiny_config, tmp_path):

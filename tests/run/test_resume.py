@@ -114,6 +114,18 @@ def test_sigterm_saves_and_says_so(tiny_config, uninterrupted, tmp_path):
     assert_same_run(folder, uninterrupted)
 
 
+@pytest.mark.slow
+def test_killed_with_routing_replay(tiny_config, tmp_path):
+    """Routes are in no checkpoint: the resumed run samples the rollout again, and they with it."""
+    settings = ["model.num_experts=4", "train.routing_replay=r3", "train.micro_batch=2"]
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    finish(tiny_config, whole, *settings)
+    for moment in (written(folder, "rl", 1), written(folder, "rl", 4)):
+        assert kill_when(start(tiny_config, folder, *settings), moment, signal.SIGKILL) == -signal.SIGKILL
+    finish(tiny_config, folder, *settings)
+    assert_same_run(folder, whole)
+
+
 def test_a_finished_run_is_left_alone(tiny_config, uninterrupted):
     """The same command again changes nothing; so does nobody else's config, which is refused by name."""
     before = (uninterrupted / "metrics.jsonl").read_bytes()
