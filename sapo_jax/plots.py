@@ -51,8 +51,11 @@ def smooth(y: np.ndarray) -> np.ndarray:
 
 
 def _series(rows: list[dict[str, Any]], metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and finite values of a metric, from the rows that hold it."""
-    points = [(row["step"], float(row[metric])) for row in rows if metric in row]
+    """Steps and finite values of a metric, from the rows that hold it (by sign of A: that have such tokens)."""
+    sign = next((sign for sign in ("pos", "neg") if f"/{sign}_" in metric), None)
+    points = [
+        (row["step"], float(row[metric])) for row in rows if metric in row and row.get(f"tokens/{sign}_count", 1) > 0
+    ]
     finite = [point for point in points if np.isfinite(point[1])]
     return np.array([step for step, _ in finite], int), np.array([value for _, value in finite], float)
 

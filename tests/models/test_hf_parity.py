@@ -114,27 +114,28 @@ def studied(cfg: Model) -> int:
 
 
 def our_stages(policy, params, x_BTD, normed_BTD, mlp_input_BTD) -> dict[str, jax.Array]:
-    tokens, positions, segments = (rows()[name] for name in ("tokens_BT", "positions_BT", "segment_ids_BT"))
+    names = ("tokens_BT", "positions_BT", "segment_ids_BT", "prefix_ids_BT")
+    tokens, positions, segments, prefixes = (rows()[name] for name in names)
     model = policy.bind(params)
     embed_BTD, rotation = model._start(tokens, positions)
     block = model.decoder()[studied(policy.cfg)]
     q, k, v = block.attention.project(normed_BTD, rotation)
-    forward = model.forward(tokens, positions, segments)
+    forward = model.forward(tokens, positions, segments, prefixes)
     found = {
         "embed": embed_BTD,
         "attention_norm": block.attention_norm(x_BTD),
         "q": q,
         "k": k,
         "v": v,
-        "attention": block.attention(normed_BTD, rotation, positions, segments)[0],
-        "mlp_norm": block.mlp_norm(x_BTD + block.attention(normed_BTD, rotation, positions, segments)[0]),
+        "attention": block.attention(normed_BTD, rotation, positions, segments, prefixes)[0],
+        "mlp_norm": block.mlp_norm(x_BTD + block.attention(normed_BTD, rotation, positions, segments, prefixes)[0]),
     }
     if block.sparse:
         mlp, routing = block.mlp(mlp_input_BTD, segments)
         found |= {"expert_ids": routing.expert_ids_BTk, "mlp": mlp}
     else:
         found |= {"mlp": block.mlp(mlp_input_BTD)}
-    block_BTD = block(x_BTD, rotation, positions, segments)[0]
+    block_BTD = block(x_BTD, rotation, positions, segments, prefixes)[0]
     return found | {"block": block_BTD, "stack": forward.hidden_BTD, "logits": model.logits(forward.hidden_BTD)}
 
 
@@ -160,7 +161,7 @@ def their_stages(name: str) -> dict[str, np.ndarray]:
         found["expert_ids"] = layer.mlp.gate(mlp_norm)[2].view(B, T, -1)
     found["mlp"] = layer.mlp(mlp_norm)
     found["block"] = layer(x, position_embeddings=(cos, sin), attention_mask=causal)
-    out = model(tokens, attention_mask=segments, output_hidden_states=True)
+    out = model(tokens, attention_mask=(segments > 0).long(), output_hidden_states=True)
     return {stage: x.numpy() for stage, x in (found | {"stack": out.hidden_states[-1], "logits": out.logits}).items()}
 
 
@@ -207,7 +208,7 @@ def test_router_statistics(E, k):
 def torch_gradients(name: str, drift: list[np.ndarray]) -> tuple[float, dict, list[np.ndarray]]:
     """Loss and gradients of SAPO on the completions, from the paper's formula; the old log-probs, log pi + drift."""
     model, tokens = hugging_face(name), torch.tensor(rows()["tokens_BT"])
-    logp_BTV = model(tokens, attention_mask=torch.tensor(rows()["segment_ids_BT"])).logits.log_softmax(-1)
+    logp_BTV = model(tokens, attention_mask=torch.tensor(rows()["segment_ids_BT"] > 0)).logits.log_softmax(-1)
     spans = [(b, torch.arange(p, n)) for b, (n, p) in enumerate(zip(LENGTHS, N_PROMPT, strict=True))]
     logp = [logp_BTV[b, t - 1, tokens[b, t].long()] for b, t in spans]
     old = [x.detach() + torch.tensor(d, dtype=torch.float32) for x, d in zip(logp, drift, strict=True)]

@@ -322,10 +322,12 @@ def test_close_leaves_no_process(tmp_path):
 
 
 _SCRIPT = """
-import sys
+import signal, sys
 from sapo_jax.config.schema import Rewards
 from sapo_jax.rewards import VerifierPool
 from sapo_jax.types import Prompt
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
 
 def main():
     action, pid_file, deadline = sys.argv[1:]
