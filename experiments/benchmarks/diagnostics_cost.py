@@ -12,8 +12,8 @@ writes experiments/results/diagnostics_cost.csv:
                      one more sum over each slice of the vocabulary
     host             once per RL step, not per update: statistics of 4 updates -> metrics, and the row as JSON
 
-Expected: one to three per cent of the update, and differences that are lost in the noise of a busy machine. The
-evidence alone does not grow with the model, so its part shrinks.
+Expected: one to three per cent of the update; on a busy machine the difference drowns in the noise, and `evidence` is
+the surer number. It does not grow with the model, so its part shrinks.
 """
 
 from __future__ import annotations
