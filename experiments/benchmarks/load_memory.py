@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import dataclasses
 import json
 import subprocess
 import sys
@@ -82,7 +81,7 @@ def make_synthetic(folder: Path) -> None:
     rng, shapes = np.random.default_rng(0), hub_shapes(SYNTHETIC)
     tensors = (rng.standard_normal(shape, np.float32) for shape in shapes.values())
     write_shards(folder, shapes, np.dtype(np.float32), tensors, 10**9)
-    write_json(folder / "config.json", to_hugging_face(dataclasses.replace(SYNTHETIC)))
+    write_json(folder / "config.json", to_hugging_face(SYNTHETIC))
 
 
 def main() -> None:

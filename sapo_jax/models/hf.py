@@ -244,7 +244,8 @@ def _file_names(folder: Path) -> tuple[list[str], dict[str, str], list[str]]:
 
 def check_weights(folder: str | Path, cfg: Model) -> None:
     """Raise ModelDirError if `load_params` would, for any reason that the files' headers show."""
-    Weights(folder, cfg).__exit__()
+    with Weights(folder, cfg):
+        pass
 
 
 # ---------------------------------------------------------------- in
