@@ -27,7 +27,7 @@ from sapo_jax.sweep_folder import MANIFEST, read_manifest
 
 METRICS = ("held_out/avg", "reward/mean", "entropy/mean")
 FEWEST = 3  # seeds that an interval takes
-POINTS = 100  # of a curve at most, but for evaluations: they are few, and averages of many samples already
+POINTS = 40  # of a curve at most, but for evaluations: they are few, and averages of many samples already
 
 
 class ReportError(RuntimeError):

@@ -16,12 +16,18 @@ from rich.text import Text
 
 from sapo_jax.curves import FEWEST, Curve, curve_rows, curves_of, final_rows, read_arms
 from sapo_jax.metrics import write_csv
-from sapo_jax.plots import finish_panel, save
+from sapo_jax.plots import BLUE, GREEN, GREY, ORANGE, finish_panel, save
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5F6B76")  # Okabe-Ito
+COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", GREY)  # Okabe-Ito
 STYLES = ("-", "--", ":", "-.")  # of further arms
 COLUMNS = 3
-METHOD = "Lines: interquartile mean over seeds. Bands: its 95 % bootstrap interval over seeds, point by point."
+LINES = "Lines: interquartile mean over seeds (IQM)."
+BANDS = " Bands: its 95 % bootstrap interval, point by point."
+TITLES = {
+    "held_out/avg": "Held-out accuracy", "held_out/pass": "Held-out problems solved at least once",
+    "reward/mean": "Training reward", "entropy/mean": "Entropy (nats per token)",
+    "completion/length_mean": "Completion length (tokens)", "grad_norm": "Gradient norm",
+}  # fmt: skip
 
 
 def report(
@@ -64,12 +70,12 @@ def draw(curves: Sequence[Curve], title: str) -> Figure:
         shown = [found for found in curves if found.metric == metric]
         for found in shown:
             handles[f"{found.arm} ({_seeds(found)})"] = _draw_curve(axes, found, arms.index(found.arm))
-        finish_panel(axes, metric, "RL step", is_share(metric))
+        finish_panel(axes, TITLES.get(metric, metric), "RL step", is_share(metric))
         windows = {found.window for found in shown} - {1}
-        axes.set_ylabel("IQM over seeds" + (f", mean of {max(windows)} steps" if windows else ""), color=COLOURS[-1])
+        axes.set_ylabel("IQM" + (f", each point over {max(windows)} steps" if windows else ""), color=GREY)
     legend = figure.legend(
         handles.values(), handles, loc="outside lower center", frameon=False, ncols=min(len(handles), columns),
-        title=METHOD, title_fontsize=9,
+        title=LINES + BANDS * any(found.interval_T2 is not None for found in curves), title_fontsize=9,
     )  # fmt: skip
     for text in legend.get_texts():
         text.set_parse_math(False)
@@ -97,12 +103,12 @@ def final_table(metric: str, curves: Sequence[Curve]) -> Table:
     """For each arm the first and the last point of this metric's curve, and the last one's interval."""
     table = Table(title=Text(metric, style="bold"), title_justify="left", box=SIMPLE_HEAD, padding=(0, 2, 0, 0))
     for heading in ("arm", "seeds", "RL step", "first", "last", "95 % interval"):
-        table.add_column(heading, justify="left" if heading == "arm" else "right")
+        arm = heading == "arm"
+        table.add_column(heading, justify="left" if arm else "right", overflow="fold", no_wrap=not arm)
     form = ("{:.1%}" if is_share(metric) else "{:.4g}").format
     for row in final_rows([found for found in curves if found.metric == metric]):
-        interval = (
-            f"needs {FEWEST} seeds" if row["ci_low"] == "" else f"{form(row['ci_low'])} to {form(row['ci_high'])}"
-        )
+        low, high = row["ci_low"], row["ci_high"]
+        interval = f"needs {FEWEST} seeds" if low == "" else f"{form(low)} to {form(high)}"
         numbers = (str(row["seeds"]), str(row["step"]), form(row["first_iqm"]), form(row["iqm"]))
         table.add_row(Text(row["arm"]), *numbers, interval)
     return table
