@@ -75,12 +75,12 @@ def read_arms(paths: Sequence[str | Path]) -> tuple[list[Arm], list[str]]:
     notes, empty = [], []
     for path in map(Path, paths):
         found = _of_sweep(path) if (path / MANIFEST).exists() else [_of_folder(path)]
-        there = [run for run in found if run.rows]
-        if not there:
+        missing = sum(not run.rows for run in found)
+        if missing == len(found):
             empty.append(str(path))
-        elif len(there) < len(found):
-            notes.append(f"{path}: {len(found) - len(there)} of {len(found)} runs have not begun RL, and are left out")
-        runs |= {run.folder.resolve(): run for run in there}
+        elif missing:
+            notes.append(f"{path}: {missing} of {len(found)} runs have not begun RL, and are left out")
+        runs |= {run.folder.resolve(): run for run in found}
     if empty:
         text = f"no metrics of RL in {', '.join(empty)}"
         raise ReportError(f"{text}; give folders of sweeps (with {MANIFEST}) or of runs (with metrics.jsonl)")
@@ -142,8 +142,8 @@ def _grouped(runs: Sequence[LoggedRun]) -> list[Arm]:
                 twice = " and ".join(str(run.folder) for run in group if run.seed == seed)
                 raise ReportError(f"{twice} are the same run, seed {seed}; give one of them")
         place = first.folder.parent / first.arm if isinstance(first.group, tuple) else first.folder
-        arms.append(Arm(first.arm if names[first.arm] == 1 else str(place), group))
-    return arms
+        arms.append(Arm(first.arm if names[first.arm] == 1 else str(place), [run for run in group if run.rows]))
+    return [arm for arm in arms if arm.runs]
 
 
 # ---------------------------------------------------------------- statistics

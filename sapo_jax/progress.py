@@ -113,7 +113,8 @@ class SweepDisplay:
         for job in jobs:
             if job.state in ("failed", "busy"):
                 note = visible(job.note, limit=8000, encoding=self.console.encoding)
-                self.console.print(Text.assemble((f"{job.run.name} {job.state}: ", _STYLE[job.state]), note))
+                head = (f"{job.run.name} {job.state}: ", _STYLE[job.state])
+                self.console.print(Text.assemble(head, note), soft_wrap=True)
 
     def _follow(self, job: Job) -> None:
         name, new = job.run.name, job.run.name not in self._followers

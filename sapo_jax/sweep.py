@@ -87,7 +87,7 @@ def sweep(
     with signals(stop), SweepDisplay() as display:
         display.say(write_manifest(plan))
         if max_parallel > 1 and "PJRT_NPROC" not in os.environ:
-            cores = len(os.sched_getaffinity(0))
+            cores = os.cpu_count() or 1
             share = f"{max_parallel} runs at a time share {cores} cores; on CPU, set PJRT_NPROC (threads of one run)"
             display.say(f"{share} to {max(1, cores // max_parallel)}, and keep it over the whole sweep")
         _train_all(plan, jobs, max_parallel, start, stop, display)
@@ -95,9 +95,9 @@ def sweep(
         display.outcome(jobs)
         display.say(f"results: {plan.folder / RESULTS}\ncurves:  sapo-jax report {plan.folder}")
     states = {job.state for job in jobs}
-    if stop["now"] and states & {"left", "stopped"}:
-        return STOPPED
-    return 1 if states & {"failed", "busy"} else STOPPED if "stopped" in states else 0
+    if states & {"failed", "busy"} and not stop["now"]:
+        return 1
+    return STOPPED if states & {"left", "stopped"} else 1 if "failed" in states else 0
 
 
 def shard_of(runs: Sequence[SweepRun], shard: tuple[int, int]) -> Sequence[SweepRun]:
