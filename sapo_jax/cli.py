@@ -44,8 +44,10 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     run = "a YAML file, or the folder of a run"
-    command("train", "cold start (if cold_start.steps > 0), then RL; on an existing run folder, resume it", run)
-    command("sft", "the cold start alone", run)
+    together = [
+        command("train", "cold start (if cold_start.steps > 0), then RL; on an existing run folder, resume it", run),
+        command("sft", "the cold start alone", run),
+    ]
     command("config", "dry run: the resolved config, parameters, tokens, FLOPs, memory; compiles nothing", run)
     for name, summary in (
         ("eval", "avg@k and pass@k of a run's checkpoint on its held-out problems"),
@@ -53,10 +55,16 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         sub = command(name, summary, run)
         sub.add_argument("--step", type=int, help="RL step of the checkpoint (default: the newest)")
+        together += [sub] * (name == "eval")
         if name == "sample":
             sub.add_argument("--prompt", action="append", help="a question (repeatable; default: held-out problems)")
             sub.add_argument("-n", type=int, default=4, help="completions per prompt, and held-out problems shown (4)")
             sub.add_argument("--greedy", action="store_true", help="the most probable tokens instead of samples")
+    for sub in together:
+        sub.add_argument(
+            "--processes", metavar="HOW", help="one of several processes that are one job, each started with the same "
+            "command: `auto` (TPU pods, GKE, Slurm: found out), or HOST:PORT,N,I (process I of N; 0 listens there)"
+        )  # fmt: skip
     sub = command("export", "write a run's policy as a Hugging Face model directory", run, "directory")
     sub.add_argument("--step", type=int, help="RL step of the checkpoint (default: the newest)")
     sub.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (float32: nothing is rounded)")
@@ -88,7 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     for warning in warnings(cfg):
         print(f"warning: {warning}", file=sys.stderr)
-    return _guarded(COMMANDS[args.command], cfg, args)
+    if getattr(args, "processes", None) is None:
+        return _guarded(COMMANDS[args.command], cfg, args)
+    return _one_of_several(COMMANDS[args.command], cfg, args)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -103,6 +113,28 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(wrong)} (overrides look like key.path=value)")
     args.overrides += rest
     return args
+
+
+def _one_of_several(command, cfg: Config, args: argparse.Namespace) -> int:
+    """As `_guarded`. A process that fails ends at once: what waits at exit for the others would wait for ever."""
+    import os
+
+    from sapo_jax import processes
+
+    try:
+        processes.start(args.processes)
+        code = _guarded(command, cfg, args)
+    except processes.ProcessError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BaseException as error:
+        processes.explain(error)
+        code = 1
+    if code not in (0, 75):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _guarded(command, cfg: Config, args: argparse.Namespace) -> int:

@@ -20,6 +20,8 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from sapo_jax.processes import is_first
+
 DIAGNOSTICS = "diagnostics.jsonl"
 STAGES = ("cold_start", "rl")  # in the order they run
 
@@ -79,8 +81,35 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         file.write(text)
 
 
+def open_log(run_dir: str | Path) -> RunLog | Silent:
+    """The log of a run: RunLog in the first process, Silent in the others."""
+    return RunLog(run_dir) if is_first() else Silent()
+
+
+class Silent:
+    """In place of a RunLog: takes the same calls and writes nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def write(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
+        pass
+
+    def samples(self, stage: str, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        pass
+
+    def diagnostics(self, stage: str, step: int, row: Mapping[str, Any]) -> None:
+        pass
+
+    def rewind(self, stage: str, step: int) -> None:
+        pass
+
+
 class RunLog:
-    """The log of the run in `run_dir`; a context manager. Only process 0 of a multi-process run may open it."""
+    """The log of the run in `run_dir`; a context manager. Only the first of several processes may open it."""
 
     def __init__(self, run_dir: str | Path):
         self.run_dir = Path(run_dir)

@@ -11,7 +11,7 @@ import dataclasses
 import fcntl
 import functools
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,13 @@ import jax
 
 from sapo_jax import sharding
 from sapo_jax.checkpoint import Checkpoints
-from sapo_jax.config import Config, ModelDirError, diff, dump, load, verify
+from sapo_jax.config import Config, ConfigError, ModelDirError, diff, dump, load, verify
 from sapo_jax.data import Problems, PromptBatches, Tokenizer, load_problems, load_tokenizer
 from sapo_jax.learner import init_state, state_shardings
 from sapo_jax.metrics import write_atomically
 from sapo_jax.models import Policy, make_policy
 from sapo_jax.models.hf import check_weights, load_params
+from sapo_jax.processes import ProcessError, Share, any_true, from_first, is_first, mesh_share
 from sapo_jax.rewards import VerifierPool
 from sapo_jax.rollout import Rule, Sampler
 from sapo_jax.types import Params, TrainState
@@ -57,7 +58,8 @@ class Run:
     policy: Policy
     mesh: jax.sharding.Mesh
     pool: VerifierPool
-    stop: dict[str, bool]  # {"now": True} once a signal came
+    share: Share  # this process's part of every batch
+    stop: dict[str, bool]  # {"now": True} once a signal came to this process
 
     def key(self, stream: int, step: int = 0) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(self.cfg.train.seed), stream), step)
@@ -70,6 +72,15 @@ class Run:
     def batch_shards(self) -> int:
         """Over how many devices the rows of a batch are split."""
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    @property
+    def shown(self) -> int:
+        """How many completions of a rollout may be looked at: logged, or printed."""
+        return max(self.cfg.train.log_samples, 3)
+
+    def told_to_stop(self) -> bool:
+        """Whether a signal came to any process. A collective."""
+        return any_true(self.stop["now"])
 
     def data_seed(self, stream: int) -> int:
         return 4 * self.cfg.train.seed + stream
@@ -144,18 +155,41 @@ def open_run(cfg: Config, *, write: bool = True) -> Iterator[Run]:
             tokenizer = load_tokenizer(cfg.data.tokenizer)
             cfg = with_vocabulary(cfg, tokenizer.vocab_size)
             mesh = sharding.make_mesh(cfg.mesh)
+            share = _check_share(mesh_share(mesh), cfg)
             pool = stack.enter_context(VerifierPool(cfg.rewards))  # first: its plug-ins register verifiers
             problems = load_problems(cfg.data, tokenizer)
             if cfg.model.path is not None:
                 check_weights(cfg.model.path, cfg.model)
-        except ValueError as error:  # of the tokenizer, the mesh, the plug-ins, the data: all written for people
+        except (ValueError, ProcessError) as error:  # of the tokenizer, the mesh, the plug-ins, the data: all written for people
             raise RunError(str(error)) from error
         if write:
-            stack.enter_context(_claimed(folder))
-            _same_config(cfg, folder / "config.yaml")
+            _first_then_all(lambda: (stack.enter_context(_claimed(folder)), _same_config(cfg, folder / "config.yaml")))
             stack.enter_context(_signals(stop))
         stack.enter_context(jax.set_mesh(mesh))
-        yield Run(cfg, folder, tokenizer, problems, make_policy(cfg.model), mesh, pool, stop)
+        yield Run(cfg, folder, tokenizer, problems, make_policy(cfg.model), mesh, pool, share, stop)
+
+
+def _check_share(share: Share, cfg: Config) -> Share:
+    """The share itself, if whole groups can be shared out: teams must not wait for each other's."""
+    P, N, teams = cfg.rollout.prompts_per_step, cfg.train.mini_batches, share.teams
+    if P % (N * teams):
+        raise ProcessError(
+            f"rollout.prompts_per_step, train.mini_batches: {P} prompts cannot be split into {N} mini-batches for {teams} "
+            f"teams of processes; make prompts_per_step a multiple of {N * teams}"
+        )
+    return share
+
+
+def _first_then_all(claim: Callable[[], Any]) -> None:
+    """Done by the first process; where it raises RunError, all do. A collective."""
+    error = None
+    if is_first():
+        try:
+            claim()
+        except (RunError, ConfigError) as found:
+            error = found
+    if (text := from_first(error and str(error))) is not None:
+        raise error or RunError(text)
 
 
 def with_vocabulary(cfg: Config, tokenizer_size: int) -> Config:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from sapo_jax.config.schema import Mesh as MeshConfig
@@ -72,6 +73,28 @@ def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
 
 
 def put_batch(tree, mesh: jax.sharding.Mesh):
-    """Arrays with a leading batch dim -> device arrays split over the mesh. What is there already stays."""
+    """Arrays with a leading batch dim -> device arrays split over the mesh. What is there already stays.
+
+    Of several processes each gives the rows of its own team (`processes.Share`), all equally many.
+    """
     sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.device_put(x, sharding), tree)
+
+    def put(x):
+        if isinstance(x, jax.Array):
+            return jax.device_put(x, sharding)
+        return jax.make_array_from_process_local_data(sharding, x)
+
+    return jax.tree.map(put, tree)
+
+
+def host_rows(tree, mesh: jax.sharding.Mesh):
+    """The inverse of `put_batch`: the rows of this process's team, as host arrays. A collective."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    sharding = batch_sharding(mesh)
+
+    def rows(x: jax.Array) -> np.ndarray:
+        shards = {shard.index[0].start or 0: shard.data for shard in jax.device_put(x, sharding).addressable_shards}
+        return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+    return jax.tree.map(rows, tree)
