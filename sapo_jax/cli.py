@@ -142,6 +142,7 @@ def _guarded(command, cfg: Config, args: argparse.Namespace) -> int:
     if command is describe_command:
         return describe_command(cfg, args)
     from sapo_jax.checkpoint import CheckpointError
+    from sapo_jax.folder import FolderError
     from sapo_jax.rewards import WorkerError
     from sapo_jax.run import STOPPED, RunError, Stopped
 
@@ -151,7 +152,7 @@ def _guarded(command, cfg: Config, args: argparse.Namespace) -> int:
     except Stopped:
         print("stopped as told; the state is saved, and the same command goes on from here", file=sys.stderr)
         return STOPPED
-    except (CheckpointError, ConfigError, RunError, WorkerError) as error:
+    except (CheckpointError, ConfigError, FolderError, RunError, WorkerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -126,7 +126,7 @@ class Display:
             "time": None if seconds is None else _clock_time(seconds),
             "run folder": run_dir,
             "plot": plot,
-            "TensorBoard": f"tensorboard --logdir {shlex.quote(str(Path(run_dir) / 'tb'))}",
+            "TensorBoard": f"tensorboard --logdir {shlex.quote(f'{run_dir}/tb')}",
         }
         for name, place in places.items():
             if place is not None:

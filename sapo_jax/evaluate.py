@@ -90,7 +90,7 @@ def evaluate_run(cfg: Config, step: int | None) -> None:
         metrics, _ = evaluate(run, params, run.key(EVALUATE))
         settings = {"samples": cfg.evaluate.samples, "temperature": cfg.evaluate.temperature}
         if processes.is_first():
-            append_rows(run.dir / "evaluations.jsonl", [{"stage": stage, "step": step, **settings, **metrics}])
+            append_rows(run.folder.logs / "evaluations.jsonl", [{"stage": stage, "step": step, **settings, **metrics}])
             print(f"{stage} step {step}: {describe(metrics, cfg.evaluate.samples)}")
 
 

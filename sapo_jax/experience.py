@@ -80,7 +80,7 @@ def judge_together(
     G = len(rollout.length_B) // max(len(positions), 1)
     own = range(share.member, len(positions), share.members)
     own_B = np.array([i * G + g for i in own for g in range(G)], int)
-    part = dataclasses.replace(rollout, **{f: getattr(rollout, f)[own_B] for f in ("tokens_BC", "length_B", "finish_B")})
+    part = Rollout(rollout.tokens_BC[own_B], rollout.logp_BC[own_B], rollout.length_B[own_B], rollout.finish_B[own_B])
     judged = judge(pool, tokenizer, [prompts[positions[i]] for i in own], part)
     texts = [*judged.texts[:shown], *[""] * len(judged.texts[shown:])]
     verdicts = [(v.status, float(v.reward), v.detail) for v in judged.verdicts]

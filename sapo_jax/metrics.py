@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from sapo_jax.folder import Folder
 from sapo_jax.processes import is_first
 
 DIAGNOSTICS = "diagnostics.jsonl"
@@ -81,9 +82,9 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         file.write(text)
 
 
-def open_log(run_dir: str | Path) -> RunLog | Silent:
+def open_log(folder: Folder) -> RunLog | Silent:
     """The log of a run: RunLog in the first process, Silent in the others."""
-    return RunLog(run_dir) if is_first() else Silent()
+    return RunLog(folder.logs, lambda: folder.publish(now=False)) if is_first() else Silent()
 
 
 class Silent:
@@ -111,8 +112,9 @@ class Silent:
 class RunLog:
     """The log of the run in `run_dir`; a context manager. Only the first of several processes may open it."""
 
-    def __init__(self, run_dir: str | Path):
-        self.run_dir = Path(run_dir)
+    def __init__(self, run_dir: str | Path, written: Callable[[], None] = lambda: None):
+        """written: called after each row of metrics."""
+        self.run_dir, self._written = Path(run_dir), written
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._metrics, self._samples = self.run_dir / "metrics.jsonl", self.run_dir / "samples.jsonl"
         self._diagnostics = self.run_dir / DIAGNOSTICS
@@ -151,6 +153,7 @@ class RunLog:
         for name, value in row.items():
             self._boards[stage].add_scalar(name, value, step)
         self._boards[stage].flush()
+        self._written()
 
     def samples(self, stage: str, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Appends completions to samples.jsonl, each with its stage and step. rows: JSON values."""

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 import traceback
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from sapo_jax.sharding import RULES
 
 T = TypeVar("T")
 HEARTBEAT = 30  # seconds without a sign of life, after which a process counts as dead and the others end
@@ -50,9 +53,9 @@ def explain(error: BaseException) -> None:
         traceback.print_exception(error)
     process, cause = f"process {jax.process_index()} of {jax.process_count()}", f"{error}".splitlines()[0][:300]
     print(
-        f"error: {process} ends ({type(error).__name__}: {cause}). If this is about a connection or a heart-beat, another "
-        "process has ended: its output says why. Start all of them again: the same command goes on from the newest "
-        "checkpoint",
+        f"error: {process} ends ({type(error).__name__}: {cause}). If this is about a connection or a heart-beat, "
+        "another process has ended: its output says why. Start all of them again: the same command goes on from the "
+        "newest checkpoint",
         file=sys.stderr, flush=True,
     )  # fmt: skip
 
@@ -70,8 +73,8 @@ def gather(value: T) -> list[T]:
     length = int(multihost_utils.process_allgather(np.int32(len(data))).max())
     padded_N = np.zeros(max(256, 1 << (length - 1).bit_length()), np.uint8)  # a few programs, not one per length
     padded_N[: len(data)] = np.frombuffer(data, np.uint8)
-    found = multihost_utils.process_allgather(padded_N)
-    return [value for _, value in sorted((json.loads(row.tobytes().rstrip(b"\0")) for row in found), key=lambda x: x[0])]
+    found = [json.loads(row.tobytes().rstrip(b"\0")) for row in multihost_utils.process_allgather(padded_N)]
+    return [value for _, value in sorted(found, key=lambda x: x[0])]
 
 
 def from_first(value: T) -> T:
@@ -120,14 +123,15 @@ def share_of(process_SX: np.ndarray, process: int) -> Share:
         raise ProcessError(f"no device of process {process} is in the mesh; make its axes take all devices")
     if sum(map(len, teams)) != len(process_SX) or len({sum(s == t for s in shards.values()) for t in teams}) > 1:
         raise ProcessError(
-            f"the batch is split over data * fsdp = {len(process_SX)} shards, and processes hold some of the same shards "
-            f"but not the same ones: {shards}; make mesh.data * mesh.fsdp a multiple of the number of processes"
+            f"a batch is split over {len(process_SX)} shards ({' * '.join(RULES['batch'])}), and some processes share "
+            f"some of their shards but not all: {shards}; choose mesh axes that divide a process's devices"
         )
     return Share(teams.index(shards[process]), len(teams), members.index(process), len(members))
 
 
 def mesh_share(mesh: jax.sharding.Mesh) -> Share:
-    """This process's share of the batches on a mesh; its first two axes split them."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    process_SX = np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices).reshape(shards, -1)
-    return share_of(process_SX, jax.process_index())
+    """This process's share of the batches on a mesh."""
+    axes = [mesh.axis_names.index(axis) for axis in RULES["batch"]]
+    shards = math.prod(mesh.devices.shape[axis] for axis in axes)
+    process = np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices)
+    return share_of(np.moveaxis(process, axes, range(len(axes))).reshape(shards, -1), jax.process_index())

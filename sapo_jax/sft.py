@@ -77,6 +77,7 @@ def cold_start(run: Run, log: RunLog, display: Display) -> Params:
             display.step(STAGE, step, cfg.steps, metrics)
             stop = run.told_to_stop()
             if step % run.cfg.checkpoint.every == 0 or step == cfg.steps or stop:
+                run.folder.publish()
                 checkpoints.save(step, state, run.extras(batches))
             if stop:
                 raise Stopped
@@ -105,7 +106,7 @@ def sft(cfg: Config) -> None:
     """The cold start alone: `sapo-jax sft`. `sapo-jax train` of the same config goes on from it."""
     if cfg.cold_start.steps == 0:
         raise RunError("cold_start.steps is 0: there is nothing to do; set cold_start.steps")
-    with open_run(cfg) as run, open_log(run.dir) as log, open_display() as display:
+    with open_run(cfg) as run, open_log(run.folder) as log, open_display() as display:
         params = cold_start(run, log, display)
         metrics, _ = evaluate(run, params, run.key(EVALUATE))
         if is_first():

@@ -8,9 +8,11 @@ those are split over. The compiler (`jax.jit`, AxisType.Auto) inserts the collec
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from sapo_jax.config.schema import Mesh as MeshConfig
@@ -26,6 +28,7 @@ RULES: dict[str, str | tuple[str, ...]] = {
     "kv_heads": "tensor",
     "mlp": "tensor",
     "experts": "expert",
+    "sequence": "context",
 }
 
 
@@ -40,8 +43,24 @@ def make_mesh(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> jax.s
         raise ValueError(f"{shape} needs {math.prod(sizes)} devices, but there are {len(devices)}; lower one of them")
     if cfg.data == 0 and math.prod(sizes) != len(devices):
         raise ValueError(f"{shape} does not divide the {len(devices)} devices; set mesh.data or change the others")
-    used = devices[: math.prod(sizes)]
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=used)
+    used = arrange(devices[: math.prod(sizes)], sizes)
+    return jax.sharding.Mesh(used, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def arrange(devices: Sequence[jax.Device], sizes: Sequence[int]) -> np.ndarray:
+    """The devices as an array of this shape, neighbours on a TPU's torus near each other.
+
+    Slices of TPUs are joined by the data-centre network alone, which is far slower: only `data`, the first axis, goes
+    across them. Raises ValueError where it cannot.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    if sizes[0] % slices:
+        raise ValueError(f"the devices are in {slices} slices; make mesh.data={sizes[0]} a multiple of {slices}")
+    across = (slices, *[1] * (len(sizes) - 1))
+    within = (sizes[0] // slices, *sizes[1:])
+    return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
 
 
 def spec(*dims: str | None) -> PartitionSpec:
@@ -70,6 +89,12 @@ def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(*dims))
+
+
+def sequence(T: int) -> str | None:
+    """The logical name of a dim of T tokens: rows too short to be cut evenly over `context` stay whole."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or T % mesh.shape[RULES["sequence"]] else "sequence"
 
 
 def put_batch(tree, mesh: jax.sharding.Mesh):

@@ -33,7 +33,7 @@ def reinforce(run: Run, log: RunLog, display: Display) -> None:
     cfg = run.cfg
     batches = run.batches(ROLLOUT, cfg.rollout.prompts_per_step)
     with run.checkpoints(STAGE) as checkpoints:
-        fresh = not checkpoints.steps()
+        fresh = from_first(not checkpoints.steps())
         start = cold_start(run, log, display) if fresh else None
         trainer, tx = make_trainer(run, reference_params(run) if cfg.loss.kl_coef > 0 else None)
         if fresh:
@@ -86,6 +86,7 @@ def log_evaluation(run: Run, log: RunLog, state: TrainState, step: int, metrics:
 def save(checkpoints: Checkpoints, run: Run, state: TrainState, step: int, batches: PromptBatches) -> dict[str, float]:
     """Start saving; the seconds that took (writing goes on in the background)."""
     clock = Clock()
+    run.folder.publish()
     checkpoints.save(step, state, run.extras(batches))
     clock.lap("checkpoint")
     return clock.laps
@@ -93,12 +94,12 @@ def save(checkpoints: Checkpoints, run: Run, state: TrainState, step: int, batch
 
 def train(cfg: Config) -> dict[str, Any]:
     """The whole run: cold start, RL, summary, plot. Resumes what is there. Raises run.Stopped when told to stop."""
-    with open_run(cfg) as run, open_log(run.dir) as log, open_display() as display:
+    with open_run(cfg) as run, open_log(run.folder) as log, open_display() as display:
         reinforce(run, log, display)
         if is_first():
             summary = summarize(log, run.cfg)
             log.summary(summary)
-            display.summary(summary, run.dir, plot_run(run.dir))
+            display.summary(summary, run.dir, plot_run(run.folder.logs))
         return from_first(summary if is_first() else {})
 
 
