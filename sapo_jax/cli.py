@@ -116,10 +116,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _one_of_several(command, cfg: Config, args: argparse.Namespace) -> int:
-    """As `_guarded`. A process that fails ends at once: what waits at exit for the others would wait for ever."""
-    import os
-
+    """As `_guarded`, in a job of several processes."""
     from sapo_jax import processes
+    from sapo_jax.run import STOPPED
 
     try:
         processes.start(args.processes)
@@ -130,11 +129,7 @@ def _one_of_several(command, cfg: Config, args: argparse.Namespace) -> int:
     except BaseException as error:
         processes.explain(error)
         code = 1
-    if code not in (0, 75):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
+    return code if code in (0, STOPPED) else processes.leave(code)
 
 
 def _guarded(command, cfg: Config, args: argparse.Namespace) -> int:
