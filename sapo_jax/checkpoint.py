@@ -27,6 +27,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from sapo_jax.config import schema
+from sapo_jax.processes import from_first, is_first
 
 _REQUIRED = ("_CHECKPOINT_METADATA", "state/_METADATA", "extras/metadata", "manifest/metadata")
 _SHOWN = 8  # leaves listed in an error
@@ -168,7 +169,7 @@ class Checkpoints:
             return
         try:
             self._manager.wait_until_finished()
-            if step not in self.steps():
+            if is_first() and step not in self.steps():
                 raise FileNotFoundError("the step folder is not complete")
         except Exception as error:
             raise self._save_error(step, error) from error
@@ -214,7 +215,11 @@ class Checkpoints:
         return {int(f.name): f for f in self.directory.iterdir() if re.fullmatch("0|[1-9][0-9]*", f.name)}
 
     def _newest(self) -> int | None:
+        """As the first of several processes sees it: the others must not restore another one."""
         self.wait()
+        return from_first(self._newest_here() if is_first() else None)
+
+    def _newest_here(self) -> int | None:
         for step, folder in sorted(self._step_folders().items(), reverse=True):
             if not (missing := _missing(folder)):
                 return step

@@ -50,8 +50,10 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     run = "a YAML file, or the folder of a run"
-    command("train", "cold start (if cold_start.steps > 0), then RL; on an existing run folder, resume it", run)
-    command("sft", "the cold start alone", run)
+    together = [
+        command("train", "cold start (if cold_start.steps > 0), then RL; on an existing run folder, resume it", run),
+        command("sft", "the cold start alone", run),
+    ]
     command("config", "dry run: the resolved config, parameters, tokens, FLOPs, memory; compiles nothing", run)
     for name, summary in (
         ("eval", "avg@k and pass@k of a run's checkpoint on its held-out problems"),
@@ -59,10 +61,16 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         sub = command(name, summary, run)
         sub.add_argument("--step", type=int, help="RL step of the checkpoint (default: the newest)")
+        together += [sub] * (name == "eval")
         if name == "sample":
             sub.add_argument("--prompt", action="append", help="a question (repeatable; default: held-out problems)")
             sub.add_argument("-n", type=int, default=4, help="completions per prompt, and held-out problems shown (4)")
             sub.add_argument("--greedy", action="store_true", help="the most probable tokens instead of samples")
+    for sub in together:
+        sub.add_argument(
+            "--processes", metavar="HOW", help="one of several processes that are one job, each started with the same "
+            "command: `auto` (TPU pods, GKE, Slurm: found out), or HOST:PORT,N,I (process I of N; 0 listens there)"
+        )  # fmt: skip
     sub = command("export", "write a run's policy as a Hugging Face model directory", run, "directory")
     sub.add_argument("--step", type=int, help="RL step of the checkpoint (default: the newest)")
     sub.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (float32: nothing is rounded)")
@@ -122,7 +130,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     for warning in warnings(cfg):
         print(f"warning: {warning}", file=sys.stderr)
-    return _guarded(COMMANDS[args.command], cfg, args)
+    if getattr(args, "processes", None) is None:
+        return _guarded(COMMANDS[args.command], cfg, args)
+    return _one_of_several(COMMANDS[args.command], cfg, args)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -139,11 +149,29 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def _one_of_several(command, cfg: Config, args: argparse.Namespace) -> int:
+    """As `_guarded`, in a job of several processes."""
+    from sapo_jax import processes
+    from sapo_jax.run import STOPPED
+
+    try:
+        processes.start(args.processes)
+        code = _guarded(command, cfg, args)
+    except processes.ProcessError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BaseException as error:
+        processes.explain(error)
+        code = 1
+    return code if code in (0, STOPPED) else processes.leave(code)
+
+
 def _guarded(command, cfg: Config, args: argparse.Namespace) -> int:
     """Errors with a message for people become that message; anything else is a bug and keeps its traceback."""
     if command is describe_command:
         return describe_command(cfg, args)
     from sapo_jax.checkpoint import CheckpointError
+    from sapo_jax.folder import FolderError
     from sapo_jax.rewards import WorkerError
     from sapo_jax.run import STOPPED, RunError, Stopped
 
@@ -153,7 +181,7 @@ def _guarded(command, cfg: Config, args: argparse.Namespace) -> int:
     except Stopped:
         print("stopped as told; the state is saved, and the same command goes on from here", file=sys.stderr)
         return STOPPED
-    except (CheckpointError, ConfigError, RunError, WorkerError) as error:
+    except (CheckpointError, ConfigError, FolderError, RunError, WorkerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -234,6 +262,7 @@ def sweep_command(args: argparse.Namespace) -> int:
         return 2
     for warning in plan.warnings():
         print(f"warning: {warning}", file=sys.stderr)
+    from sapo_jax.folder import FolderError
     from sapo_jax.run import RunError
     from sapo_jax.sweep import plan_lines, sweep
 
@@ -242,7 +271,7 @@ def sweep_command(args: argparse.Namespace) -> int:
             print("\n".join(plan_lines(plan, args.shard)))
             return 0
         return sweep(plan, max_parallel=args.max_parallel, shard=args.shard)
-    except (ConfigError, RunError, OSError) as error:  # of a run's stored config; of the folder, the disk
+    except (ConfigError, FolderError, RunError, OSError) as error:  # of a run's stored config; of the folder, the disk
         print(f"error: {error}", file=sys.stderr)
         return 1
 

@@ -20,6 +20,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from sapo_jax.processes import is_first
+
 # label, format of each value, metrics (those present are joined by "/")
 _CELLS = (
     ("reward", "{:.3f}", ("reward/mean",)),
@@ -62,7 +64,7 @@ def _cells(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
 
 
 class Display:
-    """A context manager. every: steps between plain lines. Of a multi-process run only process 0 should open one."""
+    """A context manager. every: steps between plain lines."""
 
     def __init__(self, console: Console | None = None, every: int = 10, clock: Callable[[], float] = time.monotonic):
         self.console = console or Console()
@@ -124,11 +126,16 @@ class Display:
             "time": None if seconds is None else clock_time(seconds),
             "run folder": run_dir,
             "plot": plot,
-            "TensorBoard": f"tensorboard --logdir {shlex.quote(str(Path(run_dir) / 'tb'))}",
+            "TensorBoard": f"tensorboard --logdir {shlex.quote(f'{run_dir}/tb')}",
         }
         for name, place in places.items():
             if place is not None:
                 self.console.print(Text(f"{name + ':':13}{place}"), soft_wrap=True)
+
+
+def open_display() -> Display:
+    """A display that shows nothing where this is not the first of several processes."""
+    return Display(None if is_first() else Console(quiet=True, force_terminal=False))
 
 
 def _panel(

@@ -10,10 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from sapo_jax import processes
 from sapo_jax.config import Config
 from sapo_jax.data import Problem, PromptMaker
 from sapo_jax.display import Display
-from sapo_jax.experience import judge, sample_rows
+from sapo_jax.experience import judge, judge_together, sample_rows
 from sapo_jax.metrics import append_rows
 from sapo_jax.rollout import Rule
 from sapo_jax.run import EVALUATE, Run, RunError, open_run
@@ -24,24 +25,26 @@ from sapo_jax.types import Params, Prompt
 def evaluate(
     run: Run, params: Params, key: jax.Array, prompts: Sequence[Prompt] | None = None
 ) -> tuple[dict, list[dict]]:
-    """Metrics and sample rows of k = evaluate.samples completions for every held-out problem.
+    """Metrics of k = evaluate.samples completions for every held-out problem, and sample rows of the first ones.
 
     avg@k: mean correctness over problems and samples. pass@k: share of problems with at least one correct sample.
     stderr: of avg@k, over problems (the k samples of one problem are not independent); ci_low, ci_high: its 95 %
     interval, by the percentile bootstrap over problems. Completions whose verifier failed count as wrong here, and
     their number is reported: a failing verifier must not improve a score.
     """
-    cfg, prompts = run.cfg.evaluate, run.problems.held_out if prompts is None else prompts
+    cfg, share, prompts = run.cfg.evaluate, run.share, run.problems.held_out if prompts is None else prompts
+    size = min(cfg.batch_prompts, len(prompts))  # of a batch
     correct, lengths, failures = [], [], 0
     rows: list[dict[str, Any]] = []
     for start in range(0, len(prompts), cfg.batch_prompts):
         batch = prompts[start : start + cfg.batch_prompts]
-        rollout = run.eval_sampler(params, batch, key, min(cfg.batch_prompts, len(prompts)))
-        judged = judge(run.pool, run.tokenizer, batch, rollout)
+        own = [i for i in share.positions(size) if i < len(batch)]
+        rollout = run.eval_sampler(params, [batch[i] for i in own], key, size // share.teams)
+        judged = judge_together(run.pool, run.tokenizer, share, batch, own, rollout, run.shown)
         correct.append(judged.correct_PG & judged.valid_PG)
-        lengths.append(rollout.length_B)
+        lengths.append(judged.length_B)
         failures += int((~judged.valid_PG).sum())
-        rows += sample_rows(judged)
+        rows += sample_rows(judged, limit=run.shown - len(rows))
     correct_PG = np.concatenate(correct)
     per_problem = correct_PG.mean(axis=1)
     low, high = bootstrap_interval(per_problem)
@@ -80,8 +83,9 @@ def evaluate_run(cfg: Config, step: int | None) -> None:
         stage, step, params = run.trained_params(step)
         metrics, _ = evaluate(run, params, run.key(EVALUATE))
         settings = {"samples": cfg.evaluate.samples, "temperature": cfg.evaluate.temperature}
-        append_rows(run.dir / "evaluations.jsonl", [{"stage": stage, "step": step, **settings, **metrics}])
-        print(f"{stage} step {step}: {describe(metrics, cfg.evaluate.samples)}")
+        if processes.is_first():
+            append_rows(run.folder.logs / "evaluations.jsonl", [{"stage": stage, "step": step, **settings, **metrics}])
+            print(f"{stage} step {step}: {describe(metrics, cfg.evaluate.samples)}")
 
 
 def show_samples(cfg: Config, step: int | None, questions: Sequence[str] | None, n: int, greedy: bool) -> None:
@@ -93,7 +97,8 @@ def show_samples(cfg: Config, step: int | None, questions: Sequence[str] | None,
         prompts = run.problems.held_out[:n]
         if questions:
             prompts = [_prompt(run, question, i) for i, question in enumerate(questions)]
-        rollout = run.sampler(rule, 1 if greedy else n)(params, prompts, run.key(EVALUATE, 1))
+        filled = -(-len(prompts) // run.batch_shards) * run.batch_shards  # the mesh splits whole batches alone
+        rollout = run.sampler(rule, 1 if greedy else n)(params, prompts, run.key(EVALUATE, 1), filled)
         if not questions:
             display.samples(sample_rows(judge(run.pool, run.tokenizer, prompts, rollout)))
             return

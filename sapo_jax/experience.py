@@ -13,6 +13,7 @@ from sapo_jax.config.schema import Config
 from sapo_jax.data import Tokenizer
 from sapo_jax.objectives.correction import CORRECTIONS
 from sapo_jax.objectives.weights import token_weights
+from sapo_jax.processes import Share, gather
 from sapo_jax.rewards import VerifierPool
 from sapo_jax.rollout import Rows
 from sapo_jax.types import FINISH_REASONS, Batch, Prompt, Rollout, Verdict
@@ -23,8 +24,9 @@ class Judged:
     """The completions of a rollout, read and judged; B entries in group order."""
 
     prompts: Sequence[Prompt]
-    rollout: Rollout
-    texts: list[str]
+    length_B: np.ndarray
+    finish_B: np.ndarray
+    texts: list[str]  # "" where another process has it, and it is not one to show
     verdicts: list[Verdict]
 
     @property
@@ -46,13 +48,47 @@ class Judged:
     def correct_PG(self) -> np.ndarray:
         return self.per_group([v.correct for v in self.verdicts])
 
+    @property
+    def length_PG(self) -> np.ndarray:
+        return self.per_group(self.length_B)
+
 
 def judge(pool: VerifierPool, tokenizer: Tokenizer, prompts: Sequence[Prompt], rollout: Rollout) -> Judged:
     """Decode the completions and have them verified."""
-    G = len(rollout.length_B) // len(prompts)
+    G = len(rollout.length_B) // max(len(prompts), 1)
     texts = [tokenizer.decode(ids[:n]) for ids, n in zip(rollout.tokens_BC, rollout.length_B, strict=True)]
     verdicts = pool.verify([(text, prompts[b // G]) for b, text in enumerate(texts)])
-    return Judged(prompts, rollout, texts, verdicts)
+    return Judged(prompts, rollout.length_B, rollout.finish_B, texts, verdicts)
+
+
+def judge_together(
+    pool: VerifierPool,
+    tokenizer: Tokenizer,
+    share: Share,
+    prompts: Sequence[Prompt],
+    positions: Sequence[int],
+    rollout: Rollout,
+    shown: int,
+) -> Judged:
+    """All of a rollout, judged by all processes: each decodes and verifies its own part, and learns of the others'.
+
+    positions: which of the prompts this team has sampled, in the order of `rollout`. Every process gets the same;
+    the texts are those of the first `shown` completions at least. A collective.
+    """
+    if share.teams * share.members == 1:
+        return judge(pool, tokenizer, prompts, rollout)
+    G = len(rollout.length_B) // max(len(positions), 1)
+    own = range(share.member, len(positions), share.members)
+    own_B = np.array([i * G + g for i in own for g in range(G)], int)
+    part = Rollout(rollout.tokens_BC[own_B], rollout.logp_BC[own_B], rollout.length_B[own_B], rollout.finish_B[own_B])
+    judged = judge(pool, tokenizer, [prompts[positions[i]] for i in own], part)
+    texts = [*judged.texts[:shown], *[""] * len(judged.texts[shown:])]
+    verdicts = [(v.status, float(v.reward), v.detail) for v in judged.verdicts]
+    completions = list(zip(judged.length_B.tolist(), judged.finish_B.tolist(), texts, verdicts, strict=True))
+    found = gather([(positions[i], completions[j * G : (j + 1) * G]) for j, i in enumerate(own)])
+    groups = dict(group for process in found for group in process)
+    length, finish, texts, verdicts = zip(*(c for i in range(len(prompts)) for c in groups[i]), strict=True)
+    return Judged(prompts, np.array(length), np.array(finish), list(texts), [Verdict(*v) for v in verdicts])
 
 
 def group_advantages(judged: Judged, cfg: Config) -> np.ndarray:
@@ -61,14 +97,14 @@ def group_advantages(judged: Judged, cfg: Config) -> np.ndarray:
 
 
 def training_arrays(
-    rows: Rows, judged: Judged, adv_PG: np.ndarray, logps: Mapping[str, np.ndarray | None], cfg: Config
+    rows: Rows, valid_PG: np.ndarray, adv_PG: np.ndarray, logps: Mapping[str, np.ndarray | None], cfg: Config
 ) -> dict[str, np.ndarray]:
-    """All arrays of `types.Batch` but the weights, for the whole rollout.
+    """All arrays of `types.Batch` but the weights, for the rollout that the rows are of.
 
     logps: `sampler`, `old` and (with a KL penalty) `reference` log-probs, BT. Completions whose verifier failed are
     masked out: their advantage is 0, and without the mask they would count in the means.
     """
-    mask_BT = rows.mask_BT & rows.spread(judged.valid_PG.reshape(-1))
+    mask_BT = rows.mask_BT & rows.spread(valid_PG.reshape(-1))
     arrays = dict(rows.arrays, mask_BT=mask_BT, old_logp_BT=logps["old"])
     arrays["adv_BT"] = rows.spread(adv_PG.reshape(-1).astype(np.float32))
     if logps.get("reference") is not None:
@@ -79,13 +115,19 @@ def training_arrays(
     return arrays
 
 
-def mini_batches(arrays: Mapping[str, np.ndarray], cfg: Config) -> list[Batch]:
-    """`train.mini_batches` optimiser batches of whole groups, each with its own weights; equal shares of the rows."""
-    batches = []
-    for part in zip(*(np.split(a, cfg.train.mini_batches) for a in arrays.values()), strict=True):
+def mini_batches(arrays: Mapping[str, np.ndarray], judged: Judged, cfg: Config) -> list[Batch]:
+    """`train.mini_batches` optimiser batches of whole groups, each with its own weights; equal shares of the rows.
+
+    The arrays may be a part of the rollout; `judged` is the whole, whose numbers of sequences and tokens count.
+    """
+    batches, N = [], cfg.train.mini_batches
+    sequences = judged.valid_PG.reshape(N, -1).sum(axis=1)
+    tokens = (judged.valid_PG * judged.length_PG).reshape(N, -1).sum(axis=1)
+    parts = zip(*(np.split(a, N) for a in arrays.values()), strict=True)
+    for part, totals in zip(parts, zip(sequences, tokens, strict=True), strict=True):
         fields = dict(zip(arrays, part, strict=True))
         weight_BT = token_weights(
-            fields["mask_BT"], fields["segment_ids_BT"], cfg.loss.normalization, cfg.rollout.max_new_tokens
+            fields["mask_BT"], fields["segment_ids_BT"], cfg.loss.normalization, cfg.rollout.max_new_tokens, totals
         )
         batches.append(Batch(**fields, weight_BT=weight_BT))
     return batches
@@ -96,7 +138,7 @@ def mini_batches(arrays: Mapping[str, np.ndarray], cfg: Config) -> list[Batch]:
 
 def rollout_metrics(judged: Judged, adv_PG: np.ndarray) -> dict[str, float]:
     """Rewards, accuracy, lengths and verifier states of a rollout; rates are over all its completions."""
-    valid_PG, reward_PG, length_B = judged.valid_PG, judged.reward_PG, judged.rollout.length_B
+    valid_PG, reward_PG, length_B = judged.valid_PG, judged.reward_PG, judged.length_B
     rewards = reward_PG[valid_PG]
     statuses = [v.status for v in judged.verdicts]
     metrics = {
@@ -106,7 +148,7 @@ def rollout_metrics(judged: Judged, adv_PG: np.ndarray) -> dict[str, float]:
         "groups/no_signal_fraction": (adv_PG == 0).all(axis=1).mean(),
         "completion/length_mean": length_B.mean(),
         "completion/length_max": length_B.max(),
-        "completion/truncated_fraction": (judged.rollout.finish_B == FINISH_REASONS.index("length")).mean(),
+        "completion/truncated_fraction": (judged.finish_B == FINISH_REASONS.index("length")).mean(),
         **{f"verifier/{s}_fraction": statuses.count(s) / len(statuses) for s in ("unparsable", "timeout", "error")},
     }
     tasks = np.array([p.task for p in judged.prompts])
@@ -118,15 +160,19 @@ def rollout_metrics(judged: Judged, adv_PG: np.ndarray) -> dict[str, float]:
 def mismatch_metrics(
     old_logp_BT: np.ndarray, sampler_logp_BT: np.ndarray, mask_BT: np.ndarray, prefix: str = "mismatch/"
 ) -> dict[str, float]:
-    """How far scorer and sampler disagree on the same tokens: mean and max of |log ratio|, nats."""
+    """How far scorer and sampler disagree on the same tokens: mean and max of |log ratio|, nats. A collective: each
+    process has tokens of its own."""
     gap_N = np.abs(old_logp_BT - sampler_logp_BT)[mask_BT]
-    return {f"{prefix}mean": float(gap_N.mean()), f"{prefix}max": float(gap_N.max())} if gap_N.size else {}
+    total, n, largest = zip(*gather([float(gap_N.sum()), gap_N.size, float(gap_N.max(initial=0))]), strict=True)
+    return {f"{prefix}mean": sum(total) / sum(n), f"{prefix}max": max(largest)} if sum(n) else {}
 
 
-def row_metrics(rows: Rows) -> dict[str, float]:
-    """How full the packed rows are: `rows/fill` is the share of their slots that hold a token."""
+def row_metrics(rows: Rows, teams: int) -> dict[str, float]:
+    """How full the packed rows are: `rows/fill` is the share of their slots that hold a token. A collective: each
+    team of processes has as many rows, of its own."""
     B, T = rows.mask_BT.shape
-    return {"rows/count": B, "rows/length": T, "rows/fill": float((rows.arrays["segment_ids_BT"] > 0).mean())}
+    fill = np.mean(gather(float((rows.arrays["segment_ids_BT"] > 0).mean())))
+    return {"rows/count": B * teams, "rows/length": T, "rows/fill": float(fill)}
 
 
 def sample_rows(judged: Judged, adv_PG: np.ndarray | None = None, limit: int | None = None) -> list[dict[str, Any]]:
@@ -142,8 +188,8 @@ def sample_rows(judged: Judged, adv_PG: np.ndarray | None = None, limit: int | N
             "question": prompt.question,
             "answer": prompt.answer,
             "completion": text,
-            "tokens": int(judged.rollout.length_B[b]),
-            "finish": FINISH_REASONS[int(judged.rollout.finish_B[b])],
+            "tokens": int(judged.length_B[b]),
+            "finish": FINISH_REASONS[int(judged.finish_B[b])],
             "status": verdict.status,
             "reward": verdict.reward if verdict.valid else None,
             "detail": verdict.detail,

@@ -145,4 +145,6 @@ def make_update(policy: Policy, tx, loss_fn: LossFn, micro_batch: int, shardings
         }
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), aux
 
-    return jax.jit(update, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
+    # aux is read on the host, by every process: it goes where the step counter is, everywhere
+    placed = None if shardings is None else (shardings, shardings.step)
+    return jax.jit(update, donate_argnums=0, out_shardings=placed)

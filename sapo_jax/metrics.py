@@ -22,6 +22,9 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from sapo_jax.folder import Folder
+from sapo_jax.processes import is_first
+
 DIAGNOSTICS = "diagnostics.jsonl"
 STAGES = ("cold_start", "rl")  # in the order they run
 
@@ -106,11 +109,39 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         file.write(text)
 
 
-class RunLog:
-    """The log of the run in `run_dir`; a context manager. Only process 0 of a multi-process run may open it."""
+def open_log(folder: Folder) -> RunLog | Silent:
+    """The log of a run: RunLog in the first process, Silent in the others."""
+    return RunLog(folder.logs, lambda: folder.publish(now=False)) if is_first() else Silent()
 
-    def __init__(self, run_dir: str | Path):
-        self.run_dir = Path(run_dir)
+
+class Silent:
+    """In place of a RunLog: takes the same calls and writes nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def write(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
+        pass
+
+    def samples(self, stage: str, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        pass
+
+    def diagnostics(self, stage: str, step: int, row: Mapping[str, Any]) -> None:
+        pass
+
+    def rewind(self, stage: str, step: int) -> None:
+        pass
+
+
+class RunLog:
+    """The log of the run in `run_dir`; a context manager. Only the first of several processes may open it."""
+
+    def __init__(self, run_dir: str | Path, written: Callable[[], None] = lambda: None):
+        """written: called after each row of metrics."""
+        self.run_dir, self._written = Path(run_dir), written
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._metrics, self._samples = self.run_dir / "metrics.jsonl", self.run_dir / "samples.jsonl"
         self._diagnostics = self.run_dir / DIAGNOSTICS
@@ -149,6 +180,7 @@ class RunLog:
         for name, value in row.items():
             self._boards[stage].add_scalar(name, value, step)
         self._boards[stage].flush()
+        self._written()
 
     def samples(self, stage: str, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Appends completions to samples.jsonl, each with its stage and step. rows: JSON values."""

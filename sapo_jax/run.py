@@ -8,35 +8,39 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+from etils import epath
 
 from sapo_jax import sharding
 from sapo_jax.checkpoint import Checkpoints
-from sapo_jax.config import Config, ModelDirError, diff, dump, load, verify
+from sapo_jax.config import Config, ConfigError, ModelDirError, diff, dump, load, verify
 from sapo_jax.data import Problems, PromptBatches, Tokenizer, load_problems, load_tokenizer
+from sapo_jax.folder import Folder, FolderError, as_path, open_folder
 from sapo_jax.learner import init_state, state_shardings
 from sapo_jax.metrics import write_atomically
 from sapo_jax.models import Policy, make_policy
 from sapo_jax.models.hf import check_weights, load_params
+from sapo_jax.processes import ProcessError, Share, any_true, gather, is_first, mesh_share
 from sapo_jax.rewards import VerifierPool
 from sapo_jax.rollout import Rule, Sampler
 from sapo_jax.types import Params, TrainState
 
+T = TypeVar("T")
 COLD_START, ROLLOUT, EVALUATE, INIT = range(4)  # streams of random numbers, all from train.seed
 STOPPED = 75  # exit code (EX_TEMPFAIL) of a run that was told to stop, has saved, and can be resumed
 
-# What may change between the parts of a resumed run: nothing that has a say in the numbers of a step already done.
+# What may change between the parts of a resumed run: nothing that has a say in the numbers of a step already done, but
+# for the rounding of float32, which depends on the mesh.
 MAY_CHANGE = (
     "train.steps", "train.log_samples", "train.print_samples_every", "train.max_nonfinite", "train.routing_on",
     "train.live_mismatch_every", "checkpoint.", "evaluate.", "run_dir", "rewards.workers", "rewards.deadline",
-    "rewards.memory_mb",
+    "rewards.memory_mb", "mesh.",
 )  # fmt: skip
 
 
@@ -51,13 +55,14 @@ class RunError(RuntimeError):
 @dataclasses.dataclass(frozen=True)
 class Run:
     cfg: Config
-    dir: Path
+    folder: Folder
     tokenizer: Tokenizer
     problems: Problems
     policy: Policy
     mesh: jax.sharding.Mesh
     pool: VerifierPool
-    stop: dict[str, bool]  # {"now": True} once a signal came
+    share: Share  # this process's part of every batch
+    stop: dict[str, bool]  # {"now": True} once a signal came to this process
 
     def key(self, stream: int, step: int = 0) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(self.cfg.train.seed), stream), step)
@@ -70,6 +75,19 @@ class Run:
     def batch_shards(self) -> int:
         """Over how many devices the rows of a batch are split."""
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    @property
+    def dir(self) -> Path | epath.Path:
+        return self.folder.path
+
+    @property
+    def shown(self) -> int:
+        """How many completions of a rollout may be looked at: logged, or printed."""
+        return max(self.cfg.train.log_samples, 3)
+
+    def told_to_stop(self) -> bool:
+        """Whether a signal came to any process. A collective."""
+        return any_true(self.stop["now"])
 
     def data_seed(self, stream: int) -> int:
         return 4 * self.cfg.train.seed + stream
@@ -128,8 +146,8 @@ class Run:
         raise RunError(f"{self.dir} has no checkpoint yet: train it first")
 
 
-def run_dir(cfg: Config) -> Path:
-    return Path(cfg.run_dir.format(name=cfg.name, seed=cfg.train.seed))
+def run_dir(cfg: Config) -> Path | epath.Path:
+    return as_path(cfg.run_dir.format(name=cfg.name, seed=cfg.train.seed))
 
 
 @contextlib.contextmanager
@@ -138,24 +156,49 @@ def open_run(cfg: Config, *, write: bool = True) -> Iterator[Run]:
 
     Raises RunError if another process works in the folder, or if it holds a run with another config.
     """
-    folder, stop = run_dir(cfg), {"now": False}
+    stop = {"now": False}
     with contextlib.ExitStack() as stack:
         try:
             tokenizer = load_tokenizer(cfg.data.tokenizer)
             cfg = with_vocabulary(cfg, tokenizer.vocab_size)
             mesh = sharding.make_mesh(cfg.mesh)
+            share = _check_share(mesh_share(mesh), cfg)
             pool = stack.enter_context(VerifierPool(cfg.rewards))  # first: its plug-ins register verifiers
             problems = load_problems(cfg.data, tokenizer)
             if cfg.model.path is not None:
                 check_weights(cfg.model.path, cfg.model)
-        except ValueError as error:  # of the tokenizer, the mesh, the plug-ins, the data: all written for people
+        except (ValueError, ProcessError) as error:  # of the tokenizer, mesh, plug-ins, data: all written for people
             raise RunError(str(error)) from error
+        folder = _together(lambda: stack.enter_context(open_folder(run_dir(cfg), write=write)))
         if write:
-            stack.enter_context(claimed(folder))
-            _same_config(cfg, folder / "config.yaml")
+            _together(lambda: _same_config(cfg, folder.logs / "config.yaml", folder.path) if is_first() else None)
             stack.enter_context(signals(stop))
         stack.enter_context(jax.set_mesh(mesh))
-        yield Run(cfg, folder, tokenizer, problems, make_policy(cfg.model), mesh, pool, stop)
+        yield Run(cfg, folder, tokenizer, problems, make_policy(cfg.model), mesh, pool, share, stop)
+
+
+def _check_share(share: Share, cfg: Config) -> Share:
+    """The share itself, if whole groups can be shared out: teams must not wait for each other's."""
+    P, N, teams = cfg.rollout.prompts_per_step, cfg.train.mini_batches, share.teams
+    if P % (N * teams):
+        raise ProcessError(
+            f"rollout.prompts_per_step, train.mini_batches: {P} prompts cannot be split into {N} mini-batches for "
+            f"{teams} teams of processes; make prompts_per_step a multiple of {N * teams}"
+        )
+    return share
+
+
+def _together(step: Callable[[], T]) -> T:
+    """What `step` returns; where it fails in any process, for a reason written for people, all raise RunError. A
+    collective."""
+    found = error = None
+    try:
+        found = step()
+    except (RunError, FolderError, ConfigError) as failure:
+        error = failure
+    if texts := [text for text in gather(error and str(error)) if text]:
+        raise RunError(texts[0]) from error
+    return found
 
 
 def with_vocabulary(cfg: Config, tokenizer_size: int) -> Config:
@@ -166,25 +209,11 @@ def with_vocabulary(cfg: Config, tokenizer_size: int) -> Config:
     )
 
 
-@contextlib.contextmanager
-def claimed(folder: Path, name: str = ".lock", *, wait: bool = False) -> Iterator[None]:
-    """The lock goes with the process, however it ends. Held by another one: wait for it, or raise RunError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / name, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise RunError(f"another process is working in {folder}; wait for it, or set another run_dir") from None
-        except OSError as error:  # a file system without locks
-            raise RunError(f"{folder / name} cannot be locked: {error.strerror}; set another run_dir") from error
-        yield
-
-
-def _same_config(cfg: Config, path: Path) -> None:
+def _same_config(cfg: Config, path: Path, folder: Path | epath.Path) -> None:
     """Write the resolved config; refuse to go on with a run whose numbers came from another one."""
     if path.exists() and (changed := changed_keys(load(path), cfg)):
         raise RunError(
-            f"{path.parent} holds a run with another config; different: {', '.join(changed)}. "
+            f"{folder} holds a run with another config; different: {', '.join(changed)}. "
             "Undo that, remove the folder, or set another name or run_dir"
         )
     write_atomically(path, dump(cfg))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from sapo_jax.kernels import NEGATIVE
 from sapo_jax.models import Policy, Qwen3
 from sapo_jax.models.moe import Routing
+from sapo_jax.sharding import constrain, sequence
 from sapo_jax.types import Array, Batch, Params
 
 
@@ -34,7 +35,8 @@ def score(model: Qwen3, batch: Batch, temperature: float) -> Scores:
     where = (batch.positions_BT, batch.segment_ids_BT, batch.prefix_ids_BT)
     out = model.forward(batch.tokens_BT, *where, expert_ids_BTLk=batch.expert_ids_BTLk)
     B, T, D = out.hidden_BTD.shape
-    hidden_ND = jnp.take_along_axis(out.hidden_BTD, batch.source_BM[..., None], axis=1).reshape(-1, D)
+    hidden_BMD = jnp.take_along_axis(out.hidden_BTD, batch.source_BM[..., None], axis=1)
+    hidden_ND = constrain(hidden_BMD, "batch", sequence(hidden_BMD.shape[1]), None).reshape(-1, D)
     targets_N = jnp.take_along_axis(batch.tokens_BT, jnp.minimum(batch.picked_BM, T - 1), axis=1).reshape(-1)
     logp_N, entropy_N, greedy_N, collision_N = head_logprobs(
         hidden_ND, model.head_VD(), targets_N, temperature, model.cfg.vocab_chunk

@@ -9,11 +9,12 @@ import numpy as np
 
 from sapo_jax.config import Config
 from sapo_jax.data import PromptBatches, load_demonstrations, sft_example
-from sapo_jax.display import Display
+from sapo_jax.display import Display, open_display
 from sapo_jax.evaluate import describe, evaluate
 from sapo_jax.learner import last_rate, make_optimizer, make_schedule, make_update, sft_loss, state_shardings
-from sapo_jax.metrics import RunLog
+from sapo_jax.metrics import RunLog, open_log
 from sapo_jax.objectives.weights import token_weights
+from sapo_jax.processes import is_first
 from sapo_jax.rollout import token_rows
 from sapo_jax.run import COLD_START, EVALUATE, Run, RunError, Stopped, open_run
 from sapo_jax.sharding import put_batch
@@ -59,7 +60,9 @@ def cold_start(run: Run, log: RunLog, display: Display) -> Params:
         log.rewind(STAGE, step)
         while step < cfg.steps:
             start = time.perf_counter()
-            state, aux = update(state, put_batch(sft_batch(next(batches), run), run.mesh))
+            batch = sft_batch(next(batches), run)
+            own = run.share.positions(len(batch.tokens_BT))
+            state, aux = update(state, put_batch(jax.tree.map(lambda x, own=own: x[own], batch), run.mesh))
             aux = jax.device_get(aux)
             step += 1
             if aux["nonfinite_in_row"] >= run.cfg.train.max_nonfinite:
@@ -72,9 +75,11 @@ def cold_start(run: Run, log: RunLog, display: Display) -> Params:
             }  # fmt: skip
             log.write(STAGE, step, metrics)
             display.step(STAGE, step, cfg.steps, metrics)
-            if step % run.cfg.checkpoint.every == 0 or step == cfg.steps or run.stop["now"]:
+            stop = run.told_to_stop()
+            if step % run.cfg.checkpoint.every == 0 or step == cfg.steps or stop:
+                run.folder.publish()
                 checkpoints.save(step, state, run.extras(batches))
-            if run.stop["now"]:
+            if stop:
                 raise Stopped
     return state.params
 
@@ -101,8 +106,9 @@ def sft(cfg: Config) -> None:
     """The cold start alone: `sapo-jax sft`. `sapo-jax train` of the same config goes on from it."""
     if cfg.cold_start.steps == 0:
         raise RunError("cold_start.steps is 0: there is nothing to do; set cold_start.steps")
-    with open_run(cfg) as run, RunLog(run.dir) as log, Display() as display:
+    with open_run(cfg) as run, open_log(run.folder) as log, open_display() as display:
         params = cold_start(run, log, display)
         metrics, _ = evaluate(run, params, run.key(EVALUATE))
-        print(f"after {cfg.cold_start.steps} cold-start steps: {describe(metrics, cfg.evaluate.samples)}")
-        print(f"run folder: {run.dir}")
+        if is_first():
+            print(f"after {cfg.cold_start.steps} cold-start steps: {describe(metrics, cfg.evaluate.samples)}")
+            print(f"run folder: {run.dir}")

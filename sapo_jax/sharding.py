@@ -8,8 +8,11 @@ those are split over. The compiler (`jax.jit`, AxisType.Auto) inserts the collec
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from sapo_jax.config.schema import Mesh as MeshConfig
@@ -25,6 +28,7 @@ RULES: dict[str, str | tuple[str, ...]] = {
     "kv_heads": "tensor",
     "mlp": "tensor",
     "experts": "expert",
+    "sequence": "context",
 }
 
 
@@ -39,8 +43,24 @@ def make_mesh(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> jax.s
         raise ValueError(f"{shape} needs {math.prod(sizes)} devices, but there are {len(devices)}; lower one of them")
     if cfg.data == 0 and math.prod(sizes) != len(devices):
         raise ValueError(f"{shape} does not divide the {len(devices)} devices; set mesh.data or change the others")
-    used = devices[: math.prod(sizes)]
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=used)
+    used = arrange(devices[: math.prod(sizes)], sizes)
+    return jax.sharding.Mesh(used, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def arrange(devices: Sequence[jax.Device], sizes: Sequence[int]) -> np.ndarray:
+    """The devices as an array of this shape, neighbours on a TPU's torus near each other.
+
+    Slices of TPUs are joined by the data-centre network alone, which is far slower: only `data`, the first axis, goes
+    across them. Raises ValueError where it cannot.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    if sizes[0] % slices:
+        raise ValueError(f"the devices are in {slices} slices; make mesh.data={sizes[0]} a multiple of {slices}")
+    across = (slices, *[1] * (len(sizes) - 1))
+    within = (sizes[0] // slices, *sizes[1:])
+    return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
 
 
 def spec(*dims: str | None) -> PartitionSpec:
@@ -71,7 +91,35 @@ def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(*dims))
 
 
+def sequence(T: int) -> str | None:
+    """The logical name of a dim of T tokens: rows too short to be cut evenly over `context` stay whole."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or T % mesh.shape[RULES["sequence"]] else "sequence"
+
+
 def put_batch(tree, mesh: jax.sharding.Mesh):
-    """Arrays with a leading batch dim -> device arrays split over the mesh. What is there already stays."""
+    """Arrays with a leading batch dim -> device arrays split over the mesh. What is there already stays.
+
+    Of several processes each gives the rows of its own team (`processes.Share`), all equally many.
+    """
     sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.device_put(x, sharding), tree)
+
+    def put(x):
+        if isinstance(x, jax.Array):
+            return jax.device_put(x, sharding)
+        return jax.make_array_from_process_local_data(sharding, x)
+
+    return jax.tree.map(put, tree)
+
+
+def host_rows(tree, mesh: jax.sharding.Mesh):
+    """The inverse of `put_batch`: the rows of this process's team, as host arrays. A collective."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    sharding = batch_sharding(mesh)
+
+    def rows(x: jax.Array) -> np.ndarray:
+        shards = {shard.index[0].start or 0: shard.data for shard in jax.device_put(x, sharding).addressable_shards}
+        return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+    return jax.tree.map(rows, tree)

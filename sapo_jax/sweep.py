@@ -22,9 +22,10 @@ from typing import Protocol
 
 from sapo_jax.config import dump
 from sapo_jax.config.sweeps import Sweep, SweepRun
+from sapo_jax.folder import FolderError, claimed
 from sapo_jax.metrics import write_atomically
 from sapo_jax.progress import SweepDisplay
-from sapo_jax.run import STOPPED, RunError, claimed, signals
+from sapo_jax.run import STOPPED, signals
 from sapo_jax.sweep_folder import RESULTS, check_folder, finished, is_begun, write_manifest, write_results
 
 CLAIM = ".sweep.lock"  # in a run's folder: held by the sweep that trains it, from before its process starts
@@ -160,7 +161,7 @@ def _begun(job: Job, start: Callable[[SweepRun], Process]) -> list[Job]:
             return []
         with claimed(run.folder):
             pass  # nobody trains it by hand, and no process is left of a sweep that was killed
-    except RunError as error:
+    except FolderError as error:
         job.state, job.note = "busy", str(error)
         job.claim.close()
         return []

@@ -10,8 +10,9 @@ from typing import Any
 from sapo_jax.config import Config, diff, load
 from sapo_jax.config.source import dump_yaml, parse_yaml
 from sapo_jax.config.sweeps import Sweep
+from sapo_jax.folder import claimed
 from sapo_jax.metrics import last_row, write_atomically, write_csv
-from sapo_jax.run import RunError, changed_keys, claimed
+from sapo_jax.run import RunError, changed_keys
 
 MANIFEST, RESULTS = "manifest.yaml", "results.csv"
 # What a run could go on with, but then its evaluations could not be compared with those of other runs.

@@ -15,10 +15,11 @@ from typing import Any
 from sapo_jax.checkpoint import Checkpoints
 from sapo_jax.config import Config
 from sapo_jax.data import PromptBatches
-from sapo_jax.display import Display
+from sapo_jax.display import Display, open_display
 from sapo_jax.evaluate import evaluate
-from sapo_jax.metrics import RunLog
+from sapo_jax.metrics import RunLog, open_log
 from sapo_jax.plots import plot_run
+from sapo_jax.processes import from_first, is_first
 from sapo_jax.run import EVALUATE, ROLLOUT, Run, RunError, Stopped, open_run
 from sapo_jax.sft import cold_start, nonfinite_message, reference_params
 from sapo_jax.trainer import Clock, make_trainer
@@ -32,7 +33,7 @@ def reinforce(run: Run, log: RunLog, display: Display) -> None:
     cfg = run.cfg
     batches = run.batches(ROLLOUT, cfg.rollout.prompts_per_step)
     with run.checkpoints(STAGE) as checkpoints:
-        fresh = not checkpoints.steps()
+        fresh = from_first(not checkpoints.steps())
         start = cold_start(run, log, display) if fresh else None
         trainer, tx = make_trainer(run, reference_params(run) if cfg.loss.kl_coef > 0 else None)
         if fresh:
@@ -46,7 +47,7 @@ def reinforce(run: Run, log: RunLog, display: Display) -> None:
             log.rewind(STAGE, step)
         saving: dict[str, float] = {}
         while step < cfg.train.steps:
-            if run.stop["now"]:
+            if run.told_to_stop():
                 save(checkpoints, run, state, step, batches)
                 raise Stopped
             clock = Clock()
@@ -85,6 +86,7 @@ def log_evaluation(run: Run, log: RunLog, state: TrainState, step: int, metrics:
 def save(checkpoints: Checkpoints, run: Run, state: TrainState, step: int, batches: PromptBatches) -> dict[str, float]:
     """Start saving; the seconds that took (writing goes on in the background)."""
     clock = Clock()
+    run.folder.publish()
     checkpoints.save(step, state, run.extras(batches))
     clock.lap("checkpoint")
     return clock.laps
@@ -92,12 +94,13 @@ def save(checkpoints: Checkpoints, run: Run, state: TrainState, step: int, batch
 
 def train(cfg: Config) -> dict[str, Any]:
     """The whole run: cold start, RL, summary, plot. Resumes what is there. Raises run.Stopped when told to stop."""
-    with open_run(cfg) as run, RunLog(run.dir) as log, Display() as display:
+    with open_run(cfg) as run, open_log(run.folder) as log, open_display() as display:
         reinforce(run, log, display)
-        summary = summarize(log, run.cfg)
-        log.summary(summary)
-        display.summary(summary, run.dir, plot_run(run.dir))
-        return summary
+        if is_first():
+            summary = summarize(log, run.cfg)
+            log.summary(summary)
+            display.summary(summary, run.dir, plot_run(run.folder.logs))
+        return from_first(summary if is_first() else {})
 
 
 def summarize(log: RunLog, cfg: Config) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from sapo_jax.config import Config
 from sapo_jax.describe import row_cost
 from sapo_jax.experience import (
     group_advantages,
-    judge,
+    judge_together,
     mini_batches,
     mismatch_metrics,
     rollout_metrics,
@@ -28,7 +28,7 @@ from sapo_jax.rollout import Rows, Rule, Sampler, rollout_rows
 from sapo_jax.routing import checked, router_metrics, sampled_experts
 from sapo_jax.run import ROLLOUT, Run
 from sapo_jax.scoring import make_scorer
-from sapo_jax.sharding import put_batch
+from sapo_jax.sharding import host_rows, put_batch
 from sapo_jax.types import Batch, Params, Prompt, Rollout, TrainState
 
 
@@ -47,21 +47,24 @@ class Trainer:
     def step(self, state: TrainState, prompts: list[Prompt], step: int) -> tuple[TrainState, dict, list[dict], dict]:
         """One RL step on P prompts: the new state, metrics, sample rows, and a row of diagnostics (empty: not due)."""
         run, cfg, clock = self.run, self.run.cfg, Clock()
-        rollout = self.sampler(state.params, prompts, run.key(ROLLOUT, step))
+        positions = run.share.positions(len(prompts), cfg.train.mini_batches)
+        own = [prompts[i] for i in positions]  # of this process; what is judged is the whole rollout
+        rollout = self.sampler(state.params, own, run.key(ROLLOUT, step))
         clock.lap("rollout")
-        judged = judge(run.pool, run.tokenizer, prompts, rollout)
+        judged = judge_together(run.pool, run.tokenizer, run.share, prompts, positions, rollout, run.shown)
         adv_PG = group_advantages(judged, cfg)
         clock.lap("verify")
         rows = rollout_rows(
-            prompts, rollout, run.tokenizer.pad_id, cfg.train.mini_batches, self.row_cost,
-            multiple=cfg.train.micro_batch or run.batch_shards, row_tokens=cfg.train.row_tokens,
+            own, rollout, run.tokenizer.pad_id, cfg.train.mini_batches, self.row_cost,
+            multiple=(cfg.train.micro_batch or run.batch_shards) // run.share.teams, row_tokens=cfg.train.row_tokens,
+            share=run.share, lengths=([len(prompt.ids) for prompt in prompts], judged.length_B),
         )  # fmt: skip
-        logps, expert_ids_BTLk = self._scores(state.params, prompts, rollout, rows, step)
+        logps, expert_ids_BTLk = self._scores(state.params, own, rollout, rows, step)
         clock.lap("score")
-        arrays = training_arrays(rows, judged, adv_PG, logps, cfg)
+        arrays = training_arrays(rows, judged.valid_PG[positions], adv_PG[positions], logps, cfg)
         if expert_ids_BTLk is not None:
             arrays["expert_ids_BTLk"] = expert_ids_BTLk
-        batches = mini_batches(arrays, cfg)
+        batches = mini_batches(arrays, judged, cfg)
         if cfg.train.routing_on == "device":  # else they go there with the rest of their batch
             hold = lambda batch: put_batch(batch.expert_ids_BTLk, run.mesh)
             batches = [dataclasses.replace(batch, expert_ids_BTLk=hold(batch)) for batch in batches]
@@ -73,13 +76,13 @@ class Trainer:
         clock.lap("update")
         metrics = {
             **rollout_metrics(judged, adv_PG),
-            **row_metrics(rows),
+            **row_metrics(rows, run.share.teams),
             **update_metrics(auxes, cfg),
             **self._mismatch(logps, rows.mask_BT, auxes[0]),
             "learning_rate": last_rate(self.schedule, state, auxes[-1]),
             **clock.laps,
         }
-        return state, metrics, sample_rows(judged, adv_PG), evidence(auxes, cfg, step + 1)
+        return state, metrics, sample_rows(judged, adv_PG, run.shown), evidence(auxes, cfg, step + 1)
 
     def _scores(
         self, params: Params, prompts: list[Prompt], rollout: Rollout, rows: Rows, step: int
@@ -105,7 +108,7 @@ class Trainer:
         batch = Batch(**rows.arrays, adv_BT=unused, weight_BT=unused, expert_ids_BTLk=expert_ids_BTLk)
         parts = zip(*(np.split(x, self.run.cfg.train.mini_batches) for x in jax.tree.leaves(batch)), strict=True)
         parts = [jax.tree.unflatten(jax.tree.structure(batch), part) for part in parts]
-        scored = [self.scorer(params, put_batch(part, self.run.mesh)) for part in parts]
+        scored = [host_rows(self.scorer(params, put_batch(part, self.run.mesh)), self.run.mesh) for part in parts]
         return [np.concatenate(x) for x in zip(*((logp, *recorded) for logp, _, *recorded in scored), strict=True)]
 
     def _mismatch(self, logps: dict, mask_BT: np.ndarray, first: dict) -> dict[str, float]:

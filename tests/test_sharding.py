@@ -34,12 +34,19 @@ MOE = dataclasses.replace(
 )
 CASES = {
     "dense data=8": (DENSE, Mesh(data=8)),
+    "dense fsdp=4 tensor=2": (DENSE, Mesh(fsdp=4, tensor=2)),
+    "dense data=2 fsdp=4": (DENSE, Mesh(data=2, fsdp=4)),
     "dense data=2 fsdp=2 tensor=2": (DENSE, Mesh(data=2, fsdp=2, tensor=2)),
     "dense fsdp=4 of 8 devices": (DENSE, Mesh(data=1, fsdp=4)),
+    "dense data=2 context=4": (DENSE, Mesh(data=2, context=4)),
+    "dense fsdp=2 context=2 tensor=2": (DENSE, Mesh(fsdp=2, context=2, tensor=2)),
     "moe data=8": (MOE, Mesh(data=8)),
+    "moe data=4 expert=2": (MOE, Mesh(data=4, expert=2)),
     "moe data=2 expert=2 tensor=2": (MOE, Mesh(data=2, expert=2, tensor=2)),
     "moe fsdp=2 expert=4": (MOE, Mesh(fsdp=2, expert=4)),
+    "moe fsdp=2 expert=2 context=2": (MOE, Mesh(fsdp=2, expert=2, context=2)),
     "replay data=2 expert=2 tensor=2": (MOE, Mesh(data=2, expert=2, tensor=2)),  # of random experts, and recording
+    "replay data=2 expert=2 context=2": (MOE, Mesh(data=2, expert=2, context=2)),
 }
 
 # ---------------------------------------------------------------- mesh and specs
@@ -61,6 +68,26 @@ def test_mesh_has_all_axes():
 def test_meshes_that_do_not_fit(cfg, devices, message):
     with pytest.raises(ValueError, match=message):
         sharding.make_mesh(cfg, list(range(devices)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """As much of a device as its place in a mesh depends on."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
+def test_slices_are_joined_along_data_alone():
+    chips = [Chip(i, i // 4) for i in range(8)]
+    slices = np.vectorize(lambda chip: chip.slice_index)(sharding.arrange(chips, (4, 1, 1, 1, 2)))
+    assert slices.shape == (4, 1, 1, 1, 2)
+    assert (slices == np.array([0, 0, 1, 1]).reshape(4, 1, 1, 1, 1)).all()
+    with pytest.raises(ValueError, match="in 2 slices; make mesh.data=1 a multiple of 2"):
+        sharding.arrange(chips, (1, 8, 1, 1, 1))
 
 
 def test_specs_follow_the_rules():
@@ -139,7 +166,9 @@ def on_mesh(model, mesh_cfg: Mesh | None, replay: bool = False) -> dict:
     return {
         "numbers": {
             "params": jax.device_get(state.params),
-            "moments": jax.device_get(optax.tree.get(state.opt_state, "mu")),
+            "gradients": jax.tree.map(
+                lambda mu: np.asarray(mu) / (1 - cfg.optimizer.b1), optax.tree.get(state.opt_state, "mu")
+            ),  # clipped to a norm of 1
             "loss": float(aux["loss"]),
             "grad_norm": float(aux["grad_norm"]),
             "statistics": diagnostics.finalize(evidence := diagnostics.reduce(jax.device_get(aux["stats"]))),
@@ -152,6 +181,10 @@ def on_mesh(model, mesh_cfg: Mesh | None, replay: bool = False) -> dict:
         "experts": rollout.expert_ids_BTLk.tolist() if replay else None,
         "lengths": rollout.length_B.tolist(),
         "placed": all(jax.tree.leaves(same_place)),
+        "specs": {
+            "/".join(str(key.key if hasattr(key, "key") else key.idx) for key in path): [*x.sharding.spec]
+            for path, x in jax.tree.leaves_with_path(state.params)
+        },
         "temporaries": compiled.memory_analysis().temp_size_in_bytes,  # per device
     }
 
@@ -172,6 +205,7 @@ def main() -> None:
             "same_tokens": many["tokens"] == one["tokens"] and many["experts"] == one["experts"],
             "lengths": many["lengths"],
             "placed": many["placed"],
+            "specs": many["specs"],
             "temporaries": many["temporaries"] / one["temporaries"],
         }
     print(json.dumps(found))
@@ -179,7 +213,8 @@ def main() -> None:
 
 @pytest.fixture(scope="module")
 def eight_devices():
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # quick to compile
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
     done = subprocess.run(
         [sys.executable, "-m", "tests.test_sharding"], cwd=Path(__file__).parents[1], capture_output=True, text=True,
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, timeout=550, check=False,
@@ -191,14 +226,24 @@ def eight_devices():
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_mesh_changes_no_number(case, eight_devices):
-    """Scores, loss, gradient norm, statistics, parameters and moments after a step: 1e-5 from one device. The same
-    sampled tokens, histograms and sampled sequences."""
+    """Scores, loss, gradients, statistics, and parameters after a step: 1e-5 from one device. The same sampled tokens,
+    histograms and sampled sequences."""
     found = eight_devices[case]
     assert max(found["gaps"].values()) < 1e-5, found["gaps"]
     assert found["same_tokens"] and len(set(found["lengths"])) > 2
     assert found["placed"]  # the new state lives where the old one did
     if case.startswith("dense"):  # activations are split: with a replicated batch this is about 1
         assert found["temporaries"] < 0.35  # experts are not: kernels.expert_mlp sorts the rows of all devices together
+
+
+@pytest.mark.slow
+def test_updated_parameters_are_split(eight_devices):
+    dense, moe = (eight_devices[f"{kind} tensor=2"]["specs"] for kind in ("dense data=2 fsdp=2", "moe data=2 expert=2"))
+    assert dense["embed"] == ["tensor", "fsdp"]
+    assert dense["layers/0/attention/q"][:3] == [None, "fsdp", "tensor"]
+    assert dense["layers/0/mlp/down"] == [None, "tensor", "fsdp"]
+    assert moe["layers/0/mlp/gate"] == [None, "expert", "fsdp", "tensor"]
+    assert moe["layers/0/mlp/router"][:2] == [None, "fsdp"]
 
 
 if __name__ == "__main__":

@@ -286,8 +286,10 @@ def model_axes(cfg: Config) -> Breaches:
 
 
 def context_axis(cfg: Config) -> Breaches:
-    if cfg.mesh.context > 1:
-        yield ("mesh.context",), "splitting sequences over devices is not implemented yet; set it to 1"
+    T, ways = cfg.train.row_tokens, cfg.mesh.context
+    if T % ways:
+        text = f"rows of {T} tokens cannot be split over context = {ways} devices"
+        yield ("train.row_tokens", "mesh.context"), f"{text}; make row_tokens a multiple of {ways}"
 
 
 # ---------------------------------------------------------------- algorithm

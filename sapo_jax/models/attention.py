@@ -12,6 +12,7 @@ from sapo_jax import kernels
 from sapo_jax.config.schema import Model
 from sapo_jax.models.layers import RMSNorm, parameter, zeros
 from sapo_jax.models.rope import rotate
+from sapo_jax.sharding import constrain
 from sapo_jax.types import Array
 
 
@@ -68,6 +69,8 @@ class Attention(nnx.Module):
             k = jax.lax.dynamic_update_slice_in_dim(cache.k[layer], k.astype(cache.k[layer].dtype), cache.used, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache.v[layer], v.astype(cache.v[layer].dtype), cache.used, axis=1)
             key_positions, key_segments = cache.positions_BS, cache.segment_ids_BS
+        else:  # rows that are split over `context`: each device has its part of the queries, and all keys and values
+            k, v = (constrain(x, "batch", None, "kv_heads", None) for x in (k, v))
         out_BTHh = kernels.attention(
             q, k, v,
             q_positions_BT=positions_BT, k_positions_BS=key_positions,

@@ -18,7 +18,7 @@ from sapo_jax.models.attention import Attention, KVCache
 from sapo_jax.models.layers import MLP, RMSNorm, parameter
 from sapo_jax.models.moe import MoE, Routing
 from sapo_jax.models.rope import rotations
-from sapo_jax.sharding import constrain
+from sapo_jax.sharding import constrain, sequence
 from sapo_jax.types import Array
 
 REMAT = {
@@ -47,7 +47,7 @@ class Block(nnx.Module):
         self, x_BTD, rotations, positions_BT, segment_ids_BT, prefix_ids_BT=None, cache=None, layer=0, replay_BTk=None
     ):
         """Returns x BTD, the keys and values attended to, and the Routing (None for a dense block)."""
-        x_BTD = constrain(x_BTD, "batch", None, None)
+        x_BTD = constrain(x_BTD, "batch", sequence(x_BTD.shape[1]), None)
         y = self.attention_norm(x_BTD)
         y, kv = self.attention(y, rotations, positions_BT, segment_ids_BT, prefix_ids_BT, cache, layer)
         x_BTD += y

@@ -7,7 +7,13 @@ import chex
 from sapo_jax.types import Array
 
 
-def token_weights(mask_BT: Array, segment_ids_BT: Array | None, normalization: str, max_new_tokens: int) -> Array:
+def token_weights(
+    mask_BT: Array,
+    segment_ids_BT: Array | None,
+    normalization: str,
+    max_new_tokens: int,
+    totals: tuple[int, int] | None = None,
+) -> Array:
     """Float32 weight of each token, made for the WHOLE optimiser batch; numpy in, numpy out, and jax likewise.
 
         sequence_mean  1 / (n |y_i|)             the mean over sequences of the mean over their tokens (SAPO Eq. 5)
@@ -16,7 +22,8 @@ def token_weights(mask_BT: Array, segment_ids_BT: Array | None, normalization: s
 
     |y_i| counts the unmasked tokens of sequence i and n the sequences that have any, so that samples masked for a
     failed verifier drop out of the mean. A row is one sequence or, with segment_ids_BT (0 on padding, 1, 2, ... on its
-    sequences), several. Masked tokens weigh 0; if all are masked, all weights are 0.
+    sequences), several. Masked tokens weigh 0; if all are masked, all weights are 0. Where these rows are a part of the
+    optimiser batch, `totals` are its n and n_tokens.
     """
     chex.assert_rank(mask_BT, 2)
     chex.assert_type(mask_BT, bool)
@@ -29,8 +36,8 @@ def token_weights(mask_BT: Array, segment_ids_BT: Array | None, normalization: s
     ids_BT = xp.where(mask_BT, xp.arange(B)[:, None] * (T + 1) + ids_BT, -1)
     sorted_N = xp.sort(ids_BT.reshape(-1))
     length_BT = xp.searchsorted(sorted_N, ids_BT, side="right") - xp.searchsorted(sorted_N, ids_BT, side="left")
-    n_sequences = xp.count_nonzero(xp.diff(sorted_N, prepend=-1))  # every new number but -1
-    n_tokens = xp.count_nonzero(mask_BT)
+    here = xp.count_nonzero(xp.diff(sorted_N, prepend=-1)), xp.count_nonzero(mask_BT)  # every new number but -1
+    n_sequences, n_tokens = here if totals is None else totals
 
     denominators = {
         "sequence_mean": n_sequences * length_BT.astype(xp.float32),

@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from sapo_jax.rollout.packing import Plan, Rows, bucket, plan_rows
+from sapo_jax.processes import ALONE, Share, gather
+from sapo_jax.rollout.packing import Piece, Rows, bucket, plan_rows
 from sapo_jax.types import Prompt, Rollout
 
 
 def left_padded(prompts: Sequence[Prompt], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Prompt tokens PS (int32, right-aligned) and their lengths P. S is a bucket."""
-    S = bucket(max(len(p.ids) for p in prompts))
+    """Prompt tokens PS (int32, right-aligned) and their lengths P. S is a bucket, the same in all processes."""
+    S = max(gather(bucket(max(len(p.ids) for p in prompts))))
     tokens_PS = np.full((len(prompts), S), pad_id, np.int32)
     for row, prompt in zip(tokens_PS, prompts, strict=True):
         row[S - len(prompt.ids) :] = prompt.ids
@@ -50,9 +51,10 @@ class _Sheet:
         self.used[row] += n
         return segment
 
-    def rows(self) -> Rows:
+    def rows(self, most: int = 0) -> Rows:
+        """most: completion tokens of a row, if other rows than these may hold more."""
         mask_BT = self.source >= 0
-        T, M = mask_BT.shape[1], bucket(int(mask_BT.sum(axis=1).max()), 1)
+        T, M = mask_BT.shape[1], bucket(max(most, int(mask_BT.sum(axis=1).max())), 1)
         picked_BM = np.full((len(mask_BT), min(M, T)), T, np.int32)
         source_BM = np.zeros_like(picked_BM)
         for b, mask_T in enumerate(mask_BT):
@@ -87,27 +89,37 @@ def rollout_rows(
     *,
     multiple: int = 1,
     row_tokens: int = 0,
+    share: Share = ALONE,
+    lengths: tuple[Sequence[int], Sequence[int]] | None = None,
 ) -> Rows:
     """A rollout as packed rows (see `packing.plan_rows`), completion ids exactly as sampled.
 
-    mini_batches * R rows, those of a mini-batch together.
+    mini_batches * R rows, those of a mini-batch together. Of several teams of processes each has its own prompts and
+    rollout, and `lengths` of the prompts and the completions of all of them: so all make the same plan, and take their
+    own rows of it. R is then the number of a team's rows.
     """
-    lengths = [len(prompt.ids) for prompt in prompts]
+    prompt_length_P, length_B = lengths or ([len(prompt.ids) for prompt in prompts], rollout.length_B)
+    length_B, G = np.asarray(length_B).tolist(), len(length_B) // len(prompt_length_P)
+    teams = share.teams
     plan = plan_rows(
-        lengths, np.asarray(rollout.length_B).tolist(), mini_batches, row_cost, multiple=multiple, row_tokens=row_tokens
+        prompt_length_P, length_B, mini_batches * teams, row_cost, multiple=multiple, row_tokens=row_tokens
     )
+    own = {position: p for p, position in enumerate(share.positions(len(prompt_length_P), mini_batches))}
     sheet = _Sheet(mini_batches * plan.rows, plan.length, pad_id)
-    for row, pieces in _numbered(plan):
+    for row, pieces in _numbered(plan.minis[share.team :: teams], plan.rows):
         for piece in pieces:
-            ids = prompts[piece.prompt].ids
-            prompt = sheet.write(row, ids, first=0, prefix=0, before=-1, sequence=piece.sequences[0])
+            p = own[piece.prompt]
+            sequences = [p * G + b % G for b in piece.sequences]
+            ids = prompts[p].ids
+            prompt = sheet.write(row, ids, first=0, prefix=0, before=-1, sequence=sequences[0])
             last = sheet.used[row] - 1
-            for b in piece.sequences:
+            for b in sequences:
                 completion = rollout.tokens_BC[b, : rollout.length_B[b]]
                 sheet.write(row, completion, first=len(ids), prefix=prompt, before=last, sequence=b)
-    return sheet.rows()
+    filled = (row for mini in plan.minis for row in mini)
+    return sheet.rows(most=max(sum(length_B[b] for piece in row for b in piece.sequences) for row in filled))
 
 
-def _numbered(plan: Plan):
-    for i, mini in enumerate(plan.minis):
-        yield from enumerate(mini, start=i * plan.rows)
+def _numbered(minis: Sequence[tuple[tuple[Piece, ...], ...]], rows: int):
+    for i, mini in enumerate(minis):
+        yield from enumerate(mini, start=i * rows)

@@ -16,7 +16,7 @@ import numpy as np
 from sapo_jax.models import KVCache, Policy, Qwen3
 from sapo_jax.rollout.choice import Rule, choose
 from sapo_jax.rollout.rows import left_padded
-from sapo_jax.sharding import constrain
+from sapo_jax.sharding import constrain, host_rows, put_batch
 from sapo_jax.types import FINISH_REASONS, Array, Params, Prompt, Rollout
 
 STOP, LENGTH = (FINISH_REASONS.index(reason) for reason in ("stop", "length"))
@@ -63,16 +63,20 @@ class Sampler:
         """G completions per prompt, as host arrays (see types.Rollout).
 
         batch_prompts > len(prompts) pads the batch with prompts that are done from the start, so that the last,
-        smaller batch of an evaluation runs the same program.
+        smaller batch of an evaluation runs the same program. Of several processes each passes its team's prompts, all
+        the same number once padded, and gets their completions.
         """
-        if not prompts:
+        if not prompts and not batch_prompts:
             raise ValueError("no prompts to sample from")
+        mesh = jax.sharding.get_mesh()
         padding = max(0, batch_prompts - len(prompts))
-        tokens_PS, length_P = left_padded([*prompts, *prompts[-1:] * padding], self.pad_id)
-        index_P = np.array([p.index & 0xFFFFFFFF for p in [*prompts, *prompts[-1:] * padding]], np.uint32)
+        filler = prompts[-1:] or [Prompt(0, "", (self.pad_id,), "", "", "", "")]
+        tokens_PS, length_P = left_padded([*prompts, *filler * padding], self.pad_id)
+        index_P = np.array([p.index & 0xFFFFFFFF for p in [*prompts, *filler * padding]], np.uint32)
         active_P = np.arange(len(index_P)) < len(prompts)
-        rollout = _sample(self, params, tokens_PS, length_P, index_P, active_P, key)
-        return jax.tree.map(lambda x: np.asarray(x)[: len(prompts) * self.group_size], rollout)
+        inputs = (tokens_PS, length_P, index_P, active_P)
+        rollout = _sample(self, params, *(inputs if mesh.empty else put_batch(inputs, mesh)), key)
+        return jax.tree.map(lambda x: x[: len(prompts) * self.group_size], host_rows(rollout, mesh))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -91,7 +91,7 @@ BROKEN = [  # rule, overrides, keys, what the message says
      "model.moe_intermediate_size, mesh.tensor", "95"),
     ("model_axes", ["mesh.tensor=2", "model.vocab_size=301"], "model.vocab_size, mesh.tensor", "301"),
     ("model_axes", ["mesh.fsdp=2", "model.hidden_size=127"], "model.hidden_size, mesh.fsdp", "127"),
-    ("context_axis", ["mesh.context=2"], "mesh.context", "not implemented yet"),
+    ("context_axis", ["mesh.context=2", "train.row_tokens=1025"], "train.row_tokens, mesh.context", "a multiple of 2"),
     ("truncated_sampling", ["train.old_logp=sampler", "rollout.top_p=0.9"],
      "train.old_logp, rollout.top_p", "not start at 1"),
     ("truncated_sampling", ["train.old_logp=sampler", "rollout.top_k=5", "rollout.min_p=0.1"],
