@@ -143,7 +143,9 @@ class SweepDisplay:
         total = sum(job.run.cfg.train.steps for job in jobs)
         steps = sum(min(self._followers[job.run.name].step, job.run.cfg.train.steps) for job in jobs)
         order = sorted(jobs, key=lambda job: ("running", "failed", "busy", "stopped", *_DONE, "left").index(job.state))
-        parts = [Text(self._counts(jobs)), ProgressBar(total=total, completed=steps), self._table(order[:_SHOWN])]
+        bar = Table.grid(expand=True)  # by itself the bar would not end its line
+        bar.add_row(ProgressBar(total=total, completed=steps))
+        parts = [Text(self._counts(jobs)), bar, self._table(order[:_SHOWN])]
         if len(jobs) > _SHOWN:
             parts.append(Text(f"and {len(jobs) - _SHOWN} more", style="dim"))
         return Panel(Group(*parts), title="sapo-jax sweep", title_align="left", border_style="cyan")

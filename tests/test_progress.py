@@ -70,7 +70,13 @@ def test_the_panel_counts_and_estimates(jobs):
         display.update(jobs)
     shown = console.file.getvalue()
     assert "2/4 done, 1 running, 0 failed, 1 left, ETA 0:24" in shown  # 15 steps in 30 s, 2 + 10 to go
-    assert "base-seed1" in shown and "8/10" in shown and "20.0 % -> 28.0 %" in shown and "30.0 % -> 50.0 %" in shown
+    assert (
+        "RL step" in shown
+        and "base-seed1" in shown
+        and "8/10" in shown
+        and "20.0 % -> 28.0 %" in shown
+        and "30.0 % -> 50.0 %" in shown
+    )
 
 
 def test_in_a_file_there_is_a_line_for_each_change(jobs):

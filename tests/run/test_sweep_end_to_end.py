@@ -31,7 +31,7 @@ def file(tmp_path, monkeypatch) -> Path:
     whole = yaml.safe_load((ROOT / "configs/sweeps/temperature.yaml").read_text())
     whole |= {"base": str(ROOT / "configs/quickstart.yaml"), "seeds": [0]}
     whole["zip"] = {key: values[:2] for key, values in whole["zip"].items()}
-    (tmp_path / "two.yaml").write_text(yaml.safe_dump(whole))
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(whole, sort_keys=False))
     return tmp_path / "two.yaml"
 
 
