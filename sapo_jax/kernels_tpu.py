@@ -1,0 +1,159 @@
+"""The same functions as `kernels`, on TPU: splash attention and the grouped matmul megablox, both of jax.experimental.
+
+They run on one device's share of the arrays; `on_tpu` tells which module is meant. `interpret=True` runs the kernels'
+own code on any platform, which is how they are tested.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu.megablox import ops as megablox
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+from sapo_jax.types import Array
+
+LANES = 128  # of a TPU register: the kernels want multiples of it
+ATTENTION = "attention"  # name of attention's output and normaliser, for `jax.checkpoint` policies that keep them
+BLOCKS = 1024, 512, 256, 128  # tokens of a block of scores: the largest that divides T
+ROWS = 256  # of a tile of the grouped matmul; smaller tiles waste less at the borders of experts, larger ones are faster
+
+
+def on_tpu() -> bool:
+    """Whether what is traced now is for TPU: the mesh in scope says (also one without devices at hand), else jax."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (jax.default_backend() if device is None else device.platform) == "tpu"
+
+
+# ---------------------------------------------------------------- attention
+
+
+def attention(q_BTHh, k_BTKh, v_BTKh, *, segments_BT, prefixes_BT=None, interpret: bool = False) -> Array:
+    """As `kernels.attention` for rows that attend to themselves, laid out as in types.Batch: a segment's tokens stand
+    in a run of columns, in order, and a prompt before its completions. Then "earlier position" is "earlier column".
+
+    One pass of splash attention compares segment ids, which covers rows where no completion shares its prompt (prompt
+    and completion then are one segment). Where one does, a second pass over the prompts' keys is merged with the first
+    by their normalisers. Scores and softmax are float32.
+    """
+    B, T, H, h = q_BTHh.shape
+    prefixes_BT = segments_BT if prefixes_BT is None else prefixes_BT
+    pad_T, pad_h = -T % LANES, -h % LANES
+    q, k, v = (
+        jnp.pad(x.swapaxes(1, 2), [(0, 0), (0, 0), (0, pad_T), (0, pad_h)])
+        for x in ((q_BTHh * h**-0.5).astype(q_BTHh.dtype), k_BTKh, v_BTKh)
+    )
+    segments_BT, prefixes_BT = (jnp.pad(x, [(0, 0), (0, pad_T)]) for x in (segments_BT, prefixes_BT))
+    return _attend(q, k, v, segments_BT, prefixes_BT, interpret)[:, :, :T, :h].swapaxes(1, 2)
+
+
+def _prompt_ids(segments_BT, prefixes_BT) -> splash.SegmentIds:
+    """Ids under which a completion meets its prompt and nothing meets anything else."""
+    is_completion_BT = segments_BT != prefixes_BT
+    return splash.SegmentIds(jnp.where(is_completion_BT, prefixes_BT, -1), jnp.where(is_completion_BT, -2, segments_BT))
+
+
+def _own_ids(segments_BT, prefixes_BT, shared: Array) -> splash.SegmentIds:
+    own_BT = jnp.where(shared, segments_BT, prefixes_BT)
+    return splash.SegmentIds(own_BT, own_BT)
+
+
+def _shares_prompts(segments_BT, prefixes_BT) -> Array:
+    """Whether some completion does not begin right after its prompt: then it shares the prompt with one that does."""
+    before_BT = jnp.pad(segments_BT, [(0, 0), (1, 0)])[:, :-1]
+    is_completion_BT = segments_BT != prefixes_BT
+    return jnp.any(is_completion_BT & (before_BT != segments_BT) & (before_BT != prefixes_BT))
+
+
+def _kernel(H: int, T: int, interpret: bool) -> splash.SplashAttentionKernel:
+    block = next(size for size in BLOCKS if T % size == 0)
+    sizes = splash.BlockSizes(
+        block_q=block, block_kv=block, block_kv_compute=min(block, 512),
+        block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=min(block, 512), use_fused_bwd_kernel=True,
+    )  # fmt: skip
+    causal = masks.MultiHeadMask([masks.CausalMask((T, T)) for _ in range(H)])
+    return splash.make_splash_mha(
+        causal, block_sizes=sizes, save_residuals=True, head_shards=1, q_seq_shards=1, interpret=interpret
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q_BHTh, k_BKTh, v_BKTh, segments_BT, prefixes_BT, interpret: bool) -> Array:
+    return _attend_fwd(q_BHTh, k_BKTh, v_BKTh, segments_BT, prefixes_BT, interpret)[0]
+
+
+def _attend_fwd(q, k, v, segments_BT, prefixes_BT, interpret: bool):
+    kernel = jax.vmap(_kernel(q.shape[1], q.shape[2], interpret))
+    shared = _shares_prompts(segments_BT, prefixes_BT)
+    out_BHTh, (lse_BHT,) = kernel(q, k, v, _own_ids(segments_BT, prefixes_BT, shared))
+
+    def merge_prompts(out, lse):
+        prompt_out, (prompt_lse,) = kernel(q, k, v, _prompt_ids(segments_BT, prefixes_BT))
+        both = jnp.logaddexp(lse, prompt_lse)
+        weight, prompt_weight = (jnp.exp(x - both)[..., None] for x in (lse, prompt_lse))
+        return (weight * out + prompt_weight * prompt_out).astype(out.dtype), both
+
+    out_BHTh, lse_BHT = jax.lax.cond(shared, merge_prompts, lambda *same: same, out_BHTh, lse_BHT)
+    out_BHTh, lse_BHT = checkpoint_name(out_BHTh, ATTENTION), checkpoint_name(lse_BHT, ATTENTION)
+    return out_BHTh, (q, k, v, segments_BT, prefixes_BT, out_BHTh, lse_BHT)
+
+
+def _attend_bwd(interpret: bool, residuals, d_out):
+    """A weight is exp(score - normaliser of both passes), so each pass is the kernel's backward with those of both."""
+    q, k, v, segments_BT, prefixes_BT, out, lse = residuals
+    kernel = _kernel(q.shape[1], q.shape[2], interpret)
+    kwargs = kernel.kwargs
+
+    def one_row(q, k, v, ids, out, lse, d_out):
+        saved = (q, k, v, ids, None, out, lse, kernel.dq_mask_info, kernel.dkv_mask_info)
+        gradients = splash._splash_attention_bwd(
+            False, kwargs["mask_value"], False, kwargs["block_sizes"], None, kwargs["mask_function"], None, interpret,
+            saved, d_out,
+        )  # fmt: skip
+        return gradients[3:6]
+
+    backward = lambda ids: jax.vmap(one_row)(q, k, v, ids, out, lse, d_out)
+    shared = _shares_prompts(segments_BT, prefixes_BT)
+    own = backward(_own_ids(segments_BT, prefixes_BT, shared))
+    add_prompts = lambda own: jax.tree.map(jnp.add, own, backward(_prompt_ids(segments_BT, prefixes_BT)))
+    return *jax.lax.cond(shared, add_prompts, lambda own: own, own), None, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+# ---------------------------------------------------------------- experts
+
+
+def expert_mlp(rows_ND, expert_N, gate_EDF, up_EDF, down_EFD, *, interpret: bool = False) -> Array:
+    """As `kernels.expert_mlp`: rows sorted by expert, then three grouped matmuls over ragged groups. Dropless.
+
+    The rows are padded to whole tiles; the padding, zeros, counts as the last expert's.
+    """
+    N, D = rows_ND.shape
+    padding = -N % ROWS
+    order_N = jnp.argsort(expert_N, stable=True)
+    count_E = jnp.bincount(expert_N, length=len(gate_EDF)).astype(jnp.int32).at[-1].add(padding)
+    sorted_ND = jnp.pad(permute(rows_ND, order_N), [(0, padding), (0, 0)])
+
+    def matmul(x_ND, w_EDF):
+        tiling = ROWS, min(1024, w_EDF.shape[1]), min(1024, w_EDF.shape[2])
+        return megablox.gmm(x_ND, w_EDF, count_E, x_ND.dtype, tiling, interpret=interpret)
+
+    hidden_NF = jax.nn.silu(matmul(sorted_ND, gate_EDF)) * matmul(sorted_ND, up_EDF)
+    return permute(matmul(hidden_NF, down_EFD)[:N], jnp.argsort(order_N))
+
+
+@jax.custom_vjp
+def permute(x_ND, order_N) -> Array:
+    """x[order] for a permutation: its backward is the inverse one, a gather as well; a scatter is slow on TPU."""
+    return x_ND.at[order_N].get(unique_indices=True, mode="promise_in_bounds")
+
+
+permute.defvjp(
+    lambda x, order: (permute(x, order), order), lambda order, g: (permute(g, jnp.argsort(order)), None)
+)
