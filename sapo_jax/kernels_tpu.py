@@ -1,7 +1,7 @@
 """The same functions as `kernels`, on TPU: splash attention and the grouped matmul megablox, both of jax.experimental.
 
-They run on one device's share of the arrays; `on_tpu` tells which module is meant. `interpret=True` runs the kernels'
-own code on any platform, which is how they are tested.
+`attention` and `expert_mlp` run on one device's share of the arrays: a Pallas kernel is not split by the compiler.
+`interpret=True` runs the kernels' own code on any platform, which is how they are tested.
 """
 
 from __future__ import annotations
@@ -15,21 +15,30 @@ from jax.experimental.pallas.ops.tpu.megablox import ops as megablox
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+from sapo_jax.kernels import ATTENTION
+from sapo_jax.sharding import spec
 from sapo_jax.types import Array
 
 LANES = 128  # of a TPU register: the kernels want multiples of it
-ATTENTION = "attention"  # name of attention's output and normaliser, for `jax.checkpoint` policies that keep them
 BLOCKS = 1024, 512, 256, 128  # tokens of a block of scores: the largest that divides T
-ROWS = 256  # of a tile of the grouped matmul; smaller tiles waste less at the borders of experts, larger ones are faster
-
-
-def on_tpu() -> bool:
-    """Whether what is traced now is for TPU: the mesh in scope says (also one without devices at hand), else jax."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return (jax.default_backend() if device is None else device.platform) == "tpu"
+ROWS = (
+    256  # of a tile of the grouped matmul; smaller tiles waste less at the borders of experts, larger ones are faster
+)
 
 
 # ---------------------------------------------------------------- attention
+
+
+def sharded_attention(q_BTHh, k_BTKh, v_BTKh, segments_BT, prefixes_BT=None) -> Array:
+    """`attention` on the mesh in scope: each device has the rows and heads that `sharding.RULES` give it."""
+    prefixes_BT = segments_BT if prefixes_BT is None else prefixes_BT
+    local = lambda q, k, v, segments, prefixes: attention(q, k, v, segments_BT=segments, prefixes_BT=prefixes)
+    if not jax.sharding.get_abstract_mesh().empty:
+        heads, rows = spec("batch", None, "heads", None), spec("batch", None)
+        kv_heads = spec("batch", None, "kv_heads", None)
+        in_specs = (heads, kv_heads, kv_heads, rows, rows)
+        local = jax.shard_map(local, in_specs=in_specs, out_specs=heads, check_vma=False)
+    return local(q_BTHh, k_BTKh, v_BTKh, segments_BT, prefixes_BT)
 
 
 def attention(q_BTHh, k_BTKh, v_BTKh, *, segments_BT, prefixes_BT=None, interpret: bool = False) -> Array:
@@ -132,17 +141,18 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 def expert_mlp(rows_ND, expert_N, gate_EDF, up_EDF, down_EFD, *, interpret: bool = False) -> Array:
     """As `kernels.expert_mlp`: rows sorted by expert, then three grouped matmuls over ragged groups. Dropless.
 
-    The rows are padded to whole tiles; the padding, zeros, counts as the last expert's.
+    A row with expert_N = E belongs to nobody here and gives 0; such rows, and the padding to whole tiles, come last
+    and are not computed.
     """
-    N, D = rows_ND.shape
+    N, E = len(rows_ND), len(gate_EDF)
     padding = -N % ROWS
     order_N = jnp.argsort(expert_N, stable=True)
-    count_E = jnp.bincount(expert_N, length=len(gate_EDF)).astype(jnp.int32).at[-1].add(padding)
+    count_E1 = jnp.bincount(expert_N, length=E + 1).astype(jnp.int32).at[-1].add(padding)
     sorted_ND = jnp.pad(permute(rows_ND, order_N), [(0, padding), (0, 0)])
 
-    def matmul(x_ND, w_EDF):
+    def matmul(x_ND, w_EDF):  # rows of the last group, which has no weights, come out as 0
         tiling = ROWS, min(1024, w_EDF.shape[1]), min(1024, w_EDF.shape[2])
-        return megablox.gmm(x_ND, w_EDF, count_E, x_ND.dtype, tiling, interpret=interpret)
+        return megablox.gmm(x_ND, w_EDF, count_E1, x_ND.dtype, tiling, interpret=interpret)
 
     hidden_NF = jax.nn.silu(matmul(sorted_ND, gate_EDF)) * matmul(sorted_ND, up_EDF)
     return permute(matmul(hidden_NF, down_EFD)[:N], jnp.argsort(order_N))
@@ -154,6 +164,4 @@ def permute(x_ND, order_N) -> Array:
     return x_ND.at[order_N].get(unique_indices=True, mode="promise_in_bounds")
 
 
-permute.defvjp(
-    lambda x, order: (permute(x, order), order), lambda order, g: (permute(g, jnp.argsort(order)), None)
-)
+permute.defvjp(lambda x, order: (permute(x, order), order), lambda order, g: (permute(g, jnp.argsort(order)), None))

@@ -69,7 +69,7 @@ class Run:
     @property
     def batch_shards(self) -> int:
         """Over how many devices the rows of a batch are split."""
-        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return sharding.batch_shards(self.mesh)
 
     def data_seed(self, stream: int) -> int:
         return 4 * self.cfg.train.seed + stream

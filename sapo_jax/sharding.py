@@ -18,7 +18,7 @@ AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 # logical dim -> mesh axis (or axes); what is not in the table is replicated
 RULES: dict[str, str | tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),  # tokens go to the experts of other devices and come back: models.exchange
     "vocab": "tensor",
     "embed": "fsdp",
     "heads": "tensor",
@@ -31,9 +31,7 @@ RULES: dict[str, str | tuple[str, ...]] = {
 def make_mesh(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
     """The mesh of the config over `devices` (default: all). Raises ValueError if they do not fit."""
     devices = jax.devices() if devices is None else devices
-    fixed = cfg.fsdp * cfg.expert * cfg.context * cfg.tensor
-    data = cfg.data or max(1, len(devices) // fixed)
-    sizes = (data, cfg.fsdp, cfg.expert, cfg.context, cfg.tensor)
+    sizes = axis_sizes(cfg, len(devices))
     shape = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if math.prod(sizes) > len(devices):
         raise ValueError(f"{shape} needs {math.prod(sizes)} devices, but there are {len(devices)}; lower one of them")
@@ -41,6 +39,12 @@ def make_mesh(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> jax.s
         raise ValueError(f"{shape} does not divide the {len(devices)} devices; set mesh.data or change the others")
     used = devices[: math.prod(sizes)]
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=used)
+
+
+def axis_sizes(cfg: MeshConfig, devices: int) -> tuple[int, ...]:
+    """Sizes in the order of AXES; `data: 0` takes the devices that the others leave."""
+    fixed = cfg.fsdp * cfg.expert * cfg.context * cfg.tensor
+    return cfg.data or max(1, devices // fixed), cfg.fsdp, cfg.expert, cfg.context, cfg.tensor
 
 
 def spec(*dims: str | None) -> PartitionSpec:
@@ -60,8 +64,19 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec("batch"))
 
 
+def batch_shards(mesh: jax.sharding.Mesh) -> int:
+    """Over how many devices the sequences of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
+
+
+def on_tpu() -> bool:
+    """Whether what is traced now is for TPU: the mesh in scope says (its devices need not be here), else jax."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (jax.default_backend() if device is None else device.platform) == "tpu"
 
 
 def constrain(x: jax.Array, *dims: str | None) -> jax.Array:

@@ -66,7 +66,7 @@ def test_meshes_that_do_not_fit(cfg, devices, message):
 def test_specs_follow_the_rules():
     assert sharding.spec("vocab", "embed") == P("tensor", "fsdp")
     assert sharding.spec("layers", "experts", "embed", "mlp") == P(None, "expert", "fsdp", "tensor")
-    assert sharding.spec("batch", None, None) == P(("data", "fsdp"), None, None)
+    assert sharding.spec("batch", None, None) == P(("data", "fsdp", "expert"), None, None)
     assert sharding.spec() == P()
 
 

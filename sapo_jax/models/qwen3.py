@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sapo_jax.config.schema import Model
+from sapo_jax.kernels import ATTENTION
 from sapo_jax.models.attention import Attention, KVCache
 from sapo_jax.models.layers import MLP, RMSNorm, parameter
 from sapo_jax.models.moe import MoE, Routing
@@ -23,6 +24,7 @@ from sapo_jax.types import Array
 
 REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

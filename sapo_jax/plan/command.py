@@ -1,0 +1,44 @@
+"""What `sapo-jax plan` does with its arguments: exit code 0 where all fits, 1 where something does not or no plan is made."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from sapo_jax.config import Config
+from sapo_jax.plan import plan, sweep
+from sapo_jax.plan.chips import PlanError
+from sapo_jax.plan.report import show
+
+
+def run_plan(
+    cfg: Config, topology: str, functions: Sequence[str], out: Path | None, mean_tokens: float | None, sweep_mesh: bool
+) -> int:
+    """Print the plan (of every mesh, best last on the screen and first in the file, with sweep_mesh) and write it."""
+    console = Console(width=120)
+    try:
+        if sweep_mesh:
+            found = sweep(cfg, topology, functions)
+        else:
+            found = [plan(cfg, topology, functions, mean_tokens)]
+    except PlanError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if not found:
+        print(f"error: no mesh over the devices of {topology} suits this config", file=sys.stderr)
+        return 1
+    for one in reversed(found):
+        show(one, console)
+    if out is not None:
+        best = found[0] | ({"sweep": [_summary(one) for one in found]} if sweep_mesh else {})
+        out.write_text(json.dumps(best, indent=1) + "\n", encoding="utf-8")
+    return 0 if all(report["fits"] for report in found[0]["functions"].values()) else 1
+
+
+def _summary(one: dict) -> dict:
+    keys = "fits", "peak_fraction", "bound", "mfu", "seconds"
+    return {"mesh": one["mesh"]} | {name: {k: r.get(k) for k in keys} for name, r in one["functions"].items()}

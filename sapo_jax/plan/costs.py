@@ -1,0 +1,255 @@
+"""What a compiled program does once, on one device: cycles, matmul FLOPs, kernels, HBM bytes, collectives.
+
+The compiler's own `cost_analysis()` counts the body of a loop once; here bodies are counted as often as they run. The
+trip count is the constant in a loop's condition; loops that end on data are counted `open_trips` times. Of a
+conditional the cheaper branch counts: the package has one, for rows whose completions share a prompt, and the planned
+batch has one sequence per row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections import Counter
+
+from sapo_jax.kernels_tpu import ROWS
+from sapo_jax.plan.hlo import Computation, Instruction, Module, Shape, shapes
+
+COLLECTIVES = "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute"
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "partition-id", "after-all"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    kind: str
+    groups: str  # replica groups as written
+    bytes: int  # of the whole result, of a reduce-scatter of the whole operand
+    source: str
+
+
+@dataclasses.dataclass
+class Costs:
+    cycles: float = 0.0  # the compiler's estimates, summed over instructions; Mosaic kernels and collectives not in it
+    matmul_flops: float = 0.0
+    hbm_bytes: float = 0.0
+    kernels: Counter = dataclasses.field(default_factory=Counter)  # Mosaic kernel -> FLOPs
+    collectives: Counter = dataclasses.field(default_factory=Counter)  # Collective -> times
+    open_loops: int = 0  # loops whose trip count is not in the program
+
+    def add(self, other: Costs, times: float = 1.0) -> None:
+        self.cycles += times * other.cycles
+        self.matmul_flops += times * other.matmul_flops
+        self.hbm_bytes += times * other.hbm_bytes
+        self.open_loops += other.open_loops
+        for mine, theirs in ((self.kernels, other.kernels), (self.collectives, other.collectives)):
+            for key, value in theirs.items():
+                mine[key] += times * value
+
+    @property
+    def flops(self) -> float:
+        return self.matmul_flops + sum(self.kernels.values())
+
+
+def program_costs(module: Module, open_trips: int = 1) -> Costs:
+    return _Reader(module, open_trips).computation(module.entry)
+
+
+class _Reader:
+    def __init__(self, module: Module, open_trips: int):
+        self.module, self.open_trips = module, open_trips
+        self.computation = functools.cache(self._computation)
+
+    def _computation(self, name: str) -> Costs:
+        total, seen = Costs(), set()
+        computation = self.module.computations[name]
+        for instruction in computation.instructions.values():
+            self._instruction(total, computation, instruction, seen)
+        return total
+
+    def _instruction(self, total: Costs, computation: Computation, i: Instruction, seen: set) -> None:
+        if i.op == "while":
+            trips = trip_count(self.module, i)
+            total.open_loops += trips is None
+            total.add(self.computation(i.called["body"]), self.open_trips if trips is None else trips)
+        elif i.op == "conditional":
+            total.add(min((self.computation(b) for b in i.branches), key=lambda c: (c.flops, c.cycles)))
+        elif i.op == "call" or (i.op == "async-start" and "calls" in i.called):
+            total.add(self.computation(i.called.get("to_apply") or i.called["calls"]))
+        elif i.op not in FREE:
+            total.cycles += float(i.attribute(r'"estimated_cycles":"(\d+)"') or 0)
+            total.hbm_bytes += hbm_bytes(self.module, computation, i)
+            self._work(total, computation, i, seen)
+
+    def _work(self, total: Costs, computation: Computation, i: Instruction, seen: set, outer: str = "") -> None:
+        """Matmuls, kernels and collectives of an instruction, also those inside a fusion.
+
+        A collective that runs beside other fusions is written in each of them, as links of one chain: it counts once.
+        """
+        if i.op == "fusion":
+            inner = self.module.computations[i.called["calls"]]
+            for part in inner.instructions.values():
+                self._work(total, inner, part, seen, self.module.source(i))
+        elif i.op in ("convolution", "dot"):
+            total.matmul_flops += matmul_flops(computation, i)
+        elif i.op == "custom-call" and 'custom_call_target="tpu_custom_call"' in i.attributes:
+            name, flops = kernel_flops(i)
+            total.kernels[name] += flops
+        elif (kind := i.op.removesuffix("-start")) in COLLECTIVES:
+            chain = i.attribute(r'chain_id="(\d+)"')
+            key = i.name if chain is None else (chain, i.attribute(r"channel_id=(\d+)"))
+            if key not in seen:
+                seen.add(key)
+                total.collectives[_collective(self.module, computation, i, kind, outer)] += 1
+
+
+def trip_count(module: Module, loop: Instruction) -> int | None:
+    """How often the body runs, if its condition compares a counter with a constant; else None."""
+    if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
+        return int(known)
+    condition = module.computations[loop.called["condition"]]
+    root = condition.root
+    if root.op == "fusion":
+        inner = module.computations[root.called["calls"]]
+        if inner.root.op != "compare":
+            return None
+        constants = [condition.instructions[name] for name in root.operands]
+    elif root.op == "compare":
+        constants = [condition.instructions[name] for name in root.operands]
+    else:
+        return None
+    values = [int(c.arguments) for c in constants if c.op == "constant" and c.arguments.isdigit()]
+    return values[0] if len(values) == 1 else None
+
+
+def matmul_flops(computation: Computation, i: Instruction) -> int:
+    """2 per multiplication and addition; those of a convolution on padding or between dilated places do not count."""
+    lhs, rhs = (s[0] for s in computation.operand_shapes(i))
+    out = i.shapes[0]
+    if i.op == "dot":
+        contracted = [int(d) for d in (i.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or "").split(",") if d]
+        return 2 * out.elements * _product(lhs.dims[d] for d in contracted)
+    lhs_labels, rhs_labels, out_labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes).groups()
+    size = lambda shape, labels, label: shape.dims[labels.index(label)]
+    flops = 2 * size(out, out_labels, "b") * size(out, out_labels, "f") * size(rhs, rhs_labels, "i")
+    spatial = sorted(label for label in out_labels if label.isdigit())
+    windows = _windows(i, len(spatial))
+    for label, window in zip(spatial, windows, strict=True):
+        flops *= _valid_pairs(size(lhs, lhs_labels, label), size(out, out_labels, label), **window)
+    return flops
+
+
+def _windows(i: Instruction, n: int) -> list[dict[str, int]]:
+    text = i.attribute(r"window=\{([^}]*)\}") or ""
+    fields = dict(part.split("=") for part in text.split())
+    split = lambda key, default: fields[key].split("x") if key in fields else [default] * n
+    return [
+        {"size": int(size), "stride": int(stride), "low": int(pad.split("_")[0]), "base": int(base), "window": int(win)}
+        for size, stride, pad, base, win in zip(
+            split("size", "1"), split("stride", "1"), split("pad", "0_0"), split("lhs_dilate", "1"),
+            split("rhs_dilate", "1"), strict=True,
+        )
+    ]  # fmt: skip
+
+
+@functools.cache
+def _valid_pairs(lhs: int, out: int, size: int, stride: int, low: int, base: int, window: int) -> int:
+    """(output position, window position) pairs of one dim that meet an element of lhs."""
+    count = 0
+    for k in range(size):
+        for o in range(out):
+            at = o * stride + k * window - low
+            count += at % base == 0 and 0 <= at // base < lhs
+    return count
+
+
+def _product(numbers) -> int:
+    result = 1
+    for n in numbers:
+        result *= n
+    return result
+
+
+def kernel_flops(i: Instruction) -> tuple[str, float]:
+    """A Mosaic kernel's name and the FLOPs that it executes, those in the tiles at its borders included.
+
+    gmm, tgmm: their own estimate 2 m k n, times tiles visited / tiles of m: every group may end within a tile.
+    splash attention, which states none: the blocks on and under the diagonal of the T x T scores, 2 matmuls forward and
+    5 backward (scores, their gradient, and the gradients of q, k and v).
+    """
+    name = re.sub(r"[.\d]+$", "", i.name)
+    operands = shapes(i.attribute(r"operand_layout_constraints=\{((?:[^{}]|\{[^{}]*\})*)\}") or "")
+    if name.startswith("splash"):
+        q = next(s for s in operands if s.dtype in ("bf16", "f32") and len(s.dims) >= 3)
+        T, block = q.dims[-2], int(i.attribute(r"block_q(?:_dkv)?\W+(\d+)") or 0)
+        return name, (5 if "dkv" in name else 2) * 2 * q.elements * (T + block) / 2
+    flops = float(i.attribute(r'"flops":"?(\d+)') or 0)
+    if name in ("gmm", "tgmm"):
+        rows, (tiles,) = _grouped(operands)
+        flops *= tiles * ROWS / rows
+    return name, flops
+
+
+def _grouped(operands: tuple[Shape, ...]) -> tuple[int, tuple[int, ...]]:
+    """Rows m of a grouped matmul, and the length of its list of tiles, m / tile + groups - 1."""
+    lists = [s.dims for s in operands if s.dtype == "s32" and len(s.dims) == 1]
+    rows = max(s.dims[0] for s in operands if s.dtype in ("bf16", "f32") and len(s.dims) == 2)
+    return rows, max(lists)
+
+
+def _collective(module: Module, computation: Computation, i: Instruction, kind: str, outer: str) -> Collective:
+    groups = (
+        i.attribute(r"(?:replica_groups|source_target_pairs)=(mesh\[[^\]]*\][^{]*\{[^}]*\}|\{\{.*?\}\}|\[[^ ]*)") or ""
+    )
+    operand_bytes = sum(s.bytes for shape in computation.operand_shapes(i) for s in shape)
+    result_bytes = sum(s.bytes for s in i.shapes)
+    if i.op.endswith("-start") and kind != "all-reduce":  # the result is (operand, result, ...)
+        result_bytes = max(s.bytes for s in i.shapes)
+    if kind == "all-reduce" and "all-reduce-scatter" in computation.name:  # followed by a slice: one emitter does both
+        kind = "reduce-scatter"
+    whole = operand_bytes if kind == "reduce-scatter" else result_bytes
+    return Collective(kind, groups.strip(), whole, module.source(i) if ":" in module.source(i) else outer)
+
+
+def hbm_bytes(module: Module, computation: Computation, i: Instruction) -> int:
+    """Bytes read from and written to HBM (memory space 0): operands and results, of a slice only what it touches."""
+    in_hbm = lambda found: sum(s.bytes for s in found if s.space == 0)
+    if i.op in ("dynamic-slice", "slice", "gather"):
+        return 2 * in_hbm(i.shapes)
+    if i.op == "dynamic-update-slice":
+        return 2 * in_hbm(computation.instructions[i.operands[1]].shapes)
+    if i.op.endswith(("-done", "-update")):
+        return 0
+    if i.op != "fusion":
+        return in_hbm(i.shapes) + sum(in_hbm(s) for s in computation.operand_shapes(i))
+    return _fusion_bytes(module.computations[i.called["calls"]], computation, i)
+
+
+def _fusion_bytes(inner: Computation, outer: Computation, i: Instruction) -> int:
+    users: dict[str, list[Instruction]] = {}
+    for part in inner.instructions.values():
+        for name in part.operands:
+            users.setdefault(name, []).append(part)
+    total, updated = 0, set()
+    root = inner.root
+    results = [inner.instructions[name] for name in root.operands] if root.op == "tuple" else [root]
+    for result, shape in zip(results, i.shapes, strict=False):
+        if shape.space == 0:
+            total += inner.instructions[result.operands[1]].shapes[0].bytes if _updates(result) else shape.bytes
+        if _updates(result):
+            updated.add(result.operands[0])
+    parameters = {p.arguments: p for p in inner.instructions.values() if p.op == "parameter"}
+    for number, operand in enumerate(i.operands):
+        parameter = parameters.get(str(number))
+        if parameter is None or operand not in outer.instructions or parameter.name in updated:
+            continue
+        found: tuple[Shape, ...] = outer.instructions[operand].shapes
+        uses = users.get(parameter.name, [])
+        if uses and all(use.op in ("dynamic-slice", "slice", "gather") for use in uses):
+            found = tuple(Shape(u.shapes[0].dtype, u.shapes[0].dims, found[0].space) for u in uses)
+        total += sum(s.bytes for s in found if s.space == 0)
+    return total
+
+
+def _updates(i: Instruction) -> bool:
+    return i.op == "dynamic-update-slice"
