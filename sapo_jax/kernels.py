@@ -1,4 +1,4 @@
-"""Which attention and which grouped matmul run where: `kernels_tpu` on TPU, plain XLA here on other platforms.
+"""Attention and the experts' grouped matmul: plain XLA here; `kernels_tpu` on TPU (see `attention`, models.exchange).
 
 Both functions are exact (no dropped token, no approximation) and are the numerical reference for any faster kernel.
 """
@@ -49,10 +49,6 @@ def expert_mlp(rows_ND, expert_N, gate_EDF, up_EDF, down_EFD, *, block: int = 32
     Rows are sorted by expert into blocks that each belong to one expert (the last block of an expert is padded), then
     one block is one small matmul: measured 10x faster than `jax.lax.ragged_dot` on CPU, which is dense over experts.
     """
-    if on_tpu():
-        from sapo_jax import kernels_tpu  # here: takes long to import
-
-        return kernels_tpu.expert_mlp(rows_ND, expert_N, gate_EDF, up_EDF, down_EFD)
     N, D = rows_ND.shape
     E = gate_EDF.shape[0]
     ours_N1 = expert_N[:, None] < E

@@ -1,6 +1,6 @@
 """The same functions as `kernels`, on TPU: splash attention and the grouped matmul megablox, both of jax.experimental.
 
-`attention` and `expert_mlp` run on one device's share of the arrays: a Pallas kernel is not split by the compiler.
+`attention` and `mix_experts` run on one device's share of the arrays: a Pallas kernel is not split by the compiler.
 `interpret=True` runs the kernels' own code on any platform, which is how they are tested.
 """
 
@@ -138,30 +138,42 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 # ---------------------------------------------------------------- experts
 
 
-def expert_mlp(rows_ND, expert_N, gate_EDF, up_EDF, down_EFD, *, interpret: bool = False) -> Array:
-    """As `kernels.expert_mlp`: rows sorted by expert, then three grouped matmuls over ragged groups. Dropless.
+def mix_experts(x_ND, ids_Nk, gate_Nk, gate_EDF, up_EDF, down_EFD, *, strangers: bool, interpret: bool = False):
+    """sum over k of gate_k * SwiGLU_{ids_k}(x), ND: a copy of each row for each of its experts, sorted by expert, passes
+    three grouped matmuls over ragged groups. Dropless.
 
-    A row with expert_N = E belongs to nobody here and gives 0; such rows, and the padding to whole tiles, come last
-    and are not computed.
+    strangers: some ids are E, an expert that is not among these, which adds nothing. Such copies, and the padding to
+    whole tiles, come last and are not computed. Gates multiply the hidden units, which are fewer than the outputs.
     """
-    N, E = len(rows_ND), len(gate_EDF)
-    padding = -N % ROWS
-    order_N = jnp.argsort(expert_N, stable=True)
-    count_E1 = jnp.bincount(expert_N, length=E + 1).astype(jnp.int32).at[-1].add(padding)
-    sorted_ND = jnp.pad(permute(rows_ND, order_N), [(0, padding), (0, 0)])
+    (N, k), E = ids_Nk.shape, len(gate_EDF)
+    padding = -N * k % ROWS
+    order = jnp.argsort(ids_Nk.ravel(), stable=True)
+    # Ends of the groups: a binary search each in the sorted ids
+    bound_E = jnp.searchsorted(ids_Nk.ravel()[order], jnp.arange(E + 1), side="right").astype(jnp.int32)
+    count = jnp.diff(bound_E, prepend=0).at[-1].add(padding)
+    count = count if strangers or padding else count[:-1]
+    pad = lambda rows: jnp.pad(rows, [(0, padding)] + [(0, 0)] * (rows.ndim - 1))
 
-    def matmul(x_ND, w_EDF):  # rows of the last group, which has no weights, come out as 0
+    def matmul(rows, w_EDF):  # rows of a group beyond E, which has no weights, come out as 0
         tiling = ROWS, min(1024, w_EDF.shape[1]), min(1024, w_EDF.shape[2])
-        return megablox.gmm(x_ND, w_EDF, count_E1, x_ND.dtype, tiling, interpret=interpret)
+        return megablox.gmm(rows, w_EDF, count, rows.dtype, tiling, interpret=interpret)
 
-    hidden_NF = jax.nn.silu(matmul(sorted_ND, gate_EDF)) * matmul(sorted_ND, up_EDF)
-    return permute(matmul(hidden_NF, down_EFD)[:N], jnp.argsort(order_N))
-
-
-@jax.custom_vjp
-def permute(x_ND, order_N) -> Array:
-    """x[order] for a permutation: its backward is the inverse one, a gather as well; a scatter is slow on TPU."""
-    return x_ND.at[order_N].get(unique_indices=True, mode="promise_in_bounds")
+    rows, gates = pad(copies(x_ND, order, k)), pad(copies(gate_Nk.ravel(), order, 1))
+    hidden = jax.nn.silu(matmul(rows, gate_EDF)) * matmul(rows, up_EDF) * gates[:, None]
+    y = copies(matmul(hidden, down_EFD)[: N * k], jnp.argsort(order), 1)
+    return y.reshape(N, k, -1).sum(axis=1)
 
 
-permute.defvjp(lambda x, order: (permute(x, order), order), lambda order, g: (permute(g, jnp.argsort(order)), None))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def copies(x, order, k: int) -> Array:
+    """Every row of x k times, then in that order, a permutation of the copies. Its gradient is a gather and a sum of k
+    as well: a scatter is slow on TPU."""
+    return x.at[order // k].get(mode="promise_in_bounds")
+
+
+def _copies_bwd(k: int, order, g):
+    g = copies(g, jnp.argsort(order), 1)
+    return (g if k == 1 else g.reshape(-1, k, *g.shape[1:]).sum(axis=1)), None
+
+
+copies.defvjp(lambda x, order, k: (copies(x, order, k), order), _copies_bwd)

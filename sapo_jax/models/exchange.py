@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from sapo_jax import kernels
-from sapo_jax.sharding import spec
+from sapo_jax.sharding import on_tpu, spec
 from sapo_jax.types import Array
 
 EXPERT, FSDP, TENSOR = "expert", "fsdp", "tensor"
@@ -43,13 +43,19 @@ def _exchange(x_BTD, ids_BTk, gate_BTk, gate_EDF, up_EDF, down_EFD, *, shards: i
         E = len(gate_EDF)
         ids_BTk = ids_BTk - jax.lax.axis_index(EXPERT) * E
         ids_BTk = jnp.where((ids_BTk >= 0) & (ids_BTk < E), ids_BTk, E)  # E: another device's
-    y_BTD = _mix(x_BTD, ids_BTk, gate_BTk, *weights)
+    y_BTD = _mix(x_BTD, ids_BTk, gate_BTk, *weights, strangers=shards > 1)
     y_BTD = jax.lax.psum(y_BTD, TENSOR)
     return jax.lax.psum_scatter(y_BTD, EXPERT, scatter_dimension=0, tiled=True) if shards > 1 else y_BTD
 
 
-def _mix(x_BTD, ids_BTk, gate_BTk, gate_EDF, up_EDF, down_EFD) -> Array:
+def _mix(x_BTD, ids_BTk, gate_BTk, gate_EDF, up_EDF, down_EFD, *, strangers: bool = False) -> Array:
+    """On one device. strangers: some ids are E, which adds nothing."""
     (B, T, D), k = x_BTD.shape, ids_BTk.shape[-1]
+    if on_tpu():
+        from sapo_jax.kernels_tpu import mix_experts  # here: takes long to import
+
+        rows = x_BTD.reshape(-1, D), ids_BTk.reshape(-1, k), gate_BTk.reshape(-1, k)
+        return mix_experts(*rows, gate_EDF, up_EDF, down_EFD, strangers=strangers).reshape(B, T, D)
     rows_ND = jnp.broadcast_to(x_BTD[:, :, None], (B, T, k, D)).reshape(-1, D)
     y_ND = kernels.expert_mlp(rows_ND, ids_BTk.reshape(-1), gate_EDF, up_EDF, down_EFD)
     return jnp.einsum("btkd,btk->btd", y_ND.reshape(B, T, k, D), gate_BTk)

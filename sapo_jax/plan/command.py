@@ -1,4 +1,4 @@
-"""What `sapo-jax plan` does with its arguments: exit code 0 where all fits, 1 where something does not or no plan is made."""
+"""What `sapo-jax plan` does. Exit code 0: all fits; 1: something does not, or there is no plan."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from sapo_jax.config import Config
 from sapo_jax.plan import plan, sweep
 from sapo_jax.plan.chips import PlanError
-from sapo_jax.plan.report import show
+from sapo_jax.plan.report import show, show_measured
 
 
 def run_plan(
@@ -20,6 +20,13 @@ def run_plan(
 ) -> int:
     """Print the plan (of every mesh, best last on the screen and first in the file, with sweep_mesh) and write it."""
     console = Console(width=120)
+    if topology == "cpu":
+        from sapo_jax.plan.measure import measure
+
+        found = measure(cfg, functions)
+        show_measured(found, console)
+        _write(found, out)
+        return 0
     try:
         if sweep_mesh:
             found = sweep(cfg, topology, functions)
@@ -33,10 +40,13 @@ def run_plan(
         return 1
     for one in reversed(found):
         show(one, console)
-    if out is not None:
-        best = found[0] | ({"sweep": [_summary(one) for one in found]} if sweep_mesh else {})
-        out.write_text(json.dumps(best, indent=1) + "\n", encoding="utf-8")
+    _write(found[0] | ({"sweep": [_summary(one) for one in found]} if sweep_mesh else {}), out)
     return 0 if all(report["fits"] for report in found[0]["functions"].values()) else 1
+
+
+def _write(found: dict, out: Path | None) -> None:
+    if out is not None:
+        out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def _summary(one: dict) -> dict:

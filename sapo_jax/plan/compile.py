@@ -13,7 +13,6 @@ from pathlib import Path
 import jax
 import jaxlib
 
-
 CACHE = Path(".cache/plan")
 
 
@@ -36,9 +35,12 @@ class Compiled:
 
     @property
     def needed(self) -> int | None:
-        """Of a program that was refused, the HBM that it would take, if the compiler says."""
-        found = re.search(r"[Uu]sed ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", self.refusal)
-        return int(float(found[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[found[2]]) if found else None
+        """Of a program that was refused, the HBM that it would take, or its temporaries alone, as the compiler says."""
+        found = re.search(r"Used ([\d.]+)([KMG]) of|temporaries \(([\d.]+)([KMG])\) exceeds", self.refusal)
+        if found is None:
+            return None
+        size, unit = found[1] or found[3], found[2] or found[4]
+        return int(float(size) * {"K": 2**10, "M": 2**20, "G": 2**30}[unit])
 
 
 def versions() -> dict[str, str]:

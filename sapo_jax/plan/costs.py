@@ -69,7 +69,7 @@ class _Reader:
 
     def _instruction(self, total: Costs, computation: Computation, i: Instruction, seen: set) -> None:
         if i.op == "while":
-            trips = trip_count(self.module, i)
+            trips = trip_count(self.module, computation, i)
             total.open_loops += trips is None
             total.add(self.computation(i.called["body"]), self.open_trips if trips is None else trips)
         elif i.op == "conditional":
@@ -103,23 +103,55 @@ class _Reader:
                 total.collectives[_collective(self.module, computation, i, kind, outer)] += 1
 
 
-def trip_count(module: Module, loop: Instruction) -> int | None:
-    """How often the body runs, if its condition compares a counter with a constant; else None."""
+def trip_count(module: Module, computation: Computation, loop: Instruction) -> int | None:
+    """How often the body runs, if the condition is `counter < constant` and the body adds constants to the counter;
+    else None. (The loops of a matmul that overlaps with its collective count by two.)"""
     if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
         return int(known)
-    condition = module.computations[loop.called["condition"]]
-    root = condition.root
-    if root.op == "fusion":
-        inner = module.computations[root.called["calls"]]
-        if inner.root.op != "compare":
-            return None
-        constants = [condition.instructions[name] for name in root.operands]
-    elif root.op == "compare":
-        constants = [condition.instructions[name] for name in root.operands]
+    condition, body = (module.computations[loop.called[key]] for key in ("condition", "body"))
+    test, inside = condition.root, condition
+    if test.op == "fusion":
+        inside = module.computations[test.called["calls"]]
+        bound = [_constant(condition, name) for name in test.operands]
+        places = [condition.instructions[name] for name in test.operands]
+        test = inside.root
     else:
+        bound = [_constant(condition, name) for name in test.operands]
+        places = [condition.instructions.get(name) for name in test.operands]
+    counters = [i for i in places if i is not None and i.op == "get-tuple-element"]
+    bound = [n for n in bound if n is not None]
+    if test.op != "compare" or "direction=LT" not in test.attributes or len(bound) != 1 or len(counters) != 1:
         return None
-    values = [int(c.arguments) for c in constants if c.op == "constant" and c.arguments.isdigit()]
-    return values[0] if len(values) == 1 else None
+    number = counters[0].attribute(r"index=(\d+)")
+    step = _step(body, body.root.operands[int(number)], number)
+    start = computation.instructions[loop.operands[0]]
+    start = _constant(computation, start.operands[int(number)]) if start.op == "tuple" else None
+    return -(-(bound[0] - start) // step) if step and start is not None else None
+
+
+def _constant(computation: Computation, name: str) -> int | None:
+    """The value of an instruction that is an integer constant, or a copy of one."""
+    i = computation.instructions.get(name)
+    while i is not None and i.op in ("copy", "bitcast", "copy-start", "copy-done"):
+        i = computation.instructions.get(i.operands[0])
+    return int(i.arguments) if i is not None and i.op == "constant" and re.fullmatch(r"-?\d+", i.arguments) else None
+
+
+def _step(body: Computation, name: str, number: str) -> int | None:
+    """The sum of the constants that were added on the way from element `number` of the body's argument to `name`."""
+    step, i = 0, body.instructions[name]
+    while i.op != "get-tuple-element" or i.attribute(r"index=(\d+)") != number:
+        if i.op in ("copy", "bitcast", "copy-start", "copy-done"):
+            i = body.instructions[i.operands[0]]
+            continue
+        if i.op != "add":
+            return None
+        added = [_constant(body, operand) for operand in i.operands]
+        if (added[0] is None) == (added[1] is None):
+            return None
+        step += added[0] if added[0] is not None else added[1]
+        i = body.instructions[i.operands[1 if added[0] is not None else 0]]
+    return step
 
 
 def matmul_flops(computation: Computation, i: Instruction) -> int:
@@ -212,8 +244,9 @@ def _collective(module: Module, computation: Computation, i: Instruction, kind: 
 
 
 def hbm_bytes(module: Module, computation: Computation, i: Instruction) -> int:
-    """Bytes read from and written to HBM (memory space 0): operands and results, of a slice only what it touches."""
-    in_hbm = lambda found: sum(s.bytes for s in found if s.space == 0)
+    """Bytes read from and written to HBM (memory space 0): operands and results, of a slice only what it touches.
+    Scalars do not count."""
+    in_hbm = _in_hbm
     if i.op in ("dynamic-slice", "slice", "gather"):
         return 2 * in_hbm(i.shapes)
     if i.op == "dynamic-update-slice":
@@ -223,6 +256,10 @@ def hbm_bytes(module: Module, computation: Computation, i: Instruction) -> int:
     if i.op != "fusion":
         return in_hbm(i.shapes) + sum(in_hbm(s) for s in computation.operand_shapes(i))
     return _fusion_bytes(module.computations[i.called["calls"]], computation, i)
+
+
+def _in_hbm(found: tuple[Shape, ...]) -> int:
+    return sum(s.bytes for s in found if s.space == 0 and s.dims)
 
 
 def _fusion_bytes(inner: Computation, outer: Computation, i: Instruction) -> int:
@@ -245,9 +282,9 @@ def _fusion_bytes(inner: Computation, outer: Computation, i: Instruction) -> int
             continue
         found: tuple[Shape, ...] = outer.instructions[operand].shapes
         uses = users.get(parameter.name, [])
-        if uses and all(use.op in ("dynamic-slice", "slice", "gather") for use in uses):
+        if uses and all(u.op in ("dynamic-slice", "slice", "gather") and u.operands[0] == parameter.name for u in uses):
             found = tuple(Shape(u.shapes[0].dtype, u.shapes[0].dims, found[0].space) for u in uses)
-        total += sum(s.bytes for s in found if s.space == 0)
+        total += _in_hbm(found)
     return total
 
 

@@ -109,7 +109,7 @@ def parse(text: str) -> Module:
                 current = Computation(header[2], {})
                 computations[header[2]] = current
                 entry = header[2] if header[1] else entry
-        elif line.rstrip() == "}":
+        elif line.startswith("}"):  # also `}, execution_thread="sparsecore"`
             current = None
         elif instruction := _instruction(line):
             current.instructions[instruction.name] = instruction

@@ -22,6 +22,7 @@ from sapo_jax.rollout.sampler import _decode, _first_token, _prefill
 from sapo_jax.scoring import make_scorer
 from sapo_jax.types import Batch
 
+NO_STOP = (-1,)  # no token ends a completion: all have their full length
 FUNCTIONS = "update", "score", "prefill", "decode"
 
 
@@ -91,6 +92,10 @@ class Programs:
         with jax.set_mesh(self.mesh):
             return function.trace(*arguments).lower(lowering_platforms=(self.mesh.devices.flat[0].platform,))
 
+    def arguments(self, name: str) -> list:
+        """Of the function: trees of ShapeDtypeStructs."""
+        return getattr(self, f"_{name}")()[1:]
+
     def _update(self):
         cfg = self.cfg
         tx = make_optimizer(cfg.optimizer, cfg.train.steps * cfg.train.mini_batches * cfg.train.epochs)
@@ -128,7 +133,7 @@ class Programs:
         cfg = self.cfg
         rule = Rule(cfg.rollout.temperature, cfg.rollout.top_k, cfg.rollout.top_p, cfg.rollout.min_p)
         record = cfg.train.routing_replay == "r3"
-        return Sampler(self.policy, rule, cfg.rollout.group_size, cfg.rollout.max_new_tokens, (1,), 0, record)
+        return Sampler(self.policy, rule, cfg.rollout.group_size, cfg.rollout.max_new_tokens, NO_STOP, 0, record)
 
     def _prompts(self):
         work, placed = self.work, sharding.batch_sharding(self.mesh)

@@ -141,6 +141,19 @@ def show(plan: dict[str, Any], console: Console) -> None:
     console.print(f"compiled facts: {FACTS}\nmodel: {MODEL}", markup=False)
 
 
+def show_measured(found: dict[str, Any], console: Console) -> None:
+    """Predicted against measured seconds."""
+    speed = found["calibration"]
+    title = f"{found['config']} here: matmul {speed['flops'] / 1e9:.0f} GFLOP/s, memory {speed['hbm'] / 1e9:.1f} GB/s"
+    table = Table("", "FLOPs", "FLOPs / useful", "traffic, GB", "predicted, s", "measured, s", "ratio", title=title)
+    for name, r in found["functions"].items():
+        table.add_row(
+            name, f"{r['flops']:.3g}", f"{r['flops_ratio']:.2f}", f"{r['hbm_bytes'] / 1e9:.3g}",
+            f"{r['predicted_seconds']:.3g}", f"{r['measured_seconds']:.3g}", f"{r['measured_over_predicted']:.2f}",
+        )  # fmt: skip
+    console.print(table)
+
+
 _ROWS = {
     "fits": lambda r: "yes" if r["fits"] else "NO",
     "peak, of usable HBM": lambda r: f"{100 * r['peak_fraction']:.0f} %",

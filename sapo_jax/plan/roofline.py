@@ -67,21 +67,25 @@ class Fabric:
 
 def first_group(text: str, devices: int) -> np.ndarray:
     """Of replica groups as HLO writes them, the members of the first: `{{0,1},{2,3}}`, `[2,2]<=[4]`,
-    `[2,2]<=[2,2]T(1,0)` or `mesh['a'=2,'b'=2] {'b'}`. None given: all devices. Raises ValueError for other forms."""
+    `[2,2]<=[2,2]T(1,0)`, `mesh['a'=2,'b'=2] {'b'}` or `mesh['a'=4], device_ids=([2,2]T(1,0)) {'a'}`; of pairs of source
+    and target the first whose two differ. None given: all devices. Raises ValueError for other forms."""
     if not text or text == "{}":
         return np.arange(devices)
     if text.startswith("{{"):
-        return np.array([int(n) for n in text[2:].split("}")[0].split(",")])
+        groups = [[int(n) for n in part.split(",")] for part in text[2:-2].split("},{")]
+        return np.array(next((group for group in groups if len(set(group)) > 1), groups[0][:1]))
     if found := re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
         shape, tiles, order = ([int(n) for n in part.split(",")] if part else None for part in found.groups())
         ids = np.arange(math.prod(tiles)).reshape(tiles)
         return (ids if order is None else ids.transpose(order)).reshape(shape)[0]
-    if found := re.match(r"mesh\[([^\]]*)\](.*)\{([^}]*)\}$", text):
-        if found[2].strip(" ,"):
-            raise ValueError(f"replica groups over a mesh in another order: {text}")
+    order = r"(?:, device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\))?"
+    if found := re.match(r"mesh\[([^\]]*)\]" + order + r" *\{([^}]*)\}$", text):
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
-        ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
-        chosen = re.findall(r"'([^']+)'", found[3])
+        ids = np.arange(math.prod(sizes.values()))
+        if found[2]:
+            tiles, order = ([int(n) for n in part.split(",")] for part in found.group(2, 3))
+            ids = ids.reshape(tiles).transpose(order)
+        ids, chosen = ids.reshape(tuple(sizes.values())), re.findall(r"'([^']+)'", found[4])
         return ids[tuple(slice(None) if name in chosen else 0 for name in sizes)].ravel()
     raise ValueError(f"replica groups in a form that is not known: {text}")
 
