@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from sapo_jax.kernels import NEGATIVE
 from sapo_jax.models import Policy, Qwen3
 from sapo_jax.models.moe import Routing
+from sapo_jax.sharding import constrain
 from sapo_jax.types import Array, Batch, Params
 
 
@@ -34,7 +35,8 @@ def score(model: Qwen3, batch: Batch, temperature: float) -> Scores:
     where = (batch.positions_BT, batch.segment_ids_BT, batch.prefix_ids_BT)
     out = model.forward(batch.tokens_BT, *where, expert_ids_BTLk=batch.expert_ids_BTLk)
     B, T, D = out.hidden_BTD.shape
-    hidden_ND = jnp.take_along_axis(out.hidden_BTD, batch.source_BM[..., None], axis=1).reshape(-1, D)
+    picked_BMD = jnp.take_along_axis(out.hidden_BTD, batch.source_BM[..., None], axis=1)
+    hidden_ND = constrain(constrain(picked_BMD, "batch", None, None).reshape(-1, D), "batch", None)
     targets_N = jnp.take_along_axis(batch.tokens_BT, jnp.minimum(batch.picked_BM, T - 1), axis=1).reshape(-1)
     logp_N, entropy_N, greedy_N, collision_N = head_logprobs(
         hidden_ND, model.head_VD(), targets_N, temperature, model.cfg.vocab_chunk
@@ -117,8 +119,14 @@ def make_scorer(
 
 
 def split(batch: Batch, micro_batch: int) -> Batch:
-    """[B, ...] -> [B / micro_batch, micro_batch, ...] for every array of the batch; micro_batch 0: all B rows."""
-    return jax.tree.map(lambda x: x.reshape(-1, micro_batch or len(x), *x.shape[1:]), batch)
+    """[B, ...] -> [B / micro_batch, micro_batch, ...] for every array of the batch; micro_batch 0: all B rows. On a
+    mesh every micro-batch is split over all devices that the batch was split over."""
+
+    def one(x: Array) -> Array:
+        x = x.reshape(-1, micro_batch or len(x), *x.shape[1:])
+        return constrain(x, None, "batch", *(None,) * (x.ndim - 2))
+
+    return jax.tree.map(one, batch)
 
 
 def join(x: Array) -> Array:

@@ -76,7 +76,9 @@ def exact_mix(x_ND, ids_Nk, gate_Nk, *weights):
     return jnp.einsum("nkd,nk->nd", y.reshape(N, k, -1), gate_Nk)
 
 
-@pytest.mark.parametrize(("N", "strangers"), [(24, False), (25, False), (25, True)], ids=["whole", "padded", "strangers"])
+@pytest.mark.parametrize(
+    ("N", "strangers"), [(24, False), (25, False), (25, True)], ids=["whole", "padded", "strangers"]
+)
 def test_experts(N, strangers, monkeypatch):
     """Values and gradients: whole tiles and padded ones, experts that are idle, experts that are not here."""
     monkeypatch.setattr(kernels_tpu, "ROWS", 8)

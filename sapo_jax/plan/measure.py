@@ -75,5 +75,7 @@ def _array(x: jax.ShapeDtypeStruct) -> jax.Array:
     """Ones: segments are real, weights are not 0, and no time depends on the values but that of the experts' loads."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jax.device_put(jax.random.split(jax.random.key(0), x.shape), x.sharding)
-    value = jnp.zeros(x.shape, x.dtype) if x.dtype == jnp.bool_ else jnp.full(x.shape, 0.01 if x.dtype.kind == "f" else 1)
+    value = (
+        jnp.zeros(x.shape, x.dtype) if x.dtype == jnp.bool_ else jnp.full(x.shape, 0.01 if x.dtype.kind == "f" else 1)
+    )
     return jax.device_put(value.astype(x.dtype), x.sharding)

@@ -131,7 +131,10 @@ def test_a_loop_that_ends_on_data_runs_as_often_as_told():
 @pytest.mark.parametrize(("start", "step", "trips"), [(0, 2, 4), (3, 1, 4), (1, 3, 2)])
 def test_trip_counts_from_start_and_step(start, step, trips):
     text = MODULE.replace("%from = s32[] constant(0)", f"%from = s32[] constant({start})")
-    assert program_costs(parse(text.replace("%one = s32[] constant(1)", f"%one = s32[] constant({step})"))).cycles == 100 * trips
+    assert (
+        program_costs(parse(text.replace("%one = s32[] constant(1)", f"%one = s32[] constant({step})"))).cycles
+        == 100 * trips
+    )
 
 
 def test_largest_buffers_name_their_source(module):

@@ -131,7 +131,9 @@ Largest program allocations in hbm:
 def test_reading_a_refusal():
     refused = Compiled(False, 1.0, refusal=REFUSAL)
     assert refused.needed == int(20.5 * 2**30)
-    short = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (60.90G) exceeds"
+    short = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (60.90G) exceeds"
+    )
     assert Compiled(False, 1.0, refusal=f"{short} available HBM (15.75G).").needed == int(60.9 * 2**30)
     assert largest_refused(REFUSAL) == [
         "8.00G  f32[32,8192,8192]{2,1,0:T(8,128)}  layers.py:45",
@@ -146,4 +148,3 @@ def test_compiles_are_kept_by_text(tmp_path):
     assert compile_cached(lowered, "here", tmp_path) == first and len(list(tmp_path.iterdir())) == 1
     compile_cached(lowered, "there", tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
-

@@ -12,7 +12,16 @@ from sapo_jax.plan.chips import CHIPS, PlanError, parse_topology
 from sapo_jax.plan.costs import Collective, Costs
 from sapo_jax.plan.programs import Workload
 from sapo_jax.plan.report import iteration_report
-from sapo_jax.plan.roofline import HOP, KERNEL_EFFICIENCY, Fabric, Times, collective_rows, first_group, times, useful_flops
+from sapo_jax.plan.roofline import (
+    HOP,
+    KERNEL_EFFICIENCY,
+    Fabric,
+    Times,
+    collective_rows,
+    first_group,
+    times,
+    useful_flops,
+)
 
 GIGA = 10**9
 
