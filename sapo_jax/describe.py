@@ -142,10 +142,10 @@ def memory(cfg: Config, vocab_size: int) -> Memory:
     """An estimate, good to tell what fits from what does not; `sapo-jax plan` measures the compiled programs.
 
     Parameters are split over fsdp * tensor, experts also over expert; sequences over data * fsdp * expert
-    (`mesh.data: 0` counts as 1). Rows are counted as one sequence each, or as train.row_tokens. Activations of n rows on
-    a device: with remat `none` all that a layer computes, with `dots` the results of its matmuls, with `full` its
-    input, with `attention` also attention's output; all but `none` also hold one layer that is being recomputed. The KV
-    cache is that of the rollout or of an evaluation batch, whichever has more sequences.
+    (`mesh.data: 0` counts as 1). Rows are counted as one sequence each, or as train.row_tokens. Activations of n rows
+    on a device: with remat `none` all that a layer computes, with `dots` the results of its matmuls, with `full` its
+    input, with `attention` also attention's output; all but `none` also hold one layer that is being recomputed. The
+    KV cache is that of the rollout or of an evaluation batch, whichever has more sequences.
     """
     model, mesh = cfg.model, cfg.mesh
     T = cfg.train.row_tokens or cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens

@@ -20,7 +20,7 @@ from sapo_jax.sharding import spec
 from sapo_jax.types import Array
 
 LANES = 128  # of a TPU register: the kernels want multiples of it
-BLOCKS = 1024, 512, 256, 128  # tokens of a block of scores: the largest that divides T
+BLOCKS = 1024, 512, 256, 128  # tokens of a block of scores; see _kernel
 ROWS = (
     256  # of a tile of the grouped matmul; smaller tiles waste less at the borders of experts, larger ones are faster
 )
@@ -79,10 +79,13 @@ def _shares_prompts(segments_BT, prefixes_BT) -> Array:
 
 
 def _kernel(H: int, T: int, interpret: bool) -> splash.SplashAttentionKernel:
-    block = next(size for size in BLOCKS if T % size == 0)
+    # Blocks on the diagonal are half wasted: an eighth of the row at most, where it is long enough.
+    block = next(size for size in BLOCKS if T % size == 0 and (T >= 8 * size or size == LANES))
+    # Backward writes a gradient of q for every block of keys and adds them up: larger blocks, fewer of these.
+    keys = 2 * block if T % (2 * block) == 0 else block
     sizes = splash.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=min(block, 512),
-        block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=min(block, 512), use_fused_bwd_kernel=True,
+        block_q_dkv=block, block_kv_dkv=keys, block_kv_dkv_compute=min(block, 512), use_fused_bwd_kernel=True,
     )  # fmt: skip
     causal = masks.MultiHeadMask([masks.CausalMask((T, T)) for _ in range(H)])
     return splash.make_splash_mha(
@@ -139,8 +142,8 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def mix_experts(x_ND, ids_Nk, gate_Nk, gate_EDF, up_EDF, down_EFD, *, strangers: bool, interpret: bool = False):
-    """sum over k of gate_k * SwiGLU_{ids_k}(x), ND: a copy of each row for each of its experts, sorted by expert, passes
-    three grouped matmuls over ragged groups. Dropless.
+    """sum over k of gate_k * SwiGLU_{ids_k}(x), ND. Dropless: a copy of each row for each of its experts, sorted by
+    expert, passes three grouped matmuls over ragged groups.
 
     strangers: some ids are E, an expert that is not among these, which adds nothing. Such copies, and the padding to
     whole tiles, come last and are not computed. Gates multiply the hidden units, which are fewer than the outputs.

@@ -75,6 +75,6 @@ def sweep(cfg: Config, topology_name: str, functions: Sequence[str]) -> list[dic
     def rank(found: dict) -> tuple:
         reports = found["functions"].values()
         fits = all(r["fits"] for r in reports)
-        return not fits, sum(r["seconds"]["step"] if "seconds" in r else 0 for r in reports)
+        return not fits, sum(r["seconds"]["estimate"] if "seconds" in r else 0 for r in reports)
 
     return sorted(plans, key=rank)

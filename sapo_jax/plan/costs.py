@@ -213,7 +213,8 @@ def kernel_flops(i: Instruction) -> tuple[str, float]:
     operands = shapes(i.attribute(r"operand_layout_constraints=\{((?:[^{}]|\{[^{}]*\})*)\}") or "")
     if name.startswith("splash"):
         q = next(s for s in operands if s.dtype in ("bf16", "f32") and len(s.dims) >= 3)
-        T, block = q.dims[-2], int(i.attribute(r"block_q(?:_dkv)?\W+(\d+)") or 0)
+        key = "block_kv_dkv" if "dkv" in name else "block_kv"
+        T, block = q.dims[-2], int(i.attribute(key + r"\W+(\d+)") or 0)
         return name, (5 if "dkv" in name else 2) * 2 * q.elements * (T + block) / 2
     flops = float(i.attribute(r'"flops":"?(\d+)') or 0)
     if name in ("gmm", "tgmm"):
@@ -255,38 +256,53 @@ def hbm_bytes(module: Module, computation: Computation, i: Instruction) -> int:
         return 0
     if i.op != "fusion":
         return in_hbm(i.shapes) + sum(in_hbm(s) for s in computation.operand_shapes(i))
-    return _fusion_bytes(module.computations[i.called["calls"]], computation, i)
+    inner, total = module.computations[i.called["calls"]], 0
+    root = inner.root
+    results = [inner.instructions[name] for name in root.operands] if root.op == "tuple" else [root]
+    for result, shape in zip(results, i.shapes, strict=False):
+        total += _written(module, inner, result) if shape.space == 0 else 0
+    for number, operand in enumerate(i.operands):
+        shape = computation.instructions[operand].shapes
+        if in_hbm(shape):
+            total += min(in_hbm(shape), _read(module, inner, number))
+    return total
 
 
 def _in_hbm(found: tuple[Shape, ...]) -> int:
     return sum(s.bytes for s in found if s.space == 0 and s.dims)
 
 
-def _fusion_bytes(inner: Computation, outer: Computation, i: Instruction) -> int:
-    users: dict[str, list[Instruction]] = {}
-    for part in inner.instructions.values():
-        for name in part.operands:
-            users.setdefault(name, []).append(part)
-    total, updated = 0, set()
-    root = inner.root
-    results = [inner.instructions[name] for name in root.operands] if root.op == "tuple" else [root]
-    for result, shape in zip(results, i.shapes, strict=False):
-        if shape.space == 0:
-            total += inner.instructions[result.operands[1]].shapes[0].bytes if _updates(result) else shape.bytes
-        if _updates(result):
-            updated.add(result.operands[0])
-    parameters = {p.arguments: p for p in inner.instructions.values() if p.op == "parameter"}
-    for number, operand in enumerate(i.operands):
-        parameter = parameters.get(str(number))
-        if parameter is None or operand not in outer.instructions or parameter.name in updated:
+def _written(module: Module, computation: Computation, i: Instruction) -> int:
+    """Bytes of a fusion's result that are written: where it updates an array in place, those of the update."""
+    if i.op in ("bitcast", "copy") and i.operands[0] in computation.instructions:
+        return _written(module, computation, computation.instructions[i.operands[0]])
+    if i.op == "dynamic-update-slice":
+        return computation.instructions[i.operands[1]].shapes[0].bytes
+    if i.op == "fusion":
+        inner = module.computations[i.called["calls"]]
+        return (
+            sum(i.bytes for i in inner.root.shapes) if inner.root.op == "tuple" else _written(module, inner, inner.root)
+        )
+    return sum(s.bytes for s in i.shapes)
+
+
+def _read(module: Module, computation: Computation, number: int) -> int:
+    """Bytes that a fusion reads of its operand `number`: all of it, unless every use takes slices or updates a part."""
+    parameters = (p for p in computation.instructions.values() if p.op == "parameter" and p.arguments == str(number))
+    parameter = next(parameters)
+    whole, total, aliases = sum(s.bytes for s in parameter.shapes), 0, {parameter.name}
+    for use in computation.instructions.values():
+        places = [n for n, name in enumerate(use.operands) if name in aliases]
+        if not places:
             continue
-        found: tuple[Shape, ...] = outer.instructions[operand].shapes
-        uses = users.get(parameter.name, [])
-        if uses and all(u.op in ("dynamic-slice", "slice", "gather") and u.operands[0] == parameter.name for u in uses):
-            found = tuple(Shape(u.shapes[0].dtype, u.shapes[0].dims, found[0].space) for u in uses)
-        total += _in_hbm(found)
-    return total
-
-
-def _updates(i: Instruction) -> bool:
-    return i.op == "dynamic-update-slice"
+        if use.op == "bitcast":
+            aliases.add(use.name)
+        elif use.op in ("dynamic-slice", "slice", "gather") and places == [0]:
+            total += use.shapes[0].bytes
+        elif use.op == "dynamic-update-slice" and places == [0]:
+            continue  # what is overwritten is not read
+        elif use.op == "fusion":
+            total += sum(_read(module, module.computations[use.called["calls"]], n) for n in places)
+        elif use.op != "tuple":
+            return whole
+    return min(total, whole)

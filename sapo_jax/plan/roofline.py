@@ -1,9 +1,12 @@
 """From a program's costs to seconds: a model, good for telling what bounds a program and for ranking meshes.
 
-compute       cycles that the compiler estimates / clock + FLOPs of Mosaic kernels / (peak * KERNEL_EFFICIENCY)
-HBM           bytes / bandwidth
+compute       FLOPs / peak
+hbm           bytes / bandwidth
 interconnect  for each collective, bytes a device sends / bandwidth of the torus dims that its group spans, + hops
-step          the largest of the three: all of them overlap (a roof); `serial`: the interconnect overlaps nothing
+roof          the largest of the three
+estimate      the larger of interconnect and of what the chip's cores need: cycles that the compiler estimates / clock
+              + FLOPs of Mosaic kernels, which are not in them, / (peak * KERNEL_EFFICIENCY)
+serial        the same, if nothing of the interconnect were hidden behind the cores: their sum
 """
 
 from __future__ import annotations
@@ -97,24 +100,33 @@ class Times:
     compute: float
     hbm: float
     interconnect: float
-
-    @property
-    def step(self) -> float:
-        return max(self.compute, self.hbm, self.interconnect)
-
-    @property
-    def serial(self) -> float:
-        return max(self.compute, self.hbm) + self.interconnect
+    cores: float
 
     @property
     def bound(self) -> str:
-        return max(dataclasses.asdict(self).items(), key=lambda item: item[1])[0]
+        return max(("compute", "hbm", "interconnect"), key=lambda name: getattr(self, name))
+
+    @property
+    def roof(self) -> float:
+        return getattr(self, self.bound)
+
+    @property
+    def estimate(self) -> float:
+        return max(self.cores, self.roof)
+
+    @property
+    def serial(self) -> float:
+        return max(self.cores, self.compute, self.hbm) + self.interconnect
+
+    @property
+    def all(self) -> dict[str, float]:
+        return dataclasses.asdict(self) | {name: getattr(self, name) for name in ("roof", "estimate", "serial")}
 
 
-def times(costs: Costs, chip: Chip, fabric: Fabric | None) -> Times:
+def times(costs: Costs, chip: Chip, fabric: Fabric) -> Times:
     kernels = sum(costs.kernels.values()) / (chip.flops * KERNEL_EFFICIENCY)
-    links = sum(n * fabric.seconds(c) for c, n in costs.collectives.items()) if fabric else 0.0
-    return Times(costs.cycles / chip.clock + kernels, costs.hbm_bytes / chip.hbm, links)
+    links = sum(n * fabric.seconds(c) for c, n in costs.collectives.items())
+    return Times(costs.flops / chip.flops, costs.hbm_bytes / chip.hbm, links, costs.cycles / chip.clock + kernels)
 
 
 def collective_rows(costs: Costs, fabric: Fabric) -> list[dict]:

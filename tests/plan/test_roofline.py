@@ -96,14 +96,16 @@ def test_seconds_of_collectives():
 
 def test_times_and_what_bounds():
     chip = CHIPS["v5p"]
-    costs = Costs(cycles=chip.clock, hbm_bytes=0.5 * chip.hbm)
+    costs = Costs(cycles=chip.clock, matmul_flops=0.3 * chip.flops, hbm_bytes=0.5 * chip.hbm)
     costs.kernels["gmm"] = chip.flops * KERNEL_EFFICIENCY
     costs.collectives[Collective("all-gather", "[16,4]<=[64]", 240 * GIGA, "here")] = 2
     found = times(costs, chip, fabric("v5p:4x4x4", data=16, fsdp=4))
-    assert (found.compute, found.hbm) == pytest.approx((2.0, 0.5))
-    assert found.interconnect == pytest.approx(2.0, abs=1e-4) and found.step == pytest.approx(2.0, abs=1e-4)
-    assert found.serial == pytest.approx(4.0, abs=1e-4)
-    assert Times(1.0, 2.0, 1.5).bound == "hbm" and Times(1.0, 2.0, 3.0).bound == "interconnect"
+    assert (found.compute, found.hbm, found.cores) == pytest.approx((0.3 + KERNEL_EFFICIENCY, 0.5, 2.0))
+    assert found.interconnect == pytest.approx(2.0, abs=1e-4) and found.bound == "interconnect"
+    assert found.roof == found.interconnect and found.serial == pytest.approx(4.0, abs=1e-4)
+    assert Times(1.0, 2.0, 1.5, 3.0).bound == "hbm" and Times(1.0, 2.0, 1.5, 3.0).estimate == 3.0
+    assert Times(3.0, 2.0, 1.5, 2.5).bound == "compute" and Times(3.0, 2.0, 1.5, 2.5).estimate == 3.0
+    assert Times(3.0, 2.0, 1.5, 2.5).serial == 4.5
     (row,) = collective_rows(costs, fabric("v5p:4x4x4", data=16, fsdp=4))
     assert (row["kind"], row["axis"], row["times"], row["bytes"]) == ("all-gather", "fsdp", 2, 480 * GIGA)
 
@@ -139,7 +141,7 @@ def test_valid_meshes_use_every_device_once():
 def test_iteration():
     work, topology = Workload.of(CFG), parse_topology("v5e:2x2")
     steps = {"update": 4.0, "score": 1.0, "prefill": 0.5, "decode": 10.0}
-    functions = {name: {"seconds": {"step": seconds}} for name, seconds in steps.items()}
+    functions = {name: {"seconds": {"estimate": seconds}} for name, seconds in steps.items()}
     found = iteration_report(functions, work, topology, mean_tokens=8)  # rows are half as many: (8 + 8) / (8 + 24)
     assert found["phases"] == {"prefill": 0.5, "decode": 10.0, "score": 1.0, "update": 4.0}
     assert found["completion_tokens_per_second_per_chip"] == pytest.approx(32 * 8 / 15.5 / 4)
