@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from sapo_jax import kernels, kernels_tpu
+from sapo_jax.config import Mesh
+from sapo_jax.sharding import make_mesh, on_tpu
 
 # Segments and prefixes of rows in the layout of types.Batch: (tokens, segment, prefix) runs
 SHARED = [[(20, 1, 1), (30, 2, 1), (25, 3, 1), (10, 4, 4), (40, 5, 4)], [(60, 1, 1), (50, 2, 1), (15, 3, 1)]]
@@ -68,6 +70,29 @@ def test_without_prefixes_segments_are_attended_to_alone():
         q, k, v, q_positions_BT=positions, k_positions_BS=positions, q_segments_BT=segments, k_segments_BS=segments
     )  # fmt: skip
     np.testing.assert_allclose(out[segments > 0], expected[segments > 0], atol=5e-6)
+
+
+def test_on_tpu_rows_are_attended_to_by_the_kernel_and_caches_by_xla(monkeypatch):
+    """Traced for TPU: a pallas_call where rows attend to themselves, none where one token attends to a cache."""
+    monkeypatch.setattr(kernels, "on_tpu", lambda: True)
+    positions, segments, prefixes = rows(SHARED, 128)
+    q = jnp.zeros((2, 128, 4, 128))
+
+    def program(T):
+        return str(jax.make_jaxpr(lambda q, kv: kernels.attention(
+            q, kv, kv, q_positions_BT=positions[:, :T], k_positions_BS=positions, q_segments_BT=segments[:, :T],
+            k_segments_BS=segments, q_prefixes_BT=prefixes[:, :T],
+        ))(q[:, :T], q))  # fmt: skip
+
+    assert "pallas_call" in program(128) and "pallas_call" not in program(1)
+
+
+def test_the_platform_is_that_of_the_mesh_in_scope():
+    """On this machine without a TPU: no mesh, or one of its own devices."""
+    assert not on_tpu()
+    with jax.set_mesh(make_mesh(Mesh(data=1), jax.devices()[:1])):
+        assert not on_tpu()
+        assert not jax.jit(on_tpu)()
 
 
 def exact_mix(x_ND, ids_Nk, gate_Nk, *weights):

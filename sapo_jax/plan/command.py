@@ -12,13 +12,13 @@ from rich.console import Console
 from sapo_jax.config import Config
 from sapo_jax.plan import plan, sweep
 from sapo_jax.plan.chips import PlanError
-from sapo_jax.plan.report import show, show_measured
+from sapo_jax.plan.report import show, show_measured, show_ranking
 
 
 def run_plan(
     cfg: Config, topology: str, functions: Sequence[str], out: Path | None, mean_tokens: float | None, sweep_mesh: bool
 ) -> int:
-    """Print the plan (of every mesh, best last on the screen and first in the file, with sweep_mesh) and write it."""
+    """Print the plan, with sweep_mesh a ranking of the meshes and the plan of the best, and write it."""
     console = Console(width=120)
     if topology == "cpu":
         from sapo_jax.plan.measure import measure
@@ -38,8 +38,9 @@ def run_plan(
     if not found:
         print(f"error: no mesh over the devices of {topology} suits this config", file=sys.stderr)
         return 1
-    for one in reversed(found):
-        show(one, console)
+    if sweep_mesh:
+        show_ranking(found, console)
+    show(found[0], console)
     _write(found[0] | ({"sweep": [_summary(one) for one in found]} if sweep_mesh else {}), out)
     return 0 if all(report["fits"] for report in found[0]["functions"].values()) else 1
 

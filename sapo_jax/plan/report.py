@@ -117,8 +117,7 @@ def iteration_report(functions: dict[str, dict], work: Workload, topology: Topol
 
 def show(plan: dict[str, Any], console: Console) -> None:
     """The table, and what in it is fact and what model."""
-    axes = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1) or "one device"
-    table = Table(title=f"{plan['config']} on {plan['topology']} ({plan['devices']} devices, {axes})")
+    table = Table(title=f"{plan['config']} on {plan['topology']} ({plan['devices']} devices, {_axes(plan['mesh'])})")
     for column in ("", *plan["functions"]):
         table.add_column(column, justify="right" if column else "left")
     for title, cell in _ROWS.items():
@@ -143,6 +142,26 @@ def show(plan: dict[str, Any], console: Console) -> None:
         phases = ", ".join(f"{name} {seconds:.3g}" for name, seconds in iteration["phases"].items())
         console.print(f"one RL iteration ({iteration['lengths']}): {iteration['seconds']:.3g} s = {phases}")
     console.print(f"compiled facts: {FACTS}\nmodel: {MODEL}", markup=False)
+
+
+def _axes(mesh: dict[str, int]) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "one device"
+
+
+def show_ranking(plans: list[dict[str, Any]], console: Console) -> None:
+    """The meshes of a sweep, best first."""
+    table = Table("mesh", "fits", "peak, of usable HBM", "estimate, s", "bound", title="meshes, best first")
+    for one in plans:
+        reports = one["functions"].values()
+        join = lambda cell, reports=reports: ", ".join(cell(r) for r in reports)
+        table.add_row(
+            _axes(one["mesh"]),
+            "yes" if all(r["fits"] for r in reports) else "NO",
+            join(lambda r: "?" if r["peak_fraction"] is None else f"{100 * r['peak_fraction']:.0f} %"),
+            join(lambda r: f"{r['seconds']['estimate']:.3g}" if "seconds" in r else "-"),
+            join(lambda r: r.get("bound", "-")),
+        )
+    console.print(table)
 
 
 def show_measured(found: dict[str, Any], console: Console) -> None:

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import jax
 import pytest
+from rich.console import Console
 
 from sapo_jax.cli import main
 from sapo_jax.config import Config, Data, Mesh, Model, ReasoningGymTask, Rollout, Train
-from sapo_jax.plan import TPU_ENV, plan
+from sapo_jax.plan import TPU_ENV, plan, sweep
 from sapo_jax.plan.chips import PlanError, parse_topology, tpu_devices
 from sapo_jax.plan.compile import Compiled, compile_cached, largest_refused
 from sapo_jax.plan.programs import mesh_of
+from sapo_jax.plan.report import show_ranking
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -c .ci/constraints.txt -e '.[plan]'"
@@ -77,6 +79,19 @@ def test_what_does_not_fit_is_a_verdict(tpu):
     update = plan(dataclasses.replace(CFG, model=model), "v5e:2x2", ["update"])["functions"]["update"]
     assert update["fits"] is False and update["peak_fraction"] > 1 and update["missing_gib"] > 1
     assert "RESOURCE_EXHAUSTED" in update["verdict"]
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_sweep_ranks_the_meshes(tpu, capsys):
+    """Every mesh of four chips that the config allows comes once, by the estimated seconds."""
+    found = sweep(CFG, "v5e:2x2", ["prefill"])
+    meshes = sorted(tuple(one["mesh"].values()) for one in found)
+    assert meshes == [(1, 2, 1, 1, 2), (1, 4, 1, 1, 1), (2, 1, 1, 1, 2), (2, 2, 1, 1, 1), (4, 1, 1, 1, 1)]
+    seconds = [one["functions"]["prefill"]["seconds"]["estimate"] for one in found]
+    assert seconds == sorted(seconds)
+    show_ranking(found, Console())
+    assert "tensor 2" in capsys.readouterr().out
 
 
 @needs_libtpu
