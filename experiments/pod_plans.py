@@ -18,20 +18,19 @@ from pathlib import Path
 from sapo_jax.cli import main
 
 HERE = Path(__file__).parent
-PLANS = {  # config -> topology, functions
-    "qwen3_4b_v5e_16": ("v5e:4x4", "update,score,prefill,decode"),
-    "qwen3_4b_v6e_8": ("v6e:2x4", "update"),
-    "qwen3_30b_a3b_v5p_64_4k": ("v5p:4x4x4", "update,score"),
-    "qwen3_30b_a3b_v5p_64": ("v5p:4x4x4", "update,score"),
-    "qwen3_30b_a3b_v6e_256": ("v6e:16x16", "update"),
-    "qwen3_235b_a22b_v5p_512": ("v5p:8x8x8", "update"),
+PLANS = {  # config -> options
+    "qwen3_4b_v5e_16": "--topology v5e:4x4 --at-once 256",
+    "qwen3_4b_v6e_8": "--topology v6e:2x4 --functions update",
+    "qwen3_30b_a3b_v5p_64_4k": "--topology v5p:4x4x4 --functions update,score",
+    "qwen3_30b_a3b_v5p_64": "--topology v5p:4x4x4 --functions update,score",
+    "qwen3_30b_a3b_v6e_256": "--topology v6e:16x16 --functions update",
+    "qwen3_235b_a22b_v5p_512": "--topology v5p:8x8x8 --functions update",
 }
 
 
 def run(name: str) -> None:
-    topology, functions = PLANS[name]
     config, out = HERE.parent / f"configs/pod/{name}.yaml", HERE / f"results/plan_{name}.json"
-    main(["plan", str(config), "--topology", topology, "--functions", functions, "--json", str(out)])
+    main(["plan", str(config), *PLANS[name].split(), "--json", str(out)])
 
 
 def table() -> str:

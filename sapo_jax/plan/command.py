@@ -16,7 +16,13 @@ from sapo_jax.plan.report import show, show_measured, show_ranking
 
 
 def run_plan(
-    cfg: Config, topology: str, functions: Sequence[str], out: Path | None, mean_tokens: float | None, sweep_mesh: bool
+    cfg: Config,
+    topology: str,
+    functions: Sequence[str],
+    out: Path | None,
+    mean_tokens: float | None = None,
+    sampled_at_once: int | None = None,
+    sweep_mesh: bool = False,
 ) -> int:
     """Print the plan, with sweep_mesh a ranking of the meshes and the plan of the best, and write it."""
     console = Console(width=120)
@@ -31,7 +37,7 @@ def run_plan(
         if sweep_mesh:
             found = sweep(cfg, topology, functions)
         else:
-            found = [plan(cfg, topology, functions, mean_tokens)]
+            found = [plan(cfg, topology, functions, mean_tokens, sampled_at_once)]
     except PlanError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

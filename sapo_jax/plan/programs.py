@@ -32,6 +32,7 @@ class Workload:
 
     prompts: int  # P
     sequences: int  # B = P * G
+    sampled_at_once: int  # sequences that prefill and decode hold; the rollout is sampled in B / this many waves
     prompt_tokens: int  # S
     new_tokens: int  # C
     row_tokens: int  # T
@@ -40,13 +41,17 @@ class Workload:
     mini_batches: int
 
     @classmethod
-    def of(cls, cfg: Config) -> Workload:
+    def of(cls, cfg: Config, sampled_at_once: int | None = None) -> Workload:
+        """Raises PlanError where sampled_at_once is not whole groups that make up the rollout."""
         P, G = cfg.rollout.prompts_per_step, cfg.rollout.group_size
         S, C = cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens
         T = cfg.train.row_tokens or bucket(S + C)
         per_row = T // (S + C)
         rows = -(-P * G // cfg.train.mini_batches // per_row)
-        return cls(P, P * G, S, C, T, min(bucket(per_row * C, 1), T), rows, cfg.train.mini_batches)
+        at_once = sampled_at_once or P * G
+        if at_once % G or P * G % at_once:
+            raise PlanError(f"sampling {at_once} sequences at once: take a multiple of {G} that divides {P * G}")
+        return cls(P, P * G, at_once, S, C, T, min(bucket(per_row * C, 1), T), rows, cfg.train.mini_batches)
 
 
 def mesh_of(cfg: Config, devices: list[jax.Device]) -> jax.sharding.Mesh:
@@ -67,6 +72,7 @@ class Programs:
 
     cfg: Config
     mesh: jax.sharding.Mesh
+    sampled_at_once: int | None = None  # None: the whole rollout
 
     @functools.cached_property
     def policy(self) -> Policy:
@@ -78,7 +84,7 @@ class Programs:
 
     @property
     def work(self) -> Workload:
-        return Workload.of(self.cfg)
+        return Workload.of(self.cfg, self.sampled_at_once)
 
     @property
     def moment_bytes(self) -> int:
@@ -135,9 +141,13 @@ class Programs:
         record = cfg.train.routing_replay == "r3"
         return Sampler(self.policy, rule, cfg.rollout.group_size, cfg.rollout.max_new_tokens, NO_STOP, 0, record)
 
+    @property
+    def prompts_at_once(self) -> int:
+        return self.work.sampled_at_once // self.cfg.rollout.group_size
+
     def _prompts(self):
         work, placed = self.work, sharding.batch_sharding(self.mesh)
-        make = lambda dtype, *shape: jax.ShapeDtypeStruct((work.prompts, *shape), dtype, sharding=placed)
+        make = lambda dtype, *shape: jax.ShapeDtypeStruct((self.prompts_at_once, *shape), dtype, sharding=placed)
         return make(jnp.int32, bucket(work.prompt_tokens)), make(jnp.int32)
 
     def _prefill(self):
@@ -148,7 +158,7 @@ class Programs:
 
     def _decode(self):
         """The decode loop over B sequences, from the state that prefill leaves."""
-        sampler, B = self.sampler, self.work.sequences
+        sampler, B = self.sampler, self.work.sampled_at_once
         placed = sharding.batch_sharding(self.mesh)
         rows = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed if x.ndim else None)
 

@@ -69,8 +69,9 @@ def function_report(
 
 def _rates(name: str, work: Workload, topology: Topology, seconds: float) -> dict[str, float]:
     rows = work.sequences / work.mini_batches * (work.prompt_tokens + work.new_tokens)
-    tokens = {"update": rows, "score": rows, "prefill": work.prompts * work.prompt_tokens,
-              "decode": work.sequences * (work.new_tokens - 1)}[name]  # fmt: skip
+    wave = work.sampled_at_once / work.sequences
+    tokens = {"update": rows, "score": rows, "prefill": wave * work.prompts * work.prompt_tokens,
+              "decode": work.sampled_at_once * (work.new_tokens - 1)}[name]  # fmt: skip
     return {"tokens": tokens, "tokens_per_second_per_chip": tokens / seconds / topology.devices}
 
 
@@ -92,16 +93,17 @@ def largest_buffers(module: Module, n: int = 5) -> list[str]:
 def iteration_report(functions: dict[str, dict], work: Workload, topology: Topology, mean_tokens: float) -> dict | None:
     """Seconds of one RL iteration whose completions have `mean_tokens` on average and the longest max_new_tokens.
 
-    Rows of scoring and updates are full, so their number goes with the mean; the decode loop runs until the longest
-    completion ends. Verification overlaps nothing here and takes no time.
+    Rows of scoring and updates are full, so their number goes with the mean; each wave of decoding runs until the
+    longest completion ends. Verification overlaps nothing here and takes no time.
     """
     if not all(functions.get(name, {}).get("seconds") for name in ("update", "score", "prefill", "decode")):
         return None
     filled = (work.prompt_tokens + mean_tokens) / (work.prompt_tokens + work.new_tokens)
     step = {name: report["seconds"]["estimate"] for name, report in functions.items()}
+    waves = work.sequences // work.sampled_at_once
     phases = {
-        "prefill": step["prefill"],
-        "decode": step["decode"],
+        "prefill": waves * step["prefill"],
+        "decode": waves * step["decode"],
         "score": step["score"] * work.mini_batches * filled,
         "update": step["update"] * work.mini_batches * filled,
     }

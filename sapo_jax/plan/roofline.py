@@ -146,18 +146,20 @@ def useful_flops(cfg: Config, work: Workload) -> dict[str, float]:
     """What the model needs for one call of each function, over all devices; nothing recomputed, nothing padded.
 
     2 N per token forward and 4 N backward, N the active parameters but the table; 4 H h L per token and key before it;
-    2 V D per predicted token. `decode` is the whole loop: C - 1 tokens of every sequence.
+    2 V D per predicted token. `decode` is the whole loop: C - 1 tokens of every sequence; it and
+    `prefill` are of the sequences that are sampled at once.
     """
     model: Model = cfg.model
     body, key = layer_flops(model)
     head = 2 * model.vocab_size * model.hidden_size
     S, C, B = work.prompt_tokens, work.new_tokens, work.sequences
+    wave = work.sampled_at_once / B
     keys = lambda n: n * (n + 1) / 2
     forward = (S + C) * body + keys(S + C) * key + C * head
     score = B / work.mini_batches * forward
     return {
         "update": 3 * score,
         "score": score,
-        "prefill": work.prompts * (S * body + keys(S) * key),
-        "decode": B * ((C - 1) * (body + head) + (keys(S + C - 1) - keys(S)) * key),
+        "prefill": wave * work.prompts * (S * body + keys(S) * key),
+        "decode": wave * B * ((C - 1) * (body + head) + (keys(S + C - 1) - keys(S)) * key),
     }

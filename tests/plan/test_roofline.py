@@ -118,7 +118,16 @@ CFG = Config(
 
 
 def test_workload():
-    assert Workload.of(CFG) == Workload(8, 32, 8, 24, 64, 48, rows=8, mini_batches=2)  # two sequences a row
+    assert Workload.of(CFG) == Workload(8, 32, 32, 8, 24, 64, 48, rows=8, mini_batches=2)  # two sequences a row
+
+
+def test_a_rollout_in_waves():
+    work, whole = Workload.of(CFG, sampled_at_once=8), Workload.of(CFG)
+    assert (work.sequences, work.sampled_at_once) == (32, 8)
+    for name in ("prefill", "decode"):
+        assert useful_flops(CFG, work)[name] == useful_flops(CFG, whole)[name] / 4
+    with pytest.raises(PlanError, match="10 sequences at once: take a multiple of 4 that divides 32"):
+        Workload.of(CFG, 10)
 
 
 def test_useful_flops_are_the_dry_run_s_without_recomputation():
@@ -145,4 +154,6 @@ def test_iteration():
     found = iteration_report(functions, work, topology, mean_tokens=8)  # rows are half as many: (8 + 8) / (8 + 24)
     assert found["phases"] == {"prefill": 0.5, "decode": 10.0, "score": 1.0, "update": 4.0}
     assert found["completion_tokens_per_second_per_chip"] == pytest.approx(32 * 8 / 15.5 / 4)
+    waves = iteration_report(functions, Workload.of(CFG, 8), topology, mean_tokens=8)
+    assert waves["phases"]["decode"] == 40.0 and waves["phases"]["prefill"] == 2.0
     assert iteration_report({"update": functions["update"]}, work, topology, 8) is None
