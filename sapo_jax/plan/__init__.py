@@ -50,6 +50,8 @@ def plan(
         compiled = compile_cached(programs.lower(name), topology.name)
         resident = 0 if name == "update" else programs.moment_bytes
         reports[name] = function_report(name, compiled, cfg, work, topology, fabric, resident)
+        if not reports[name]["largest_buffers"]:  # refused, and the compiler names none
+            reports[name]["largest_buffers"] = programs.largest_arguments(name)
     mean = work.new_tokens if mean_tokens is None else mean_tokens
     return {
         "config": cfg.name, "topology": topology.name, "devices": topology.devices, "mesh": dict(mesh.shape),

@@ -2,8 +2,8 @@
 
 The compiler's own `cost_analysis()` counts the body of a loop once; here bodies are counted as often as they run. The
 trip count is the constant in a loop's condition; loops that end on data are counted `open_trips` times. Of a
-conditional the cheaper branch counts: the package has one, for rows whose completions share a prompt, and the planned
-batch has one sequence per row.
+conditional the dearer branch counts (the optimiser's: the update is finite), but of one that runs kernels the cheaper:
+that is attention, whose second pass is for completions that share a prompt, and a planned row holds one sequence.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ class _Reader:
             total.open_loops += trips is None
             total.add(self.computation(i.called["body"]), self.open_trips if trips is None else trips)
         elif i.op == "conditional":
-            total.add(min((self.computation(b) for b in i.branches), key=lambda c: (c.flops, c.cycles)))
+            branches = sorted(map(self.computation, i.branches), key=lambda c: (c.flops, c.cycles, c.hbm_bytes))
+            total.add(branches[0 if any(branch.kernels for branch in branches) else -1])
         elif i.op == "call" or (i.op == "async-start" and "calls" in i.called):
             total.add(self.computation(i.called.get("to_apply") or i.called["calls"]))
         elif i.op not in FREE:

@@ -15,7 +15,7 @@ from sapo_jax import sharding
 from sapo_jax.config import Config
 from sapo_jax.learner import init_state, make_optimizer, make_update, policy_loss, state_shardings
 from sapo_jax.models import Policy, make_policy
-from sapo_jax.plan.chips import PlanError
+from sapo_jax.plan.chips import GiB, PlanError
 from sapo_jax.rollout import Rule, Sampler
 from sapo_jax.rollout.packing import bucket
 from sapo_jax.rollout.sampler import _decode, _first_token, _prefill
@@ -89,8 +89,7 @@ class Programs:
     @property
     def moment_bytes(self) -> int:
         """Of AdamW's two moments on one device."""
-        local = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        return 2 * sum(map(local, jax.tree.leaves(self.params)))
+        return 2 * sum(map(_local_bytes, jax.tree.leaves(self.params)))
 
     def lower(self, name: str) -> jax.stages.Lowered:
         """Raises ValueError where the arrays do not divide over the mesh."""
@@ -101,6 +100,12 @@ class Programs:
     def arguments(self, name: str) -> list:
         """Of the function: trees of ShapeDtypeStructs."""
         return getattr(self, f"_{name}")()[1:]
+
+    def largest_arguments(self, name: str, n: int = 5) -> list[str]:
+        """On one device: size, global shape, path."""
+        found = sorted(jax.tree.leaves_with_path(self.arguments(name)), key=lambda item: -_local_bytes(item[1]))
+        return [f"{_local_bytes(x) / GiB:.3f} GiB  {x.dtype}{list(x.shape)}  argument{jax.tree_util.keystr(path)}"
+                for path, x in found[:n]]  # fmt: skip
 
     def _update(self):
         cfg = self.cfg
@@ -177,6 +182,11 @@ class Programs:
         state = jax.tree.map(rows, jax.eval_shape(start, self.params, *self._prompts(), keys))
         length_B = jax.ShapeDtypeStruct((B,), jnp.int32, sharding=placed)
         return jax.jit(decode, donate_argnums=1), self.params, state, keys, length_B
+
+
+def _local_bytes(x: jax.ShapeDtypeStruct) -> int:
+    shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+    return math.prod(shape) * x.dtype.itemsize
 
 
 def _placed(shapes, shardings):

@@ -103,7 +103,7 @@ def test_shapes_and_memory_spaces():
 def test_costs_of_the_loop(module):
     costs = program_costs(module)
     assert costs.open_loops == 0
-    assert costs.cycles == 7 * 100  # of the conditional the cheap branch
+    assert costs.cycles == 7 * (100 + 5000)  # of the conditional the dear branch
     assert costs.matmul_flops == 7 * 2 * 8 * 4 * 16
     assert costs.kernels == {"splash_mha_fwd_residuals": 7 * 2 * 2 * (2 * 256 * 128) * (256 + 128) / 2}
     source = "sapo_jax/models/moe.py:20 (dot_general)"
@@ -111,6 +111,16 @@ def test_costs_of_the_loop(module):
         Collective("all-gather", "{{0,1},{2,3}}", 128, source): 7,  # two links of one chain
         Collective("reduce-scatter", "mesh['a'=4] {'a'}", 128, "sapo_jax/models/moe.py:20 (grad)"): 7,
     }
+
+
+def test_of_conditional_kernels_the_cheaper_branch_counts():
+    """A kernel moves from the loop's body into the dear branch: then the other one is what runs."""
+    kernel = MODULE[MODULE.index("  %splash_mha") : MODULE.index("  %which")]
+    moved = MODULE.replace(kernel, "").replace(
+        "  ROOT %e = f32[8]", kernel.replace("(%w)", "(%p)") + "  ROOT %e = f32[8]"
+    )
+    costs = program_costs(parse(moved))
+    assert costs.cycles == 7 * 100 and not costs.kernels
 
 
 def test_hbm_bytes_of_a_fusion_count_slices_and_only_hbm(module):
@@ -124,17 +134,15 @@ def test_hbm_bytes_of_a_fusion_count_slices_and_only_hbm(module):
 
 def test_a_loop_that_ends_on_data_runs_as_often_as_told():
     open_ended = parse(MODULE.replace("s32[] constant(7)", "s32[] negate(%i)"))
-    assert program_costs(open_ended, open_trips=3).cycles == 300
+    assert program_costs(open_ended, open_trips=3).cycles == 3 * 5100
     assert program_costs(open_ended).open_loops == 1
 
 
 @pytest.mark.parametrize(("start", "step", "trips"), [(0, 2, 4), (3, 1, 4), (1, 3, 2)])
 def test_trip_counts_from_start_and_step(start, step, trips):
     text = MODULE.replace("%from = s32[] constant(0)", f"%from = s32[] constant({start})")
-    assert (
-        program_costs(parse(text.replace("%one = s32[] constant(1)", f"%one = s32[] constant({step})"))).cycles
-        == 100 * trips
-    )
+    text = text.replace("%one = s32[] constant(1)", f"%one = s32[] constant({step})")
+    assert program_costs(parse(text)).cycles == 5100 * trips
 
 
 def test_largest_buffers_name_their_source(module):

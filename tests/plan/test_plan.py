@@ -79,6 +79,7 @@ def test_what_does_not_fit_is_a_verdict(tpu):
     update = plan(dataclasses.replace(CFG, model=model), "v5e:2x2", ["update"])["functions"]["update"]
     assert update["fits"] is False and update["peak_fraction"] > 1 and update["missing_gib"] > 1
     assert "RESOURCE_EXHAUSTED" in update["verdict"]
+    assert any("['gate']" in line or "['up']" in line for line in update["largest_buffers"])
 
 
 @needs_libtpu
