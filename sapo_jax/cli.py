@@ -7,6 +7,7 @@ Exit codes: 0 what was asked for is done; 1 it failed; 2 the command line or the
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import sys
@@ -22,6 +23,7 @@ EPILOG = """examples:
   sapo-jax sample runs/quickstart --prompt "Calculate 3 + 4."
   sapo-jax export runs/quickstart exported --dtype bfloat16
   sapo-jax convert model.gguf models/model
+  sapo-jax plan configs/pod/qwen3_30b_a3b_v5p_64.yaml --topology v5p:4x4x4
   sapo-jax analyze runs/quickstart                             what the gate does, whether A1 and A2 hold; plots
   sapo-jax sweep configs/sweeps/temperature.yaml               arms x seeds -> run folders, results.csv
   sapo-jax report runs/temperature                             their curves over seeds, with intervals
@@ -71,6 +73,14 @@ def build_parser() -> argparse.ArgumentParser:
             "--processes", metavar="HOW", help="one of several processes that are one job, each started with the same "
             "command: `auto` (TPU pods, GKE, Slurm: found out), or HOST:PORT,N,I (process I of N; 0 listens there)"
         )  # fmt: skip
+    summary = "compile the run's programs for a TPU topology that need not be here: what fits, what bounds it"
+    sub = command("plan", summary)
+    sub.add_argument("--topology", required=True, help="e.g. v5p:4x4x4, v5e:4x4, v6e:16x16; cpu: check the model here")
+    sub.add_argument("--json", type=Path, metavar="FILE", help="write the whole report there")
+    sub.add_argument("--functions", default="update,score,prefill,decode", help="some of them, with commas (all)")
+    sub.add_argument("--mean-tokens", type=float, help="mean length of completions (default: rollout.max_new_tokens)")
+    sub.add_argument("--at-once", type=int, help="sequences that are sampled at once (default: the whole rollout)")
+    sub.add_argument("--sweep-mesh", action="store_true", help="try every mesh that divides, rank them")
     sub = command("export", "write a run's policy as a Hugging Face model directory", run, "directory")
     sub.add_argument("--step", type=int, help="RL step of the checkpoint (default: the newest)")
     sub.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (float32: nothing is rounded)")
@@ -168,8 +178,8 @@ def _one_of_several(command, cfg: Config, args: argparse.Namespace) -> int:
 
 def _guarded(command, cfg: Config, args: argparse.Namespace) -> int:
     """Errors with a message for people become that message; anything else is a bug and keeps its traceback."""
-    if command is describe_command:
-        return describe_command(cfg, args)
+    if command in (describe_command, plan_command):
+        return command(cfg, args)
     from sapo_jax.checkpoint import CheckpointError
     from sapo_jax.folder import FolderError
     from sapo_jax.rewards import WorkerError
@@ -208,6 +218,17 @@ def describe_command(cfg: Config, _args: argparse.Namespace) -> int:
 
     print(describe(cfg, load_tokenizer(cfg.data.tokenizer).vocab_size))
     return 0
+
+
+def plan_command(cfg: Config, args: argparse.Namespace) -> int:
+    from sapo_jax.data import load_tokenizer
+    from sapo_jax.plan.command import run_plan
+
+    if not cfg.model.vocab_size:
+        size = load_tokenizer(cfg.data.tokenizer).vocab_size
+        cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=size))
+    functions = args.functions.split(",")
+    return run_plan(cfg, args.topology, functions, args.json, args.mean_tokens, args.at_once, args.sweep_mesh)
 
 
 def eval_command(cfg: Config, args: argparse.Namespace) -> None:
@@ -298,6 +319,7 @@ COMMANDS = {
     "eval": eval_command,
     "sample": sample_command,
     "config": describe_command,
+    "plan": plan_command,
     "export": export_command,
 }
 

@@ -81,7 +81,8 @@ def flops(cfg: Config, vocab_size: int) -> Flops:
         scoring  = forward of B sequences of T, once for the old policy (old_logp: scorer), once for a KL reference,
                    once every live_mismatch_every steps
         update   = epochs * forward of B sequences of T * 3 (backward is twice a forward: 6 N), plus what is
-                   recomputed: the head always, attention with remat `dots`, all of it with `full`
+                   recomputed: the head always, attention with remat `dots`, all but it with `attention`,
+                   all of it with `full`
     """
     model, P, B = cfg.model, cfg.rollout.prompts_per_step, cfg.rollout.prompts_per_step * cfg.rollout.group_size
     S, C = cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens
@@ -95,7 +96,7 @@ def flops(cfg: Config, vocab_size: int) -> Flops:
     every = cfg.train.live_mismatch_every
     passes = (cfg.train.old_logp == "scorer") + (cfg.loss.kl != "none") + (1 / every if every else 0)
     in_body, in_keys, in_head = B * T * body, B * keys_of(T) * key, B * (T - 1) * head
-    again = {"none": 0, "dots": in_keys, "full": in_body + in_keys}[model.remat] + in_head
+    again = {"none": 0, "dots": in_keys, "attention": in_body, "full": in_body + in_keys}[model.remat] + in_head
     update = cfg.train.epochs * (3 * (in_body + in_keys + in_head) + again)
     return Flops(prefill + decode, passes * (in_body + in_keys + in_head), update)
 
@@ -140,15 +141,15 @@ class Memory:
 def memory(cfg: Config, vocab_size: int) -> Memory:
     """An estimate, good to tell what fits from what does not; `sapo-jax plan` measures the compiled programs.
 
-    Parameters are split over fsdp * tensor, experts also over expert; sequences over data * fsdp (`mesh.data: 0`
-    counts as 1). Rows are counted as one sequence each, or as train.row_tokens. Activations of n rows on a device:
-    with remat `none` all that a layer computes, with `dots` the results of its matmuls, with `full` its input; the last
-    two also hold one layer that is being recomputed. The KV cache is that of the rollout or of an evaluation batch,
-    whichever has more sequences.
+    Parameters are split over fsdp * tensor, experts also over expert; sequences over data * fsdp * expert
+    (`mesh.data: 0` counts as 1). Rows are counted as one sequence each, or as train.row_tokens. Activations of n rows
+    on a device: with remat `none` all that a layer computes, with `dots` the results of its matmuls, with `full` its
+    input, with `attention` also attention's output; all but `none` also hold one layer that is being recomputed. The
+    KV cache is that of the rollout or of an evaluation batch, whichever has more sequences.
     """
     model, mesh = cfg.model, cfg.mesh
     T = cfg.train.row_tokens or cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
-    shards = max(1, mesh.data) * mesh.fsdp
+    shards = max(1, mesh.data) * mesh.fsdp * mesh.expert
     itemsize = 4 if model.compute_dtype == "float32" else 2
     count = parameter_count(model, vocab_size)
 
@@ -162,7 +163,8 @@ def memory(cfg: Config, vocab_size: int) -> Memory:
     n = max(rows, cfg.cold_start.batch_size if cfg.cold_start.steps else 0) / shards
     layer_bytes = [_layer_bytes(model, sparse, n * T, T, itemsize, mesh.tensor) for sparse in model.sparse_layers]
     everything, results, inputs = (sum(kinds) for kinds in zip(*layer_bytes, strict=True))
-    activations = {"none": everything, "dots": results, "full": inputs}[model.remat]
+    attended = model.num_hidden_layers * n * T * itemsize * model.num_attention_heads * model.head_dim / mesh.tensor
+    activations = {"none": everything, "dots": results, "attention": inputs + attended, "full": inputs}[model.remat]
     activations += 0 if model.remat == "none" else max(all_of_it for all_of_it, _, _ in layer_bytes)
 
     evaluated = min(cfg.evaluate.batch_prompts, cfg.data.held_out) * cfg.evaluate.samples

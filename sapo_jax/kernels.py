@@ -1,4 +1,4 @@
-"""Which attention and which grouped matmul run where. Here: plain XLA, for every platform.
+"""Attention and the experts' grouped matmul: plain XLA here; `kernels_tpu` on TPU (see `attention`, models.exchange).
 
 Both functions are exact (no dropped token, no approximation) and are the numerical reference for any faster kernel.
 """
@@ -8,8 +8,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from sapo_jax.sharding import on_tpu
 from sapo_jax.types import Array
 
+ATTENTION = "attention"  # name of attention's output and normaliser, for `jax.checkpoint` policies that keep them
 NEGATIVE = -1e30  # finite, so that a row with nothing to attend to (padding) gives finite, ignored numbers
 
 
@@ -23,6 +25,10 @@ def attention(
     to. Scores and softmax are float32. Returns BTHh in q's dtype.
     """
     B, T, H, h = q_BTHh.shape
+    if on_tpu() and T == k_BSKh.shape[1]:  # rows that attend to themselves, not to a cache
+        from sapo_jax.kernels_tpu import sharded_attention  # here: takes long to import
+
+        return sharded_attention(q_BTHh, k_BSKh, v_BSKh, q_segments_BT, q_prefixes_BT)
     K = k_BSKh.shape[2]
     q = q_BTHh.reshape(B, T, K, H // K, h)
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k_BSKh, preferred_element_type=jnp.float32) * h**-0.5
@@ -39,11 +45,14 @@ def attention(
 def expert_mlp(rows_ND, expert_N, gate_EDF, up_EDF, down_EFD, *, block: int = 32) -> Array:
     """SwiGLU of each row through its own expert: y_n = (silu(x_n Wg[e_n]) * (x_n Wu[e_n])) Wd[e_n]. Dropless.
 
+    A row with e_n = E belongs to none of these experts and gives 0 (on a mesh: it is another device's).
     Rows are sorted by expert into blocks that each belong to one expert (the last block of an expert is padded), then
     one block is one small matmul: measured 10x faster than `jax.lax.ragged_dot` on CPU, which is dense over experts.
     """
     N, D = rows_ND.shape
     E = gate_EDF.shape[0]
+    ours_N1 = expert_N[:, None] < E
+    expert_N = jnp.minimum(expert_N, E - 1)
     order_N = jnp.argsort(expert_N, stable=True)
     sorted_expert_N = expert_N[order_N]
     count_E = jnp.bincount(expert_N, length=E)
@@ -61,4 +70,4 @@ def expert_mlp(rows_ND, expert_N, gate_EDF, up_EDF, down_EFD, *, block: int = 32
         return (jax.nn.silu(x_bD @ gate_EDF[e]) * (x_bD @ up_EDF[e])) @ down_EFD[e]
 
     y = jax.lax.map(one_block, (x.reshape(n_blocks, block, D), block_expert)).reshape(n_blocks * block, D)
-    return jnp.zeros_like(rows_ND).at[order_N].set(y[slot_N], unique_indices=True)
+    return jnp.where(ours_N1, jnp.zeros_like(rows_ND).at[order_N].set(y[slot_N], unique_indices=True), 0)

@@ -74,7 +74,7 @@ class Run:
     @property
     def batch_shards(self) -> int:
         """Over how many devices the rows of a batch are split."""
-        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return sharding.batch_shards(self.mesh)
 
     @property
     def dir(self) -> Path | epath.Path:

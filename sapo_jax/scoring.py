@@ -36,7 +36,9 @@ def score(model: Qwen3, batch: Batch, temperature: float) -> Scores:
     out = model.forward(batch.tokens_BT, *where, expert_ids_BTLk=batch.expert_ids_BTLk)
     B, T, D = out.hidden_BTD.shape
     hidden_BMD = jnp.take_along_axis(out.hidden_BTD, batch.source_BM[..., None], axis=1)
-    hidden_ND = constrain(hidden_BMD, "batch", sequence(hidden_BMD.shape[1]), None).reshape(-1, D)
+    split_M = sequence(hidden_BMD.shape[1])
+    hidden_ND = constrain(hidden_BMD, "batch", split_M, None).reshape(-1, D)
+    hidden_ND = constrain(hidden_ND, "tokens" if split_M else "batch", None)
     targets_N = jnp.take_along_axis(batch.tokens_BT, jnp.minimum(batch.picked_BM, T - 1), axis=1).reshape(-1)
     logp_N, entropy_N, greedy_N, collision_N = head_logprobs(
         hidden_ND, model.head_VD(), targets_N, temperature, model.cfg.vocab_chunk
@@ -119,8 +121,14 @@ def make_scorer(
 
 
 def split(batch: Batch, micro_batch: int) -> Batch:
-    """[B, ...] -> [B / micro_batch, micro_batch, ...] for every array of the batch; micro_batch 0: all B rows."""
-    return jax.tree.map(lambda x: x.reshape(-1, micro_batch or len(x), *x.shape[1:]), batch)
+    """[B, ...] -> [B / micro_batch, micro_batch, ...] for every array of the batch; micro_batch 0: all B rows. On a
+    mesh every micro-batch is split over all devices that the batch was split over."""
+
+    def one(x: Array) -> Array:
+        x = x.reshape(-1, micro_batch or len(x), *x.shape[1:])
+        return constrain(x, None, "batch", *(None,) * (x.ndim - 2))
+
+    return jax.tree.map(one, batch)
 
 
 def join(x: Array) -> Array:

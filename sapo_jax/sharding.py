@@ -21,7 +21,7 @@ AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 # logical dim -> mesh axis (or axes); what is not in the table is replicated
 RULES: dict[str, str | tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),  # tokens go to the experts of other devices and come back: models.exchange
     "vocab": "tensor",
     "embed": "fsdp",
     "heads": "tensor",
@@ -29,15 +29,14 @@ RULES: dict[str, str | tuple[str, ...]] = {
     "mlp": "tensor",
     "experts": "expert",
     "sequence": "context",
+    "tokens": ("data", "fsdp", "expert", "context"),  # rows of tokens, put one behind the other
 }
 
 
 def make_mesh(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
     """The mesh of the config over `devices` (default: all). Raises ValueError if they do not fit."""
     devices = jax.devices() if devices is None else devices
-    fixed = cfg.fsdp * cfg.expert * cfg.context * cfg.tensor
-    data = cfg.data or max(1, len(devices) // fixed)
-    sizes = (data, cfg.fsdp, cfg.expert, cfg.context, cfg.tensor)
+    sizes = axis_sizes(cfg, len(devices))
     shape = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if math.prod(sizes) > len(devices):
         raise ValueError(f"{shape} needs {math.prod(sizes)} devices, but there are {len(devices)}; lower one of them")
@@ -63,6 +62,12 @@ def arrange(devices: Sequence[jax.Device], sizes: Sequence[int]) -> np.ndarray:
     return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
 
 
+def axis_sizes(cfg: MeshConfig, devices: int) -> tuple[int, ...]:
+    """Sizes in the order of AXES; `data: 0` takes the devices that the others leave."""
+    fixed = cfg.fsdp * cfg.expert * cfg.context * cfg.tensor
+    return cfg.data or max(1, devices // fixed), cfg.fsdp, cfg.expert, cfg.context, cfg.tensor
+
+
 def spec(*dims: str | None) -> PartitionSpec:
     """The partition of an array whose dims have these logical names (None: not split)."""
     return PartitionSpec(*(RULES.get(dim) if dim else None for dim in dims))
@@ -80,8 +85,19 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec("batch"))
 
 
+def batch_shards(mesh: jax.sharding.Mesh) -> int:
+    """Over how many devices the sequences of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
+
+
+def on_tpu() -> bool:
+    """Whether what is traced now is for TPU: the mesh in scope says (its devices need not be here), else jax."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (jax.default_backend() if device is None else device.platform) == "tpu"
 
 
 def constrain(x: jax.Array, *dims: str | None) -> jax.Array:

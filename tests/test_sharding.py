@@ -93,7 +93,7 @@ def test_slices_are_joined_along_data_alone():
 def test_specs_follow_the_rules():
     assert sharding.spec("vocab", "embed") == P("tensor", "fsdp")
     assert sharding.spec("layers", "experts", "embed", "mlp") == P(None, "expert", "fsdp", "tensor")
-    assert sharding.spec("batch", None, None) == P(("data", "fsdp"), None, None)
+    assert sharding.spec("batch", None, None) == P(("data", "fsdp", "expert"), None, None)
     assert sharding.spec() == P()
 
 

@@ -220,8 +220,8 @@ def whole_groups(cfg: Config) -> Breaches:
 
 def batch_axes(cfg: Config) -> Breaches:
     """Leading dims that are split over the mesh. `mesh.data: 0` counts as 1 here; `verify` knows better."""
-    mesh = ("mesh.data", "mesh.fsdp")
-    shards = max(1, cfg.mesh.data) * cfg.mesh.fsdp
+    mesh = ("mesh.data", "mesh.fsdp", "mesh.expert")
+    shards = max(1, cfg.mesh.data) * cfg.mesh.fsdp * cfg.mesh.expert
     sizes = [
         ("prompts of a rollout", cfg.rollout.prompts_per_step, ("rollout.prompts_per_step",)),
         ("rows of a micro-batch", cfg.train.micro_batch, ("train.micro_batch",)),
@@ -232,7 +232,7 @@ def batch_axes(cfg: Config) -> Breaches:
     ]  # fmt: skip
     for what, size, keys in sizes:
         if size % shards:
-            text = f"the {size} {what} cannot be split over data * fsdp = {shards} devices"
+            text = f"the {size} {what} cannot be split over data * fsdp * expert = {shards} devices"
             yield (*dict.fromkeys(keys), *mesh), text
 
 

@@ -71,7 +71,8 @@ class Model:
     norm_topk_prob: bool = True  # gate weights of the k chosen experts sum to 1
     router_aux_loss_coef: NonNegative = 0.0  # load-balancing loss (Switch, arXiv 2101.03961 Eq. 4)
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # parameters are always float32
-    remat: Literal["none", "dots", "full"] = "none"  # what backward recomputes: nothing / all but matmuls / all
+    # What backward recomputes: nothing / all but matmuls / all but attention's results (kept on TPU alone) / all
+    remat: Literal["none", "dots", "attention", "full"] = "none"
     vocab_chunk: Count = 16384  # largest slice of the vocabulary whose logits the scorer holds at once
 
     @property

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sapo_jax import kernels
 from sapo_jax.config.schema import Model
+from sapo_jax.models.exchange import to_experts
 from sapo_jax.models.layers import parameter
 from sapo_jax.types import Array
 
@@ -74,10 +74,8 @@ class MoE(nnx.Module):
         else:
             gate_BTk = jnp.take_along_axis(prob_BTE, ids_BTk, axis=-1)
 
-        rows_ND = jnp.broadcast_to(x_BTD[:, :, None], (B, T, self.k, D)).reshape(-1, D)
         weights = (p[...].astype(x_BTD.dtype) for p in (self.gate, self.up, self.down))
-        y_BTkD = kernels.expert_mlp(rows_ND, ids_BTk.reshape(-1), *weights).reshape(B, T, self.k, D)
-        y_BTD = jnp.einsum("btkd,btk->btd", y_BTkD, gate_BTk.astype(x_BTD.dtype))
+        y_BTD = to_experts(x_BTD, ids_BTk, gate_BTk.astype(x_BTD.dtype), *weights)
         return y_BTD, _routing(chosen_BTk, prob_BTE, segment_ids_BT > 0, E, replay_BTk)
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sapo_jax.config.schema import Model
+from sapo_jax.kernels import ATTENTION
 from sapo_jax.models.attention import Attention, KVCache
 from sapo_jax.models.layers import MLP, RMSNorm, parameter
 from sapo_jax.models.moe import MoE, Routing
@@ -23,6 +24,7 @@ from sapo_jax.types import Array
 
 REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -53,7 +55,7 @@ class Block(nnx.Module):
         x_BTD += y
         y = self.mlp_norm(x_BTD)
         y, routing = self.mlp(y, segment_ids_BT, replay_BTk) if self.sparse else (self.mlp(y), None)
-        return x_BTD + y, kv, routing
+        return constrain(x_BTD + y, "batch", None, None), kv, routing
 
 
 @jax.tree_util.register_dataclass
@@ -94,7 +96,7 @@ class Qwen3(nnx.Module):
         return jnp.einsum("...d,vd->...v", hidden, self.head_VD(), preferred_element_type=jnp.float32)
 
     def _start(self, tokens_BT: Array, positions_BT: Array):
-        x_BTD = self.embed[...].astype(self.dtype)[tokens_BT]
+        x_BTD = constrain(self.embed[...].astype(self.dtype)[tokens_BT], "batch", None, None)
         return x_BTD, rotations(positions_BT, self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling)
 
     def forward(

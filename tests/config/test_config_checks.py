@@ -66,15 +66,15 @@ BROKEN = [  # rule, overrides, keys, what the message says
     ("whole_groups", ["train.mini_batches=3"],
      "rollout.prompts_per_step, train.mini_batches", "32 prompts cannot be split into 3"),
     ("batch_axes", ["mesh.fsdp=64", "train.mini_batches=1", "rollout.group_size=16", "train.micro_batch=128"],
-     "rollout.prompts_per_step, mesh.data, mesh.fsdp", "the 32 prompts of a rollout .* over data [*] fsdp = 64"),
+     "rollout.prompts_per_step, mesh.data, mesh.fsdp, mesh.expert", "the 32 prompts of a rollout .* over data [*] fsdp [*] expert = 64"),
     ("batch_axes", ["mesh.data=32", "mesh.fsdp=1", "train.micro_batch=16"],
-     "train.micro_batch, mesh.data, mesh.fsdp", "the 16 rows of a micro-batch"),
+     "train.micro_batch, mesh.data, mesh.fsdp, mesh.expert", "the 16 rows of a micro-batch"),
     ("batch_axes", ["mesh.data=16", "evaluate.batch_prompts=40"],
-     "evaluate.batch_prompts, data.held_out, mesh.data, mesh.fsdp", "the 40 prompts of an evaluation batch"),
+     "evaluate.batch_prompts, data.held_out, mesh.data, mesh.fsdp, mesh.expert", "the 40 prompts of an evaluation batch"),
     ("batch_axes", ["mesh.data=16", "data.held_out=40"],
-     "evaluate.batch_prompts, data.held_out, mesh.data, mesh.fsdp", "the 40 prompts of an evaluation batch"),
+     "evaluate.batch_prompts, data.held_out, mesh.data, mesh.fsdp, mesh.expert", "the 40 prompts of an evaluation batch"),
     ("batch_axes", ["mesh.data=16", "cold_start.steps=1", "cold_start.batch_size=24"],
-     "cold_start.batch_size, mesh.data, mesh.fsdp", "the 24 sequences of a cold-start batch"),
+     "cold_start.batch_size, mesh.data, mesh.fsdp, mesh.expert", "the 24 sequences of a cold-start batch"),
     ("sequence_length", ["train.row_tokens=319"],
      "train.row_tokens, data.max_prompt_tokens, rollout.max_new_tokens", "319 tokens cannot hold a sequence of 256 [+] 64"),
     ("sequence_length", ["rollout.max_new_tokens=40705"],
@@ -192,7 +192,7 @@ def test_verify_completes_the_data_axis(base):
     cfg = load(base, ["mesh.fsdp=2"])
     verify(cfg, devices=8, vocab_size=300)
     with pytest.raises(
-        ConfigError, match="the 32 prompts of a rollout cannot be split over data [*] fsdp = 64 devices"
+        ConfigError, match="the 32 prompts of a rollout cannot be split over data [*] fsdp [*] expert = 64 devices"
     ):
         verify(cfg, devices=64, vocab_size=300)
     with pytest.raises(ConfigError, match="take 2 devices, which does not divide the 7"):

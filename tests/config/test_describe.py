@@ -69,6 +69,7 @@ def test_flops_by_hand():
     assert flops(twice, 10) == Flops(prefill + decode, forward, 2 * (3 * forward + head))
     with_remat = lambda remat: flops(config(model=Model(**vars(TINY) | {"remat": remat})), 10).update  # noqa: E731
     assert with_remat("dots") == 3 * forward + head + keys
+    assert with_remat("attention") == 4 * forward - keys
     assert with_remat("full") == 4 * forward
 
 
@@ -97,6 +98,7 @@ def test_memory_by_remat_dtype_and_batch():
     with_model = lambda **keys: memory(config(model=Model(**vars(TINY) | keys)), 10)  # noqa: E731
     assert with_model(remat="dots").activations == 2 * results + layer
     assert with_model(remat="full").activations == 2 * 10 * 4 * 8 + layer
+    assert with_model(remat="attention").activations == 2 * 10 * 4 * (8 + 8) + layer
     assert with_model(compute_dtype="bfloat16").activations == 2 * 10 * (2 * (32 + 36 + 48) + 60)
     assert with_model(compute_dtype="bfloat16").kv_cache == 512
     assert with_model(compute_dtype="bfloat16").parameters == 4 * 1288

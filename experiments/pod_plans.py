@@ -1,0 +1,65 @@
+"""Plans of the pod configs: what the TPU compiler makes of this package, and what a roofline says of that.
+
+    python experiments/pod_plans.py [NAME ...]      needs the extra [plan]; one to three minutes a program on two cores
+
+Runs `sapo-jax plan` for each line of PLANS (or those named) and writes results/plan_NAME.json; then prints the table of
+README.md from what is in results/. Programs that were compiled before come from .cache/plan.
+
+Expected: all fit; the updates of Qwen3-30B-A3B on v5p are bound by compute, at no more than 1.4 times the useful FLOPs
+and no more than 80 % of the chips' HBM.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from sapo_jax.cli import main
+
+HERE = Path(__file__).parent
+PLANS = {  # config -> options
+    "qwen3_4b_v5e_16": "--topology v5e:4x4 --at-once 256",
+    "qwen3_4b_v6e_8": "--topology v6e:2x4 --functions update",
+    "qwen3_30b_a3b_v5p_64_4k": "--topology v5p:4x4x4 --functions update,score",
+    "qwen3_30b_a3b_v5p_64": "--topology v5p:4x4x4 --functions update,score",
+    "qwen3_30b_a3b_v6e_256": "--topology v6e:16x16 --functions update",
+    "qwen3_235b_a22b_v5p_512": "--topology v5p:8x8x8 --functions update",
+}
+
+
+def run(name: str) -> None:
+    config, out = HERE.parent / f"configs/pod/{name}.yaml", HERE / f"results/plan_{name}.json"
+    main(["plan", str(config), *PLANS[name].split(), "--json", str(out)])
+
+
+def table() -> str:
+    """Chip x model x context, of the reports in results/."""
+    lines = [
+        "| config | chips | row, tokens | function | fits, of HBM | FLOPs / useful | bound | MFU, roof / estimate "
+        "| tokens/s/chip | compile |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in PLANS:
+        path = HERE / f"results/plan_{name}.json"
+        if not path.exists():
+            continue
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for function, r in found["functions"].items():
+            row = f"| {name} | {found['topology']} | {found['workload']['row_tokens']} | {function} "
+            if "mfu" not in r:
+                fraction = "" if r["peak_fraction"] is None else f", {100 * r['peak_fraction']:.0f} %"
+                lines.append(f"{row}| **no**{fraction} | | | | | {r['compile_seconds']:.0f} s |")
+                continue
+            lines.append(
+                f"{row}| {'yes' if r['fits'] else '**no**'}, {100 * r['peak_fraction']:.0f} % | {r['flops_ratio']:.2f} "
+                f"| {r['bound']} | {100 * r['mfu']:.0f} / {100 * r['mfu_estimate']:.0f} % "
+                f"| {r['tokens_per_second_per_chip']:,.0f} | {r['compile_seconds']:.0f} s |"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or PLANS:
+        run(name)
+    print(table())

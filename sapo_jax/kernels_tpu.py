@@ -1,0 +1,182 @@
+"""The same functions as `kernels`, on TPU: splash attention and the grouped matmul megablox, both of jax.experimental.
+
+`attention` and `mix_experts` run on one device's share of the arrays: a Pallas kernel is not split by the compiler.
+`interpret=True` runs the kernels' own code on any platform, which is how they are tested.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu.megablox import ops as megablox
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+from sapo_jax.kernels import ATTENTION
+from sapo_jax.sharding import spec
+from sapo_jax.types import Array
+
+LANES = 128  # of a TPU register: the kernels want multiples of it
+BLOCKS = 1024, 512, 256, 128  # tokens of a block of scores; see _kernel
+ROWS = (
+    256  # of a tile of the grouped matmul; smaller tiles waste less at the borders of experts, larger ones are faster
+)
+
+
+# ---------------------------------------------------------------- attention
+
+
+def sharded_attention(q_BTHh, k_BTKh, v_BTKh, segments_BT, prefixes_BT=None) -> Array:
+    """`attention` on the mesh in scope: each device has the rows and heads that `sharding.RULES` give it."""
+    prefixes_BT = segments_BT if prefixes_BT is None else prefixes_BT
+    local = lambda q, k, v, segments, prefixes: attention(q, k, v, segments_BT=segments, prefixes_BT=prefixes)
+    if not jax.sharding.get_abstract_mesh().empty:
+        heads, rows = spec("batch", None, "heads", None), spec("batch", None)
+        kv_heads = spec("batch", None, "kv_heads", None)
+        in_specs = (heads, kv_heads, kv_heads, rows, rows)
+        local = jax.shard_map(local, in_specs=in_specs, out_specs=heads, check_vma=False)
+    return local(q_BTHh, k_BTKh, v_BTKh, segments_BT, prefixes_BT)
+
+
+def attention(q_BTHh, k_BTKh, v_BTKh, *, segments_BT, prefixes_BT=None, interpret: bool = False) -> Array:
+    """As `kernels.attention` for rows that attend to themselves, laid out as in types.Batch: a segment's tokens stand
+    in a run of columns, in order, and a prompt before its completions. Then "earlier position" is "earlier column".
+
+    One pass of splash attention compares segment ids, which covers rows where no completion shares its prompt (prompt
+    and completion then are one segment). Where one does, a second pass over the prompts' keys is merged with the first
+    by their normalisers. Scores and softmax are float32.
+    """
+    B, T, H, h = q_BTHh.shape
+    prefixes_BT = segments_BT if prefixes_BT is None else prefixes_BT
+    pad_T, pad_h = -T % LANES, -h % LANES
+    q, k, v = (
+        jnp.pad(x.swapaxes(1, 2), [(0, 0), (0, 0), (0, pad_T), (0, pad_h)])
+        for x in ((q_BTHh * h**-0.5).astype(q_BTHh.dtype), k_BTKh, v_BTKh)
+    )
+    segments_BT, prefixes_BT = (jnp.pad(x, [(0, 0), (0, pad_T)]) for x in (segments_BT, prefixes_BT))
+    return _attend(q, k, v, segments_BT, prefixes_BT, interpret)[:, :, :T, :h].swapaxes(1, 2)
+
+
+def _prompt_ids(segments_BT, prefixes_BT) -> splash.SegmentIds:
+    """Ids under which a completion meets its prompt and nothing meets anything else."""
+    is_completion_BT = segments_BT != prefixes_BT
+    return splash.SegmentIds(jnp.where(is_completion_BT, prefixes_BT, -1), jnp.where(is_completion_BT, -2, segments_BT))
+
+
+def _own_ids(segments_BT, prefixes_BT, shared: Array) -> splash.SegmentIds:
+    own_BT = jnp.where(shared, segments_BT, prefixes_BT)
+    return splash.SegmentIds(own_BT, own_BT)
+
+
+def _shares_prompts(segments_BT, prefixes_BT) -> Array:
+    """Whether some completion does not begin right after its prompt: then it shares the prompt with one that does."""
+    before_BT = jnp.pad(segments_BT, [(0, 0), (1, 0)])[:, :-1]
+    is_completion_BT = segments_BT != prefixes_BT
+    return jnp.any(is_completion_BT & (before_BT != segments_BT) & (before_BT != prefixes_BT))
+
+
+def _kernel(H: int, T: int, interpret: bool) -> splash.SplashAttentionKernel:
+    # Blocks on the diagonal are half wasted: an eighth of the row at most, where it is long enough.
+    block = next(size for size in BLOCKS if T % size == 0 and (T >= 8 * size or size == LANES))
+    # Backward writes a gradient of q for every block of keys and adds them up: larger blocks, fewer of these.
+    keys = 2 * block if T % (2 * block) == 0 else block
+    sizes = splash.BlockSizes(
+        block_q=block, block_kv=block, block_kv_compute=min(block, 512),
+        block_q_dkv=block, block_kv_dkv=keys, block_kv_dkv_compute=min(block, 512), use_fused_bwd_kernel=True,
+    )  # fmt: skip
+    causal = masks.MultiHeadMask([masks.CausalMask((T, T)) for _ in range(H)])
+    return splash.make_splash_mha(
+        causal, block_sizes=sizes, save_residuals=True, head_shards=1, q_seq_shards=1, interpret=interpret
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q_BHTh, k_BKTh, v_BKTh, segments_BT, prefixes_BT, interpret: bool) -> Array:
+    return _attend_fwd(q_BHTh, k_BKTh, v_BKTh, segments_BT, prefixes_BT, interpret)[0]
+
+
+def _attend_fwd(q, k, v, segments_BT, prefixes_BT, interpret: bool):
+    kernel = jax.vmap(_kernel(q.shape[1], q.shape[2], interpret))
+    shared = _shares_prompts(segments_BT, prefixes_BT)
+    out_BHTh, (lse_BHT,) = kernel(q, k, v, _own_ids(segments_BT, prefixes_BT, shared))
+
+    def merge_prompts(out, lse):
+        prompt_out, (prompt_lse,) = kernel(q, k, v, _prompt_ids(segments_BT, prefixes_BT))
+        both = jnp.logaddexp(lse, prompt_lse)
+        weight, prompt_weight = (jnp.exp(x - both)[..., None] for x in (lse, prompt_lse))
+        return (weight * out + prompt_weight * prompt_out).astype(out.dtype), both
+
+    out_BHTh, lse_BHT = jax.lax.cond(shared, merge_prompts, lambda *same: same, out_BHTh, lse_BHT)
+    out_BHTh, lse_BHT = checkpoint_name(out_BHTh, ATTENTION), checkpoint_name(lse_BHT, ATTENTION)
+    return out_BHTh, (q, k, v, segments_BT, prefixes_BT, out_BHTh, lse_BHT)
+
+
+def _attend_bwd(interpret: bool, residuals, d_out):
+    """A weight is exp(score - normaliser of both passes), so each pass is the kernel's backward with those of both."""
+    q, k, v, segments_BT, prefixes_BT, out, lse = residuals
+    kernel = _kernel(q.shape[1], q.shape[2], interpret)
+    kwargs = kernel.kwargs
+
+    def one_row(q, k, v, ids, out, lse, d_out):
+        saved = (q, k, v, ids, None, out, lse, kernel.dq_mask_info, kernel.dkv_mask_info)
+        gradients = splash._splash_attention_bwd(
+            False, kwargs["mask_value"], False, kwargs["block_sizes"], None, kwargs["mask_function"], None, interpret,
+            saved, d_out,
+        )  # fmt: skip
+        return gradients[3:6]
+
+    backward = lambda ids: jax.vmap(one_row)(q, k, v, ids, out, lse, d_out)
+    shared = _shares_prompts(segments_BT, prefixes_BT)
+    own = backward(_own_ids(segments_BT, prefixes_BT, shared))
+    add_prompts = lambda own: jax.tree.map(jnp.add, own, backward(_prompt_ids(segments_BT, prefixes_BT)))
+    return *jax.lax.cond(shared, add_prompts, lambda own: own, own), None, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+# ---------------------------------------------------------------- experts
+
+
+def mix_experts(x_ND, ids_Nk, gate_Nk, gate_EDF, up_EDF, down_EFD, *, strangers: bool, interpret: bool = False):
+    """sum over k of gate_k * SwiGLU_{ids_k}(x), ND. Dropless: a copy of each row for each of its experts, sorted by
+    expert, passes three grouped matmuls over ragged groups.
+
+    strangers: some ids are E, an expert that is not among these, which adds nothing. Such copies, and the padding to
+    whole tiles, come last and are not computed. Gates multiply the hidden units, which are fewer than the outputs.
+    """
+    (N, k), E = ids_Nk.shape, len(gate_EDF)
+    padding = -N * k % ROWS
+    order = jnp.argsort(ids_Nk.ravel(), stable=True)
+    # Ends of the groups: a binary search each in the sorted ids
+    bound_E = jnp.searchsorted(ids_Nk.ravel()[order], jnp.arange(E + 1), side="right").astype(jnp.int32)
+    count = jnp.diff(bound_E, prepend=0).at[-1].add(padding)
+    count = count if strangers or padding else count[:-1]
+    pad = lambda rows: jnp.pad(rows, [(0, padding)] + [(0, 0)] * (rows.ndim - 1))
+
+    def matmul(rows, w_EDF):  # rows of a group beyond E, which has no weights, come out as 0
+        tiling = ROWS, min(1024, w_EDF.shape[1]), min(1024, w_EDF.shape[2])
+        return megablox.gmm(rows, w_EDF, count, rows.dtype, tiling, interpret=interpret)
+
+    rows, gates = pad(copies(x_ND, order, k)), pad(copies(gate_Nk.ravel(), order, 1))
+    hidden = jax.nn.silu(matmul(rows, gate_EDF)) * matmul(rows, up_EDF) * gates[:, None]
+    y = copies(matmul(hidden, down_EFD)[: N * k], jnp.argsort(order), 1)
+    return y.reshape(N, k, -1).sum(axis=1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def copies(x, order, k: int) -> Array:
+    """Every row of x k times, then in that order, a permutation of the copies. Its gradient is a gather and a sum of k
+    as well: a scatter is slow on TPU."""
+    return x.at[order // k].get(mode="promise_in_bounds")
+
+
+def _copies_bwd(k: int, order, g):
+    g = copies(g, jnp.argsort(order), 1)
+    return (g if k == 1 else g.reshape(-1, k, *g.shape[1:]).sum(axis=1)), None
+
+
+copies.defvjp(lambda x, order, k: (copies(x, order, k), order), _copies_bwd)

@@ -1,0 +1,81 @@
+"""`sapo-jax plan CONFIG --topology cpu`: the model against a clock, on the devices that are here.
+
+The same programs are compiled for them, priced by the same reading of their HLO, and run. The machine's own matmul
+speed and memory bandwidth take the place of the chip table; nothing is assumed to overlap on a CPU, so the seconds
+add up. What the prediction leaves out (exponentials, gathers, sorting, dispatch) shows as measured / predicted > 1.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sapo_jax import sharding
+from sapo_jax.config import Config
+from sapo_jax.plan.costs import program_costs
+from sapo_jax.plan.hlo import parse
+from sapo_jax.plan.programs import Programs
+from sapo_jax.plan.roofline import useful_flops
+
+RUNS = 3  # timed runs of each program, after one that is not; the median counts
+
+
+def median_seconds(run: Callable[[], Any], runs: int = RUNS) -> float:
+    def once() -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        return time.perf_counter() - start
+
+    once()
+    return float(np.median([once() for _ in range(runs)]))
+
+
+def calibrate() -> dict[str, float]:
+    """FLOP/s of a float32 matmul of 1024, and bytes/s of x + 1 over 256 MB (read and written)."""
+    x, big = jnp.ones((1024, 1024), jnp.float32), jnp.ones(2**25, jnp.float32)
+    matmul, add = jax.jit(lambda x: x @ x), jax.jit(lambda x: x + 1)
+    return {
+        "flops": 2 * 1024**3 / median_seconds(lambda: matmul(x), 10),
+        "hbm": 2 * big.nbytes * len(jax.devices()) / median_seconds(lambda: add(big), 5) / len(jax.devices()),
+    }
+
+
+def measure(cfg: Config, functions: Sequence[str]) -> dict[str, Any]:
+    """{"calibration", "functions": {name: predicted and measured seconds, ...}}."""
+    speed, reports = calibrate(), {}
+    programs = Programs(cfg, sharding.make_mesh(cfg.mesh))
+    work, devices = programs.work, programs.mesh.size
+    for name in functions:
+        compiled = programs.lower(name).compile()
+        costs = program_costs(parse(compiled.as_text()), open_trips=work.new_tokens - 1)
+        predicted = devices * (costs.flops / speed["flops"] + costs.hbm_bytes / speed["hbm"])
+        arguments = lambda name=name: jax.tree.map(_array, programs.arguments(name))
+        measured = median_seconds(lambda compiled=compiled, arguments=arguments: compiled(*arguments()))
+        making = median_seconds(arguments)  # donated arguments are made anew for each run
+        measured -= making
+        useful = useful_flops(cfg, work)[name]
+        reports[name] = {
+            "flops": costs.flops * devices,
+            "flops_ratio": costs.flops * devices / useful,
+            "hbm_bytes": costs.hbm_bytes * devices,
+            "predicted_seconds": predicted,
+            "measured_seconds": measured,
+            "measured_over_predicted": measured / predicted,
+        }
+    return {"config": cfg.name, "topology": "cpu", "mesh": dict(programs.mesh.shape), "calibration": speed,
+            "functions": reports}  # fmt: skip
+
+
+def _array(x: jax.ShapeDtypeStruct) -> jax.Array:
+    """Ones: segments are real, weights are not 0, and no time depends on the values but that of the experts' loads."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.device_put(jax.random.split(jax.random.key(0), x.shape), x.sharding)
+    value = (
+        jnp.zeros(x.shape, x.dtype) if x.dtype == jnp.bool_ else jnp.full(x.shape, 0.01 if x.dtype.kind == "f" else 1)
+    )
+    return jax.device_put(value.astype(x.dtype), x.sharding)

@@ -1,0 +1,193 @@
+"""The package's own jitted functions, lowered from shapes alone: nothing is allocated, nothing runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType
+
+from sapo_jax import sharding
+from sapo_jax.config import Config
+from sapo_jax.learner import init_state, make_optimizer, make_update, policy_loss, state_shardings
+from sapo_jax.models import Policy, make_policy
+from sapo_jax.plan.chips import GiB, PlanError
+from sapo_jax.rollout import Rule, Sampler
+from sapo_jax.rollout.packing import bucket
+from sapo_jax.rollout.sampler import _decode, _first_token, _prefill
+from sapo_jax.scoring import make_scorer
+from sapo_jax.types import Batch
+
+NO_STOP = (-1,)  # no token ends a completion: all have their full length
+FUNCTIONS = "update", "score", "prefill", "decode"
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """Shapes of one RL iteration when every prompt and completion has its largest length."""
+
+    prompts: int  # P
+    sequences: int  # B = P * G
+    sampled_at_once: int  # sequences that prefill and decode hold; the rollout is sampled in B / this many waves
+    prompt_tokens: int  # S
+    new_tokens: int  # C
+    row_tokens: int  # T
+    picked: int  # M
+    rows: int  # of a mini-batch
+    mini_batches: int
+
+    @classmethod
+    def of(cls, cfg: Config, sampled_at_once: int | None = None) -> Workload:
+        """Raises PlanError where sampled_at_once is not whole groups that make up the rollout."""
+        P, G = cfg.rollout.prompts_per_step, cfg.rollout.group_size
+        S, C = cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens
+        T = cfg.train.row_tokens or bucket(S + C)
+        per_row = T // (S + C)
+        rows = -(-P * G // cfg.train.mini_batches // per_row)
+        at_once = sampled_at_once or P * G
+        if at_once % G or P * G % at_once:
+            raise PlanError(f"sampling {at_once} sequences at once: take a multiple of {G} that divides {P * G}")
+        return cls(P, P * G, at_once, S, C, T, min(bucket(per_row * C, 1), T), rows, cfg.train.mini_batches)
+
+
+def mesh_of(cfg: Config, devices: list[jax.Device]) -> jax.sharding.Mesh:
+    """The config's mesh over all the devices, laid onto their torus. Raises PlanError where the sizes do not fit."""
+    from jax.experimental import mesh_utils
+
+    sizes = sharding.axis_sizes(cfg.mesh, len(devices))
+    if math.prod(sizes) != len(devices):
+        given = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(sharding.AXES, sizes, strict=True))
+        raise PlanError(f"{given} makes {math.prod(sizes)} devices, the topology has {len(devices)}")
+    placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(placed, sharding.AXES, axis_types=(AxisType.Auto,) * len(sharding.AXES))
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """Lowers each function for the mesh. The mesh is in scope for tracing alone: nothing can run on its devices."""
+
+    cfg: Config
+    mesh: jax.sharding.Mesh
+    sampled_at_once: int | None = None  # None: the whole rollout
+
+    @functools.cached_property
+    def policy(self) -> Policy:
+        return make_policy(self.cfg.model)
+
+    @functools.cached_property
+    def params(self):
+        return _placed(self.policy.shapes, sharding.shardings(self.mesh, self.policy.dims))
+
+    @property
+    def work(self) -> Workload:
+        return Workload.of(self.cfg, self.sampled_at_once)
+
+    @property
+    def moment_bytes(self) -> int:
+        """Of AdamW's two moments on one device."""
+        return 2 * sum(map(_local_bytes, jax.tree.leaves(self.params)))
+
+    def lower(self, name: str) -> jax.stages.Lowered:
+        """Raises ValueError where the arrays do not divide over the mesh."""
+        function, *arguments = getattr(self, f"_{name}")()
+        with jax.set_mesh(self.mesh):
+            return function.trace(*arguments).lower(lowering_platforms=(self.mesh.devices.flat[0].platform,))
+
+    def arguments(self, name: str) -> list:
+        """Of the function: trees of ShapeDtypeStructs."""
+        return getattr(self, f"_{name}")()[1:]
+
+    def largest_arguments(self, name: str, n: int = 5) -> list[str]:
+        """On one device: size, global shape, path."""
+        found = sorted(jax.tree.leaves_with_path(self.arguments(name)), key=lambda item: -_local_bytes(item[1]))
+        return [f"{_local_bytes(x) / GiB:.3f} GiB  {x.dtype}{list(x.shape)}  argument{jax.tree_util.keystr(path)}"
+                for path, x in found[:n]]  # fmt: skip
+
+    def _update(self):
+        cfg = self.cfg
+        tx = make_optimizer(cfg.optimizer, cfg.train.steps * cfg.train.mini_batches * cfg.train.epochs)
+        placed = state_shardings(self.policy, tx, self.mesh)
+        state = _placed(jax.eval_shape(lambda p: init_state(p, tx), self.policy.shapes), placed)
+        update = make_update(self.policy, tx, policy_loss(cfg), cfg.train.micro_batch, placed)
+        return update, state, self._batch(old_logp=True, experts=cfg.train.routing_replay != "none")
+
+    def _score(self):
+        replay = self.cfg.train.routing_replay
+        record = replay == "r2"
+        scorer = make_scorer(
+            self.policy, self.cfg.rollout.temperature, self.cfg.train.micro_batch, record_routing=record
+        )
+        return scorer, self.params, self._batch(old_logp=False, experts=replay == "r3")
+
+    def _batch(self, *, old_logp: bool, experts: bool) -> Batch:
+        work, model = self.work, self.cfg.model
+        placed = sharding.batch_sharding(self.mesh)
+        make = lambda dtype, *shape: jax.ShapeDtypeStruct((work.rows, *shape), dtype, sharding=placed)
+        T, M = work.row_tokens, work.picked
+        ints, floats = make(jnp.int32, T), make(jnp.float32, T)
+        ids = make(np.min_scalar_type(model.num_experts), T, sum(model.sparse_layers), model.num_experts_per_tok)
+        return Batch(
+            tokens_BT=ints, positions_BT=ints, segment_ids_BT=ints, prefix_ids_BT=ints, mask_BT=make(jnp.bool_, T),
+            picked_BM=make(jnp.int32, M), source_BM=make(jnp.int32, M), adv_BT=floats, weight_BT=floats,
+            old_logp_BT=floats if old_logp else None,
+            ref_logp_BT=floats if old_logp and self.cfg.loss.kl_coef > 0 else None,
+            correction_BT=floats if old_logp and self.cfg.loss.correction != "none" else None,
+            expert_ids_BTLk=ids if experts else None,
+        )  # fmt: skip
+
+    @functools.cached_property
+    def sampler(self) -> Sampler:
+        cfg = self.cfg
+        rule = Rule(cfg.rollout.temperature, cfg.rollout.top_k, cfg.rollout.top_p, cfg.rollout.min_p)
+        record = cfg.train.routing_replay == "r3"
+        return Sampler(self.policy, rule, cfg.rollout.group_size, cfg.rollout.max_new_tokens, NO_STOP, 0, record)
+
+    @property
+    def prompts_at_once(self) -> int:
+        return self.work.sampled_at_once // self.cfg.rollout.group_size
+
+    def _prompts(self):
+        work, placed = self.work, sharding.batch_sharding(self.mesh)
+        make = lambda dtype, *shape: jax.ShapeDtypeStruct((self.prompts_at_once, *shape), dtype, sharding=placed)
+        return make(jnp.int32, bucket(work.prompt_tokens)), make(jnp.int32)
+
+    def _prefill(self):
+        def prefill(params, tokens_PS, length_P):
+            return _prefill(self.sampler, self.policy.bind(params), tokens_PS, length_P)
+
+        return jax.jit(prefill), self.params, *self._prompts()
+
+    def _decode(self):
+        """The decode loop over B sequences, from the state that prefill leaves."""
+        sampler, B = self.sampler, self.work.sampled_at_once
+        placed = sharding.batch_sharding(self.mesh)
+        rows = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed if x.ndim else None)
+
+        def start(params, tokens_PS, length_P, key_B):
+            model = self.policy.bind(params)
+            hidden_PD, cache, _ = _prefill(sampler, model, tokens_PS, length_P)
+            fork = lambda x: jnp.repeat(x, sampler.group_size, axis=0)
+            cache = jax.tree.map(lambda x: fork(x) if x.ndim else x, cache)
+            return _first_token(sampler, model, fork(hidden_PD), cache, key_B, jnp.zeros(B, bool))
+
+        def decode(params, state, key_B, length_B):
+            return _decode(sampler, self.policy.bind(params), state, key_B, length_B)
+
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), B))
+        keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=placed)
+        state = jax.tree.map(rows, jax.eval_shape(start, self.params, *self._prompts(), keys))
+        length_B = jax.ShapeDtypeStruct((B,), jnp.int32, sharding=placed)
+        return jax.jit(decode, donate_argnums=1), self.params, state, keys, length_B
+
+
+def _local_bytes(x: jax.ShapeDtypeStruct) -> int:
+    shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+    return math.prod(shape) * x.dtype.itemsize
+
+
+def _placed(shapes, shardings):
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)

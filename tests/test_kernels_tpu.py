@@ -1,0 +1,133 @@
+"""The TPU kernels' own code, interpreted on CPU, against `kernels`: values and gradients."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sapo_jax import kernels, kernels_tpu
+from sapo_jax.config import Mesh
+from sapo_jax.sharding import make_mesh, on_tpu
+
+# Segments and prefixes of rows in the layout of types.Batch: (tokens, segment, prefix) runs
+SHARED = [[(20, 1, 1), (30, 2, 1), (25, 3, 1), (10, 4, 4), (40, 5, 4)], [(60, 1, 1), (50, 2, 1), (15, 3, 1)]]
+OWN = [[(20, 1, 1), (30, 2, 1), (10, 3, 3), (50, 4, 3)], [(128, 1, 1)]]  # each completion after its own prompt
+
+
+def rows(layout, T: int):
+    """positions, segments, prefixes, all BT."""
+    segments, prefixes, positions = np.zeros((3, len(layout), T), np.int32)
+    for b, runs in enumerate(layout):
+        t, length = 0, {}
+        for n, segment, prefix in runs:
+            here, length[segment] = slice(t, t + n), n
+            segments[b, here], prefixes[b, here] = segment, prefix
+            positions[b, here] = np.arange(n) + (length[prefix] if prefix != segment else 0)
+            t += n
+    return positions, segments, prefixes
+
+
+@pytest.mark.parametrize(
+    ("layout", "T", "h"), [(SHARED, 130, 16), (OWN, 128, 128), (SHARED, 256, 128)], ids=["shared", "own", "two-blocks"]
+)
+def test_attention(layout, T, h, monkeypatch):
+    """Values and gradients of rows that share prompts and of rows that do not; padding in columns and head width."""
+    monkeypatch.setattr(kernels_tpu, "BLOCKS", (128,))
+    positions, segments, prefixes = rows(layout, T)
+    rng = np.random.default_rng(0)
+    q, k, v, d_out = (rng.standard_normal((2, T, n, h)).astype(np.float32) for n in (4, 2, 2, 4))
+    real = (segments > 0)[..., None, None]
+
+    def ours(q, k, v):
+        return kernels_tpu.attention(q, k, v, segments_BT=segments, prefixes_BT=prefixes, interpret=True)
+
+    def exact(q, k, v):
+        return kernels.attention(
+            q, k, v, q_positions_BT=positions, k_positions_BS=positions, q_segments_BT=segments,
+            k_segments_BS=segments, q_prefixes_BT=prefixes,
+        )  # fmt: skip
+
+    assert bool(kernels_tpu._shares_prompts(jnp.array(segments), jnp.array(prefixes))) == (layout is SHARED)
+    out, gradient = jax.jit(lambda *x: _value_and_vjp(ours, x, d_out * real))(q, k, v)
+    expected_out, expected = jax.jit(lambda *x: _value_and_vjp(exact, x, d_out * real))(q, k, v)
+    np.testing.assert_allclose(out * real, expected_out * real, atol=5e-6)  # scores of 128 float32 terms: +-1e-6 each
+    for name, a, b in zip("qkv", gradient, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, err_msg=name)
+
+
+def _value_and_vjp(f, args, cotangent):
+    out, backward = jax.vjp(f, *args)
+    return out, backward(cotangent)
+
+
+def test_without_prefixes_segments_are_attended_to_alone():
+    positions, segments, _ = rows(SHARED, 128)
+    q, k, v = np.random.default_rng(1).standard_normal((3, 2, 128, 2, 128)).astype(np.float32)
+    out = kernels_tpu.attention(q, k, v, segments_BT=segments, interpret=True)
+    expected = kernels.attention(
+        q, k, v, q_positions_BT=positions, k_positions_BS=positions, q_segments_BT=segments, k_segments_BS=segments
+    )  # fmt: skip
+    np.testing.assert_allclose(out[segments > 0], expected[segments > 0], atol=5e-6)
+
+
+def test_on_tpu_rows_are_attended_to_by_the_kernel_and_caches_by_xla(monkeypatch):
+    """Traced for TPU: a pallas_call where rows attend to themselves, none where one token attends to a cache."""
+    monkeypatch.setattr(kernels, "on_tpu", lambda: True)
+    positions, segments, prefixes = rows(SHARED, 128)
+    q = jnp.zeros((2, 128, 4, 128))
+
+    def program(T):
+        return str(jax.make_jaxpr(lambda q, kv: kernels.attention(
+            q, kv, kv, q_positions_BT=positions[:, :T], k_positions_BS=positions, q_segments_BT=segments[:, :T],
+            k_segments_BS=segments, q_prefixes_BT=prefixes[:, :T],
+        ))(q[:, :T], q))  # fmt: skip
+
+    assert "pallas_call" in program(128) and "pallas_call" not in program(1)
+
+
+def test_the_platform_is_that_of_the_mesh_in_scope():
+    """On this machine without a TPU: no mesh, or one of its own devices."""
+    assert not on_tpu()
+    with jax.set_mesh(make_mesh(Mesh(data=1), jax.devices()[:1])):
+        assert not on_tpu()
+        assert not jax.jit(on_tpu)()
+
+
+def exact_mix(x_ND, ids_Nk, gate_Nk, *weights):
+    N, k = ids_Nk.shape
+    y = kernels.expert_mlp(jnp.repeat(x_ND, k, axis=0), ids_Nk.reshape(-1), *weights)
+    return jnp.einsum("nkd,nk->nd", y.reshape(N, k, -1), gate_Nk)
+
+
+@pytest.mark.parametrize(
+    ("N", "strangers"), [(24, False), (25, False), (25, True)], ids=["whole", "padded", "strangers"]
+)
+def test_experts(N, strangers, monkeypatch):
+    """Values and gradients: whole tiles and padded ones, experts that are idle, experts that are not here."""
+    monkeypatch.setattr(kernels_tpu, "ROWS", 8)
+    D, F, E, k = 128, 256, 4, 2
+    rng = np.random.default_rng(2)
+    shapes = (N, D), (N, k), (E, D, F), (E, D, F), (E, F, D), (N, D)
+    x, gates, *weights, d_out = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+    weights = [w * w.shape[1] ** -0.5 for w in weights]
+
+    def compiled(f):
+        return jax.jit(lambda ids, x, g, *w: _value_and_vjp(lambda x, g, *w: f(x, ids, g, *w), (x, g, *w), d_out))
+
+    ours = compiled(lambda *a: kernels_tpu.mix_experts(*a, strangers=strangers, interpret=True))
+    exact = compiled(exact_mix)
+    choices = [0, 2, 4, 5][: 2 + 2 * strangers]  # idle experts; 4 is none of these
+    for ids in rng.integers(0, E, (N, k)), np.full((N, k), 2), np.minimum(rng.choice(choices, (N, k)), E):
+        (out, gradient), (expected_out, expected) = ours(ids, x, gates, *weights), exact(ids, x, gates, *weights)
+        np.testing.assert_allclose(out, expected_out, atol=2e-5)
+        for name, a, b in zip(("x", "gates", "gate", "up", "down"), gradient, expected, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-4 if name == "gates" else 5e-5, err_msg=name)
+
+
+def test_copies_and_their_gradient():
+    x, order = jnp.arange(6.0).reshape(3, 2), jnp.array([5, 0, 3, 1, 4, 2])
+    out, backward = jax.vjp(lambda x: kernels_tpu.copies(x, order, 2), x)
+    np.testing.assert_array_equal(out, np.repeat(x, 2, axis=0)[order])
+    np.testing.assert_array_equal(backward(out)[0], 2 * x)
