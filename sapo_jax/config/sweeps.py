@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from sapo_jax.config.advice import warnings
 from sapo_jax.config.errors import ConfigError, Problem
 from sapo_jax.config.load import resolve
 from sapo_jax.config.schema import Config
-from sapo_jax.config.source import read_files, read_mapping
+from sapo_jax.config.source import dump_yaml, read_files, read_mapping
 from sapo_jax.config.sweep_form import Settings, SweepForm, slug
 
 
@@ -119,7 +118,7 @@ def _same(runs: Sequence[SweepRun]) -> list[Problem]:
 
 
 def _override(setting: tuple[str, Any]) -> str:
-    return f"{setting[0]}={json.dumps(setting[1], ensure_ascii=False)}"
+    return f"{setting[0]}={dump_yaml(setting[1])}"
 
 
 _ABSENT = object()

@@ -305,10 +305,10 @@ def round_trip(cfg, write):
     assert again == cfg and diff(again, cfg) == [] and dump(again) == text
 
 
-CONFIGS = sorted(path for path in ROOT.glob("configs/**/*.yaml") if path.parent.name != "sweeps")
+FILES = sorted(path for path in ROOT.glob("configs/**/*.yaml") if path.parent.name != "sweeps")
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_config_file_survives_a_round_trip(path, write, monkeypatch, tiny_model):
     """Those that start from a pretrained model, which is fetched, take a tiny one here."""
     monkeypatch.chdir(ROOT)

@@ -9,8 +9,10 @@ import pytest
 import yaml
 
 from sapo_jax.config import ConfigError, load
+from sapo_jax.config.source import dump_yaml
 from sapo_jax.config.sweep_form import short_names, slug
 from sapo_jax.config.sweeps import load_sweep
+from tests.config.test_config_load import NASTY
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -136,6 +138,13 @@ def test_values_of_any_kind_reach_the_config(sweep_of):
     assert {run.cfg.data.tasks[0].name for run in plan.runs} == {"gcd", "lcm"}
     assert {run.cfg.data.system_prompt for run in plan.runs} == {'Say: "no" é', ""}
     assert {run.cfg.model.rope_scaling and run.cfg.model.rope_scaling.factor for run in plan.runs} == {None, 2.0}
+
+
+def test_text_arrives_as_it_was_written(sweep_of):
+    """Whatever a YAML reader might take it for."""
+    plan = sweep_of("base: ../base.yaml\n" + dump_yaml({"grid": {"data.system_prompt": NASTY}}))
+    assert [run.cfg.data.system_prompt for run in plan.runs] == NASTY
+    assert len({run.name for run in plan.runs}) == len(NASTY)
 
 
 def test_all_mistakes_of_the_file_are_listed_at_once(sweep_of):
