@@ -33,7 +33,7 @@ from sapo_jax.diagnostics import Gates, vocabulary_gradient, vocabulary_spread
 from sapo_jax.diagnostics.sequences import sequences
 from sapo_jax.objectives import OBJECTIVES
 
-plt.rcParams.update({"figure.dpi": 90, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False, "font.size": 11})
+plt.rcParams.update({"figure.dpi": 80, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False, "font.size": 11})
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold"})
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 SHADES = dict(zip((0.5, 1.0, 2.0, 5.0), plt.get_cmap("viridis")([0.85, 0.6, 0.35, 0.1]), strict=True))

@@ -35,7 +35,7 @@ from sapo_jax.rollout import token_rows
 from sapo_jax.scoring import make_scorer
 from sapo_jax.types import Batch
 
-plt.rcParams.update({"figure.dpi": 90, "font.size": 11, "axes.titleweight": "bold"})
+plt.rcParams.update({"figure.dpi": 80, "font.size": 11, "axes.titleweight": "bold"})
 
 WORDS = ("<pad>", "<end>", "2", "3", "4", "5", "+", "=")
 PROMPT = ("2", "+", "3", "=")
@@ -52,8 +52,8 @@ cfg = Config(
     optimizer=Optimizer(learning_rate=0.01, b1=0.9, b2=0.99, eps=1e-6, weight_decay=0.1, max_grad_norm=0.5),
 )  # fmt: skip
 policy = make_policy(cfg.model)
-old_params = jax.jit(policy.init)(jax.random.key(0))
-noise = jax.jit(policy.init)(jax.random.key(1))
+init = jax.jit(policy.init)
+old_params, noise = init(jax.random.key(0)), init(jax.random.key(1))
 params = jax.tree.map(lambda x, n: x + 0.1 * n, old_params, noise)  # the policy has moved since it sampled
 
 ids = [[WORDS.index(word) for word in (*PROMPT, *completion)] for completion in COMPLETIONS]
@@ -96,16 +96,16 @@ plt.show()
 # comparison: from here on, numpy in float64, one line per completion token.
 
 # %%
-where = [(b, t) for b in range(4) for t in range(len(PROMPT), len(ids[b]))]  # the 11 completion tokens
-token_N = np.array([ids[b][t] for b, t in where])
-sequence_N = np.array([b for b, _ in where])
+sequence_N, column_N = np.nonzero(mask_BT)  # of the 11 completion tokens
+token_N = rows["tokens_BT"][sequence_N, column_N]
 
 
+@jax.jit
 def hidden_states(params):
     """After the final norm, at the position before each of the 11 tokens, ND."""
     model = policy.bind(params)
     out = model.forward(rows["tokens_BT"], rows["positions_BT"], rows["segment_ids_BT"], rows["prefix_ids_BT"])
-    return jnp.stack([out.hidden_BTD[b, t - 1] for b, t in where])
+    return out.hidden_BTD[sequence_N, column_N - 1]
 
 
 def log_softmax(z_NV):
@@ -114,13 +114,13 @@ def log_softmax(z_NV):
 
 
 def by_hand(params):
-    hidden_ND, head_VD = (np.asarray(x, np.float64) for x in (jax.jit(hidden_states)(params), params["head"]))
+    hidden_ND, head_VD = (np.asarray(x, np.float64) for x in (hidden_states(params), params["head"]))
     return hidden_ND, log_softmax(hidden_ND @ head_VD.T / cfg.rollout.temperature)
 
 
 hidden_ND, logp_NV = by_hand(params)
 _, old_logp_NV = by_hand(old_params)
-N = len(where)
+N = len(token_N)
 logp_N, old_logp_N = logp_NV[np.arange(N), token_N], old_logp_NV[np.arange(N), token_N]
 ratio_N = np.exp(logp_N - old_logp_N)
 
@@ -200,8 +200,8 @@ for word, row in zip(WORDS, head_gradient_VD, strict=True):
 
 # %%
 logits_of = lambda params: hidden_states(params) @ params["head"].T
-_, back = jax.vjp(logits_of, params)
-(gradient,) = back(jnp.asarray(logits_gradient_NV, jnp.float32))
+carry_back = jax.jit(lambda params, gradient_NV: jax.vjp(logits_of, params)[1](gradient_NV)[0])
+gradient = carry_back(params, jnp.asarray(logits_gradient_NV, jnp.float32))
 norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(gradient)))
 print(f"gradient norm {norm:.6f}, clipped to {cfg.optimizer.max_grad_norm}")
 
@@ -227,7 +227,7 @@ print(f"the head moves by {np.abs(new_head_VD - head_VD).max():.4f} at most (rat
 
 # %%
 batch_with_old = Batch(**{**vars(batch), "old_logp_BT": old_logp_BT})
-at = tuple(np.array(where).T)
+at = (sequence_N, column_N)
 same = lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-6)
 same(logp_N, logp_BT[at])
 same(old_logp_N, old_logp_BT[at])

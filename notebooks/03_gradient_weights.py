@@ -34,7 +34,7 @@ ROOT = next(p for p in (Path.cwd(), *Path.cwd().parents) if (p / "experiments" /
 COMMITTED = ROOT / "experiments" / "results" / "fig2_fig3_runs" / "tiny_dense"
 RUN = os.environ.get("SAPO_RUN", COMMITTED)
 
-plt.rcParams.update({"figure.dpi": 90, "font.size": 11, "legend.frameon": False})
+plt.rcParams.update({"figure.dpi": 80, "font.size": 11, "legend.frameon": False})
 BLUE, ORANGE = figures.BLUE, figures.ORANGE
 
 found = read_diagnostics(RUN)

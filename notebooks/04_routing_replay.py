@@ -46,7 +46,7 @@ from sapo_jax.routing import checked, router_metrics, sampled_experts
 from sapo_jax.scoring import make_scorer
 from sapo_jax.types import Batch, Prompt
 
-plt.rcParams.update({"figure.dpi": 90, "font.size": 11, "legend.frameon": False, "axes.titleweight": "bold"})
+plt.rcParams.update({"figure.dpi": 80, "font.size": 11, "legend.frameon": False, "axes.titleweight": "bold"})
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 
