@@ -34,7 +34,7 @@ lint: $(VENV)/.installed-test
 
 notebooks: $(VENV)/.installed           ## run the notebooks and store their outputs
 	$(PIP) -e '.[notebooks]'
-	$(BIN)/jupytext --to ipynb --execute notebooks/*.py
+	$(BIN)/python notebooks/execute.py
 
 clean:                                  ## remove the environment (not the runs)
 	rm -rf $(VENV)

@@ -2,7 +2,7 @@
 
 loss = -sum(weight_BT * (correction_BT * surrogate_BT - kl_coef * kl_BT)) + router_aux_loss_coef * aux.
 The weights are made for the whole optimiser batch, so micro-batches add up to exactly the same gradient. (The aux
-loss is not linear in the batch: it is the mean of the micro-batches' own.)
+loss is not linear in the batch: it is the mean of the micro-batches' own, weighted by their real tokens.)
 """
 
 from __future__ import annotations
@@ -117,19 +117,19 @@ def make_update(policy: Policy, tx, loss_fn: LossFn, micro_batch: int, shardings
     micro-batches `stats`: what loss_fn returned, and `routing`: moe.Routing of the sparse layers, without the ids.
     """
 
-    def micro_loss(params: Params, micro: Batch, n_micro: int):
+    def micro_loss(params: Params, micro: Batch, n_tokens: Array):
         loss, (stats, routing) = loss_fn(policy.bind(params), micro)
         if routing is not None:
-            loss += policy.cfg.router_aux_loss_coef * routing.aux_loss.mean() / n_micro
+            loss += policy.cfg.router_aux_loss_coef * (routing.tokens / n_tokens * routing.aux_loss).mean()
             routing = dataclasses.replace(routing, expert_ids_BTk=None)  # too large to keep
         return loss, (stats, routing)
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
         micros = split(batch, micro_batch)
-        n_micro = len(micros.tokens_BT)
+        n_tokens = jnp.maximum((batch.segment_ids_BT > 0).sum(), 1)
 
         def accumulate(grads, micro: Batch):
-            (loss, (stats, routing)), g = jax.value_and_grad(micro_loss, has_aux=True)(state.params, micro, n_micro)
+            (loss, (stats, routing)), g = jax.value_and_grad(micro_loss, has_aux=True)(state.params, micro, n_tokens)
             return jax.tree.map(jnp.add, grads, g), (loss, stats, routing)
 
         zeros = jax.tree.map(jnp.zeros_like, state.params)

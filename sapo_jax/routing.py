@@ -68,14 +68,15 @@ def _last_of_completion(segment_BT: np.ndarray, prefix_BT: np.ndarray) -> np.nda
 def router_metrics(routings: Sequence[Routing], model: Model) -> dict[str, float]:
     """Of the updates on a rollout; the arrays have leading dims of micro-batches and sparse layers.
 
-    Load and aux loss are those of the experts that the router chose, replayed or not. replay_difference: the share of
-    these k experts that are not among the k replayed ones, over the tokens that have some, by layer of the model.
+    Load and aux loss are those of the experts that the router chose, replayed or not, over all tokens of the updates.
+    replay_difference: the share of these k experts that are not among the k replayed ones, over the tokens that have
+    some, by layer of the model.
     """
-    all_of_them = jax.tree.map(lambda *x: np.concatenate(x), *routings)
-    load_LE, aux_loss_NL, replay = all_of_them.load_E.mean(axis=0), all_of_them.aux_loss, all_of_them.replay
-    metrics = {"router/load_max": load_LE.max() * model.num_experts, "router/aux_loss": aux_loss_NL.mean()}
+    together = jax.tree.map(lambda *x: np.concatenate(x).sum(axis=0), *routings)
+    load_max, replay = together.load_E.max() * model.num_experts, together.replay
+    metrics = {"router/load_max": load_max, "router/aux_loss": together.aux_loss.mean()}
     if replay is not None:
-        difference_L = replay.difference.sum(axis=0) / np.maximum(replay.tokens.sum(axis=0), 1)
+        difference_L = replay.difference / np.maximum(replay.tokens, 1)
         metrics["router/replay_difference_mean"] = difference_L.mean()
         metrics["router/replay_difference_max"] = difference_L.max()
         layers = np.flatnonzero(model.sparse_layers)

@@ -40,7 +40,7 @@ STOPPED = 75  # exit code (EX_TEMPFAIL) of a run that was told to stop, has save
 MAY_CHANGE = (
     "train.steps", "train.log_samples", "train.print_samples_every", "train.max_nonfinite", "train.routing_on",
     "train.live_mismatch_every", "checkpoint.", "evaluate.", "run_dir", "rewards.workers", "rewards.deadline",
-    "rewards.memory_mb", "mesh.",
+    "rewards.memory_mb", "diagnostics.every", "mesh.",
 )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from sapo_jax.config import GRPO, SAPO, Config, Loss, Mesh, Optimizer, Rollout, 
 from sapo_jax.learner import init_state, last_rate, make_optimizer, make_schedule, make_update, policy_loss, sft_loss
 from sapo_jax.objectives.correction import CORRECTIONS
 from sapo_jax.objectives.weights import token_weights
+from sapo_jax.routing import router_metrics
 from sapo_jax.scoring import Scores, make_scorer
 from sapo_jax.types import Batch, TrainState
 from tests.models import tiny
@@ -366,18 +367,41 @@ def test_any_number_of_micro_batches(model):
         assert_same_step((state, aux), whole)
 
 
-def test_aux_loss_is_added_as_the_mean_of_the_micro_batches():
-    """loss = policy loss + coef * mean over layers and micro-batches; its gradient moves the router."""
+def with_rows_of_padding(batch: Batch, rows: int) -> Batch:
+    """No token, nothing to train on: segment 0, and column T for the completion tokens that are not there."""
+    T = batch.tokens_BT.shape[1]
+
+    def padded(x):
+        return np.concatenate([x, np.zeros((rows, *x.shape[1:]), x.dtype)])
+
+    padded_batch = jax.tree.map(lambda x: padded(np.asarray(x)), batch)
+    padded_batch.picked_BM[-rows:] = T
+    return padded_batch
+
+
+def test_aux_loss_is_weighted_by_real_tokens():
+    """loss = policy loss + coef * mean over layers of the mean over micro-batches, by their real tokens; its gradient
+    moves the router. A micro-batch that is only padding changes neither the step nor what is logged of the router."""
     batch = changed(tiny.batch(), old_logp_BT=np.full((4, 16), -3.0, np.float32))
     model = changed(MOE, router_aux_loss_coef=0.25)
     zeros = changed(batch, weight_BT=np.zeros_like(batch.weight_BT))  # no policy loss: what is left is the aux loss
-    state, aux = make_update(tiny.policy(model), SGD, policy_loss(CFG), 2)(fresh_state(SGD, model), zeros)
-    load_nLE, aux_nL = aux["routing"].load_E, aux["routing"].aux_loss
-    assert load_nLE.shape == (2, 2, 5) and aux_nL.shape == (2, 2)
-    np.testing.assert_allclose(load_nLE.sum(axis=-1), 1, rtol=1e-5)
-    assert np.all(aux_nL > 0.9) and aux["loss"] == pytest.approx(0.25 * float(aux_nL.mean()), rel=1e-6)
+    update = make_update(tiny.policy(model), SGD, policy_loss(CFG), 2)
+    state, aux = update(fresh_state(SGD, model), zeros)
+    routing = aux["routing"]
+    np.testing.assert_array_equal(routing.tokens, [[19, 19], [26, 26]])
+    np.testing.assert_array_equal(routing.routes_E.sum(axis=-1), 2 * routing.tokens)
+    aux_nL = np.asarray(routing.aux_loss)
+    assert aux_nL.shape == (2, 2) and np.all(aux_nL > 0.9) and abs(aux_nL[0] - aux_nL[1]).min() > 1e-3
+    assert aux["loss"] == pytest.approx(0.25 * float((19 * aux_nL[0] + 26 * aux_nL[1]).mean() / 45), rel=1e-6)
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.params, tiny.params(model))
     assert moved["layers"][0]["mlp"]["router"] > 1e-3 and moved["norm"]["scale"] == 0
+
+    padded_state, padded = update(fresh_state(SGD, model), with_rows_of_padding(zeros, 2))
+    assert padded["routing"].tokens.tolist() == [[19, 19], [26, 26], [0, 0]]
+    assert padded["loss"] == aux["loss"]
+    chex.assert_trees_all_equal(padded_state.params, state.params)
+    logged = [router_metrics([jax.device_get(x["routing"])], model) for x in (aux, padded)]
+    assert logged[0] == logged[1] and logged[0]["router/load_max"] > 1
 
 
 # ---------------------------------------------------------------- supervised fine-tuning

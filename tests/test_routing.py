@@ -76,19 +76,27 @@ def test_ids_of_another_shape_or_kind_are_refused(change):
 
 
 def test_router_metrics_by_hand():
-    """Two updates of two micro-batches, sparse layers 1 and 3 of four, E = 4. Shares are of all tokens, not of shares."""
+    """Two updates of two micro-batches, sparse layers 1 and 3 of four, E = 4, k = 2. Shares are of all tokens, not of
+    micro-batches; one of them is only padding."""
     model = dataclasses.replace(tiny.MOE, num_experts=4, num_hidden_layers=4, decoder_sparse_step=2)
-    load_NLE = np.array([[[1, 0, 0, 0], [0.25] * 4], [[0, 1, 0, 0], [0.25] * 4]])
+    even, none, two = [0.25] * 4, [0] * 4, np.float32([0.5, 0.5, 0, 0])
 
-    def update(tokens_NL, difference_NL):
-        replay = Replay(np.array(tokens_NL), np.array(difference_NL))
-        return Routing(None, load_NLE, np.array([[2.0, 1.0], [4.0, 1.0]]), replay)
+    def update(tokens_N, routes_NLE, prob_NLE, difference_NL):
+        tokens_NL = np.stack([tokens_N, tokens_N], axis=1)
+        replay = Replay(tokens_NL, np.array(difference_NL))
+        prob_NLE = np.array(prob_NLE) * tokens_NL[..., None]
+        return Routing(None, tokens_NL, np.array(routes_NLE), prob_NLE.astype(np.float32), replay)
 
-    routings = [update([[10, 10], [0, 0]], [[2.0, 0.0], [0, 0]]), update([[20, 20], [10, 10]], [[3.0, 0.5], [5, 0.5]])]
+    routings = [
+        update([10, 0], [[[10, 10, 0, 0], [5] * 4], [none, none]], [[two, even], [even, even]], [[2.0, 0], [0, 0]]),
+        update([20, 10], [[[20, 20, 0, 0], [10] * 4], [[0, 0, 10, 10], [5] * 4]], [[two, even], [even, even]], [[3.0, 0.5], [5, 0.5]]),
+    ]  # fmt: skip
     metrics = router_metrics(routings, model)
+    # of 40 tokens: layer 1 has the loads 3/8, 3/8, 1/8, 1/8 and mean probabilities 7/16, 7/16, 1/16, 1/16
     assert metrics == pytest.approx({
-        "router/load_max": 2, "router/aux_loss": 2, "router/replay_difference_mean": (0.25 + 0.025) / 2,
-        "router/replay_difference_max": 0.25, "replay_difference/layer_1": 0.25, "replay_difference/layer_3": 0.025,
+        "router/load_max": 4 * 3 / 8, "router/aux_loss": (4 * 2 * (21 + 1) / 128 + 1) / 2,
+        "router/replay_difference_mean": (0.25 + 0.025) / 2, "router/replay_difference_max": 0.25,
+        "replay_difference/layer_1": 0.25, "replay_difference/layer_3": 0.025,
     })  # fmt: skip
     without = [dataclasses.replace(routing, replay=None) for routing in routings]
     assert set(router_metrics(without, model)) == {"router/load_max", "router/aux_loss"}

@@ -22,6 +22,7 @@ LIGHT = "#B9C4CE"
 TAU, VAR, GAP = r"$\tau$", r"$\mathrm{Var}_i$", "$D_i$"
 BOUND = r"$\tau^2/4\;\mathrm{Var}_i$"
 FLOOR = 1e-12  # what is drawn for 0 on a logarithmic axis
+LEAST_MOVED = 1e-9  # Var_i of a sequence on which the policies differ by more than rounding
 NAMES = {"pos": "A > 0", "neg": "A < 0"}
 
 
@@ -65,7 +66,7 @@ def ratio_panel(axes: Axes, evidence: Evidence, gates: Gates, sign: str, title: 
     handles, labels = axes.get_legend_handles_labels()
     more, more_labels = curves.get_legend_handles_labels()
     place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "ncol": 4}
-    axes.legend(handles + more, labels + more_labels, frameon=False, fontsize=8, columnspacing=1.2, **place)
+    axes.legend(handles + more, labels + more_labels, frameon=False, fontsize=9, columnspacing=1.2, **place)
 
 
 def ratio_range(counts: np.ndarray) -> tuple[float, float]:
@@ -76,11 +77,48 @@ def ratio_range(counts: np.ndarray) -> tuple[float, float]:
     return max(1e-3, min(0.6, low - 0.1)), max(1.6, high + 0.1)
 
 
+def ratio_histogram(axes: Axes, evidence: Evidence, gates: Gates, title: str = "") -> None:
+    """Density of r where A > 0 and where A < 0, on a logarithmic axis. GRPO's band is shaded."""
+    edges, counts = np.exp(hist.SIGNED_EDGES), evidence.sum["log_ratio"]
+    low, high = ratio_range(counts.sum(axis=0))
+    first, last = np.flatnonzero((edges[1:] > low) & (edges[:-1] < high))[[0, -1]]
+    axes.axvspan(1 - gates.grpo[0], 1 + gates.grpo[1], color=LIGHT, alpha=0.3, linewidth=0, label="GRPO's band")
+    for sign, colour in (("pos", BLUE), ("neg", ORANGE)):
+        n = counts[SIGNS.index(sign)]
+        if n.sum():
+            density = (n / n.sum() / np.diff(edges))[first : last + 1]
+            axes.stairs(density, edges[first : last + 2], baseline=None, color=colour, linewidth=1.6, label=NAMES[sign])
+            axes.set_yscale("log")
+    axes.set_xlim(low, high)
+    axes.spines["right"].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    finish(axes, title or "Ratio r of the tokens", "r", "density")
+
+
+def variance_histogram(axes: Axes, evidence: Evidence, title: str = "") -> None:
+    """Share of the sequences per bin of Var_i, a sixth of a decade each; of those that have not moved, a word."""
+    edges, counts = hist.POSITIVE_EDGES, evidence.sum["variance_histogram"].sum(axis=0)
+    moved = edges[:-1] >= 0.99 * LEAST_MOVED
+    share = counts / max(counts.sum(), 1)
+    axes.stairs(share[moved], edges[np.flatnonzero(moved)[0] :], fill=True, color=BLUE, alpha=0.75)
+    mean = float(finalize_evidence(evidence)["a2/variance_mean"])
+    if share[moved].any():
+        axes.set_xscale("log")
+        axes.set_xlim(LEAST_MOVED, 4 * edges[1:][counts > 0].max())
+        axes.axvline(mean, color="black", linewidth=1.2, linestyle="--", label=f"mean of all: {mean:.2g}")
+        axes.legend(frameon=False, fontsize=9, loc="upper left")
+    still = f"{share[~moved].sum():.0%} are below $10^{{-9}}$:\na rollout's first update,\nor one token"
+    axes.text(0.02, 0.8, still, transform=axes.transAxes, fontsize=9, color=GREY, va="top")
+    axes.spines["right"].set_visible(False)
+    axes.yaxis.set_major_formatter(lambda v, _: f"{100 * v:.3g}%")
+    finish(axes, title or f"{VAR} of the sequences", f"{VAR} of log r", "share of the sequences")
+
+
 def bound_panel(axes: Axes, samples: dict[str, np.ndarray], gates: Gates, title: str = "") -> None:
     """D_i against Var_i of the sampled sequences, log gate and real gate, and the bound tau^2/4 Var_i."""
     finish(axes, title or f"{GAP} against its bound", f"{VAR} of log r", GAP)
     axes.spines["right"].set_visible(False)
-    moved = samples["variance"] > 1e-9  # not those of a rollout's first update, or of one token
+    moved = samples["variance"] > LEAST_MOVED  # not those of a rollout's first update, or of one token
     x = samples["variance"][moved]
     if not len(x):
         axes.text(0.5, 0.5, "no sequence has moved", transform=axes.transAxes, ha="center", color=GREY)
@@ -92,7 +130,7 @@ def bound_panel(axes: Axes, samples: dict[str, np.ndarray], gates: Gates, title:
     axes.plot(line, tau**2 / 4 * line, color="black", linewidth=1.2, label=f"{BOUND}, {TAU} = {tau:g}")
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.legend(frameon=False, fontsize=8, loc="upper left", markerscale=2)
+    axes.legend(frameon=False, fontsize=9, loc="upper left", markerscale=2)
 
 
 def variance_panel(axes: Axes, found: Diagnosed, title: str = "") -> None:
@@ -131,7 +169,7 @@ def _over_training(axes: Axes, title: str, y: str, log: bool = False) -> None:
         axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     axes.spines["right"].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=9)
     finish(axes, title, "RL step", y)
 
 

@@ -23,12 +23,27 @@ from sapo_jax.types import Array
 @dataclasses.dataclass(frozen=True)
 class Routing:
     """What the router chose, also where other routes were taken: replay holds a token's experts fixed, but balancing
-    is about the router as it is now. Leading dims of a stack of layers come before these."""
+    is about the router as it is now. Sums over the real (not padding) tokens, so that micro-batches add up; leading
+    dims of a stack of layers come before these."""
 
     expert_ids_BTk: Array  # best first; the smallest unsigned integer dtype that holds E, which is no expert
-    load_E: Array  # float32, share of the real (not padding) routes that went to each expert; sums to 1
-    aux_loss: Array  # float32 scalar, E * sum_e load_e * mean prob_e: 1 when balanced (arXiv 2101.03961, Eq. 4)
+    tokens: Array  # int32 scalar, how many
+    routes_E: Array  # int32, their routes to each expert: k tokens in all
+    prob_E: Array  # float32, the sum of their probabilities
     replay: Replay | None = None
+
+    @property
+    def load_E(self) -> Array:
+        """The share of the routes that went to each expert; sums to 1 (to 0 without a token)."""
+        xp = self.prob_E.__array_namespace__()
+        return self.routes_E / xp.maximum(self.routes_E.sum(axis=-1, keepdims=True), 1)
+
+    @property
+    def aux_loss(self) -> Array:
+        """E * sum_e load_e * mean prob_e: 1 when balanced, 0 without a token (arXiv 2101.03961, Eq. 4)."""
+        xp = self.prob_E.__array_namespace__()
+        mean_prob_E = self.prob_E / xp.maximum(self.tokens, 1)[..., None]
+        return self.prob_E.shape[-1] * (self.load_E * mean_prob_E).sum(axis=-1)
 
     @property
     def expert_ids_BTLk(self) -> Array:
@@ -81,13 +96,12 @@ class MoE(nnx.Module):
 
 def _routing(ids_BTk: Array, prob_BTE: Array, real_BT: Array, E: int, replay_BTk: Array | None = None) -> Routing:
     real = real_BT.astype(jnp.float32)
-    n_tokens = jnp.maximum(real.sum(), 1.0)
     chosen_BTE = jax.nn.one_hot(ids_BTk, E, dtype=jnp.float32).sum(axis=2)
-    load_E = jnp.einsum("bte,bt->e", chosen_BTE, real) / (n_tokens * ids_BTk.shape[-1])
-    mean_prob_E = jnp.einsum("bte,bt->e", prob_BTE, real) / n_tokens
+    routes_E = jnp.einsum("bte,bt->e", chosen_BTE, real).astype(jnp.int32)
+    prob_E = jnp.einsum("bte,bt->e", prob_BTE, real)
     ids_BTk = ids_BTk.astype(np.min_scalar_type(E))
     replay = None if replay_BTk is None else _replay(ids_BTk, replay_BTk, real_BT & (replay_BTk[..., 0] < E))
-    return Routing(ids_BTk, load_E, E * jnp.sum(load_E * mean_prob_E), replay)
+    return Routing(ids_BTk, real_BT.sum(dtype=jnp.int32), routes_E, prob_E, replay)
 
 
 def _replay(chosen_BTk: Array, given_BTk: Array, counted_BT: Array) -> Replay:

@@ -1,8 +1,8 @@
 """Figure 1 of the SAPO paper: surrogate and gradient weight over the ratio r, for SAPO at several tau, GRPO and GSPO.
 
-    python experiments/figure1_gates.py        seconds on any machine
+    python experiments/fig1_gates.py        seconds on any machine
 
-Writes results/figure1_gates.csv and .png. The curves are the project's own objectives and their derivatives by
+Writes results/fig1_gates.csv and .png. The curves are the project's own objectives and their derivatives by
 autodiff. Top: A = +1; bottom: A = -1. Left: the surrogate less its value at r = 1 (f(1) = 2/tau is a constant);
 middle: d surrogate / d r / A, which is f'(r) for SAPO; right: d surrogate / d log r / A = r f'(r), the factor on
 A grad log pi.
@@ -106,8 +106,8 @@ def plot(found: list[dict]) -> Figure:
 
 def main() -> None:
     found = rows()
-    write_csv(RESULTS / "figure1_gates.csv", found)
-    plot(found).savefig(RESULTS / "figure1_gates.png", dpi=110, facecolor="white")
+    write_csv(RESULTS / "fig1_gates.csv", found)
+    plot(found).savefig(RESULTS / "fig1_gates.png", dpi=110, facecolor="white")
     peak = max((row for row in found if row["tau"] == 1.0 and row["adv"] > 0), key=lambda row: row["grad_weight"])
     print(f"tau = 1: r f'(r) peaks at {peak['grad_weight']:.3f} at r = {peak['r']:.2f}")
 
