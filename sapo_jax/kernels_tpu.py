@@ -29,10 +29,13 @@ ROWS = (
 # ---------------------------------------------------------------- attention
 
 
-def sharded_attention(q_BTHh, k_BTKh, v_BTKh, segments_BT, prefixes_BT=None) -> Array:
+def sharded_attention(q_BTHh, k_BTKh, v_BTKh, segments_BT, prefixes_BT=None, *, interpret: bool = False) -> Array:
     """`attention` on the mesh in scope: each device has the rows and heads that `sharding.RULES` give it."""
     prefixes_BT = segments_BT if prefixes_BT is None else prefixes_BT
-    local = lambda q, k, v, segments, prefixes: attention(q, k, v, segments_BT=segments, prefixes_BT=prefixes)
+
+    def local(q, k, v, segments, prefixes):
+        return attention(q, k, v, segments_BT=segments, prefixes_BT=prefixes, interpret=interpret)
+
     if not jax.sharding.get_abstract_mesh().empty:
         heads, rows = spec("batch", None, "heads", None), spec("batch", None)
         kv_heads = spec("batch", None, "kv_heads", None)

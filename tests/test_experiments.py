@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import json
 from collections import defaultdict
 from pathlib import Path
 
@@ -124,3 +125,20 @@ def test_figures_2_and_3_at_a_reduced_size(script, tmp_path, monkeypatch):
     assert len(module.plot(found).axes) == 3
     assert module.run("tiny MoE", tmp_path, small) == tmp_path / "tiny_MoE"  # finished: not trained again
     assert read_diagnostics(tmp_path / "tiny_MoE").steps == [1, 2]
+
+
+def test_committed_plans_meet_the_targets():
+    """Qwen3-30B-A3B's update on v5p at 4k and 32k tokens, by the compiler's figures."""
+    for name in ("qwen3_30b_a3b_v5p_64_4k", "qwen3_30b_a3b_v5p_64"):
+        plan = json.loads((EXPERIMENTS / "results" / f"plan_{name}.json").read_text(encoding="utf-8"))
+        cfg = load(EXPERIMENTS.parent / "configs" / "pod" / f"{name}.yaml")
+        assert plan["workload"]["row_tokens"] == cfg.train.row_tokens and plan["devices"] == 64
+        assert plan["mesh"]["fsdp"] == cfg.mesh.fsdp and plan["mesh"]["data"] == cfg.mesh.data
+        update = plan["functions"]["update"]
+        assert update["fits"] and update["peak_fraction"] <= 0.8 and update["flops_ratio"] <= 1.4
+        assert update["bound"] == "compute" and update["mfu"] >= 0.45 and update["compile_seconds"] < 300
+        activations = 8 * 4096 * 2048 * 2  # bytes of one device's hidden states, the smallest of what could be gathered
+        gathered = [row for row in update["collectives"] if row["kind"] == "all-gather"]
+        assert gathered and all(
+            "exchange.py" in row["source"] or row["bytes"] / row["times"] < activations for row in gathered
+        ), gathered

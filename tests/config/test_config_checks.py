@@ -83,7 +83,7 @@ BROKEN = [  # rule, overrides, keys, what the message says
     ("heads", ["model.head_dim=33"], "model.head_dim", "33 is odd"),
     ("experts", ["model.num_experts=1"], "model.num_experts_per_tok, model.num_experts", "2 of 1 experts"),
     ("experts", ["mesh.expert=2"], "mesh.expert, model.num_experts", "the model is dense"),
-    ("model_axes", [*MOE, "mesh.expert=3"], "model.num_experts, mesh.expert", "8 cannot be split over 3"),
+    ("model_axes", [*MOE, "mesh.expert=16"], "model.num_experts, mesh.expert", "8 cannot be split over 16"),
     ("model_axes", ["mesh.tensor=4", "model.num_attention_heads=8"],
      "model.num_key_value_heads, mesh.tensor", "2 cannot be split over 4"),
     ("model_axes", ["mesh.tensor=2", "model.intermediate_size=385"], "model.intermediate_size, mesh.tensor", "385"),
