@@ -67,6 +67,7 @@ def stop_when_begun(file: Path, folder: Path, run: Path) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # five processes: a minute and a half of computing
 def test_a_sweep_survives_what_happens_to_it(file, tmp_path, capsys):
     folder = tmp_path / "out"
     plan = load_sweep(file, SETTINGS, folder)
