@@ -113,8 +113,8 @@ def test_figures_2_and_3_at_a_reduced_size(script, tmp_path, monkeypatch):
     module = script("fig2_fig3_assumptions")
     monkeypatch.chdir(EXPERIMENTS.parent)
     small = [
-        "cold_start.steps=2", "cold_start.batch_size=8", "cold_start.optimizer.warmup_steps=0", "train.steps=2",
-        "rollout.prompts_per_step=4", "rollout.group_size=2", "data.held_out=8", "evaluate.samples=2",
+        "cold_start.steps=2", "cold_start.batch_size=8", "cold_start.optimizer.warmup_steps=0", "optimizer.warmup_steps=0",
+        "train.steps=2", "rollout.prompts_per_step=4", "rollout.group_size=2", "data.held_out=8", "evaluate.samples=2",
     ]  # fmt: skip
     found = {"tiny MoE": read_diagnostics(module.run("tiny MoE", tmp_path, small))}
     tables = module.tables(found)
