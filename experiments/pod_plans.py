@@ -5,7 +5,7 @@
 Runs `sapo-jax plan` for each line of PLANS (or those named) and writes results/plan_NAME.json; then prints the table of
 README.md from what is in results/. Programs that were compiled before come from .cache/plan.
 
-Expected: all fit; the updates of Qwen3-30B-A3B on v5p are bound by compute, at no more than 1.4 times the useful FLOPs
+Expected: the updates of Qwen3-30B-A3B on v5p are bound by compute, at no more than 1.4 times the useful FLOPs
 and no more than 80 % of the chips' HBM.
 """
 
