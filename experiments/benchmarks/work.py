@@ -7,10 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "peers")]
 import workloads
-from worker import Requests, Work
 
 from sapo_jax.config import Config, Data
 from sapo_jax.data import ByteTokenizer
@@ -19,6 +16,9 @@ from sapo_jax.models import make_policy
 from sapo_jax.rollout import token_rows
 from sapo_jax.scoring import make_scorer
 from sapo_jax.types import Batch
+
+sys.path.append(str(Path(__file__).parent / "peers"))
+from worker import Requests, Work  # noqa: E402
 
 DRIFT = 0.05  # nats, standard deviation of the log-ratios that an update starts from
 
@@ -73,3 +73,7 @@ def completion_logps(work: Work, policy, params) -> np.ndarray:
     unused = np.zeros(arrays["tokens_BT"].shape, np.float32)
     logp_BT, _ = make_scorer(policy, 1.0, 1)(params, Batch(**arrays, adv_BT=unused, weight_BT=unused))
     return np.asarray(logp_BT)[:, S : S + len(work.completions[0])]
+
+
+if __name__ == "__main__":  # in a process of its own: the driver stays small
+    write_work(sys.argv[1], Path(sys.argv[2]))

@@ -12,11 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import jax
 import numpy as np
-import workloads
 from worker import Job, Requests, Work, reward, serve
 
 from sapo_jax import sharding
@@ -32,6 +29,9 @@ from sapo_jax.run import Run
 from sapo_jax.scoring import make_scorer
 from sapo_jax.trainer import make_trainer
 from sapo_jax.types import Batch, Params, Prompt, Rollout
+
+sys.path.append(str(Path(__file__).parents[1]))
+import workloads  # noqa: E402
 
 PAD = 0
 MICRO_BATCH = 1  # packed rows at a time

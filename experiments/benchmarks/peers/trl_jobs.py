@@ -125,7 +125,9 @@ def rollout_job(work: Work) -> Job:
 
 def iteration_job(work: Work) -> Job:
     mean_length = "completions/mean_length"
-    return Job(Steps(make_trainer(work)).run, lambda log: {"new_tokens": [int(log[mean_length])] * len(work.completions)})
+    return Job(
+        Steps(make_trainer(work)).run, lambda log: {"new_tokens": [int(log[mean_length])] * len(work.completions)}
+    )
 
 
 if __name__ == "__main__":

@@ -92,9 +92,9 @@ def serve(jobs: dict[str, Callable[[Work], Job]]) -> None:
 
     path, name = sys.argv[1:]
     job = jobs[name](Work.read(path))
-    say(ready=True)
+    say(peak_mb=peak_mb())
     for _ in sys.stdin:
-        start = time.perf_counter()
+        start, used = time.perf_counter(), sum(os.times()[:4])  # its children's too, once they have ended
         found = job.run()
-        seconds = time.perf_counter() - start
-        say(seconds=seconds, peak_mb=peak_mb(), evidence=job.evidence(found))
+        seconds, cpu = time.perf_counter() - start, sum(os.times()[:4]) - used
+        say(seconds=seconds, cpu=cpu, peak_mb=peak_mb(), evidence=job.evidence(found))
