@@ -18,6 +18,7 @@ from sapo_jax.config import Config, ConfigError, load, warnings
 EPILOG = """examples:
   sapo-jax config configs/quickstart.yaml                      what would run: shapes, FLOPs, memory; compiles nothing
   sapo-jax train configs/quickstart.yaml objective.name=grpo name=grpo
+  sapo-jax train configs/quickstart.yaml --profile 3           a trace of three RL steps, runs/quickstart/trace
   sapo-jax eval runs/quickstart evaluate.samples=32
   sapo-jax sample runs/quickstart --prompt "Calculate 3 + 4."
   sapo-jax export runs/quickstart exported --dtype bfloat16
@@ -44,7 +45,10 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     run = "a YAML file, or the folder of a run"
-    command("train", "cold start (if cold_start.steps > 0), then RL; on an existing run folder, resume it", run)
+    sub = command("train", "cold start (if cold_start.steps > 0), then RL; on an existing run folder, resume it", run)
+    sub.add_argument(
+        "--profile", type=_count, default=0, metavar="N", help="leave a trace of N RL steps in the run folder, trace/"
+    )
     command("sft", "the cold start alone", run)
     command("config", "dry run: the resolved config, parameters, tokens, FLOPs, memory; compiles nothing", run)
     for name, summary in (
@@ -72,6 +76,12 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("run", metavar="RUN", type=Path, help="the folder of a run; nothing else of it is needed")
     sub.add_argument("--out", type=Path, help="folder of phases.csv and the plots (default: RUN/analysis)")
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a number of steps >= 1, got {text!r}")
+    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -128,10 +138,10 @@ def _guarded(command, cfg: Config, args: argparse.Namespace) -> int:
 # ---------------------------------------------------------------- commands; each imports what it needs: quick `--help`
 
 
-def train_command(cfg: Config, _args: argparse.Namespace) -> None:
+def train_command(cfg: Config, args: argparse.Namespace) -> None:
     from sapo_jax.train import train
 
-    train(cfg)
+    train(cfg, traced=args.profile)
 
 
 def sft_command(cfg: Config, _args: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -49,15 +50,17 @@ class Trainer:
         run, cfg, clock = self.run, self.run.cfg, Clock()
         rollout = self.sampler(state.params, prompts, run.key(ROLLOUT, step))
         clock.lap("rollout")
-        judged = judge(run.pool, run.tokenizer, prompts, rollout)
+        with ThreadPoolExecutor(1) as background:  # the device scores while the workers verify
+            judging = background.submit(judge, run.pool, run.tokenizer, prompts, rollout)
+            rows = rollout_rows(
+                prompts, rollout, run.tokenizer.pad_id, cfg.train.mini_batches, self.row_cost,
+                multiple=cfg.train.micro_batch or run.batch_shards, row_tokens=cfg.train.row_tokens,
+            )  # fmt: skip
+            logps, expert_ids_BTLk = self._scores(state.params, prompts, rollout, rows, step)
+            clock.lap("score")
+            judged = judging.result()
         adv_PG = group_advantages(judged, cfg)
         clock.lap("verify")
-        rows = rollout_rows(
-            prompts, rollout, run.tokenizer.pad_id, cfg.train.mini_batches, self.row_cost,
-            multiple=cfg.train.micro_batch or run.batch_shards, row_tokens=cfg.train.row_tokens,
-        )  # fmt: skip
-        logps, expert_ids_BTLk = self._scores(state.params, prompts, rollout, rows, step)
-        clock.lap("score")
         arrays = training_arrays(rows, judged, adv_PG, logps, cfg)
         if expert_ids_BTLk is not None:
             arrays["expert_ids_BTLk"] = expert_ids_BTLk
