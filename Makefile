@@ -37,7 +37,7 @@ notebooks: $(VENV)/.installed           ## run the notebooks and store their out
 	$(BIN)/jupytext --to ipynb --execute notebooks/*.py
 
 bench: $(VENV)/.installed               ## ours and the peers on the same work; BENCH="--workloads small --peers hf"
-	$(BIN)/python experiments/benchmarks/install_peers.py
+	-$(BIN)/python experiments/benchmarks/install_peers.py  # compare.py says what is missing
 	$(BIN)/python experiments/benchmarks/compare.py $(BENCH)
 
 clean:                                  ## remove the environment (not the runs)

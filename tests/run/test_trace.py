@@ -35,10 +35,10 @@ def test_profile_wants_a_number_of_steps(tiny_config, number):
 
 @pytest.mark.parametrize(("steps", "first", "after"), [(1, 2, 3), (2, 2, 4)])
 def test_which_steps_are_traced(steps, first, after, tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(trace.jax.profiler, "start_trace", lambda _: calls.append(("start", step)))
-    monkeypatch.setattr(trace.jax.profiler, "stop_trace", lambda: calls.append(("stop", step)))
+    calls, now = [], [0]
+    monkeypatch.setattr(trace.jax.profiler, "start_trace", lambda _: calls.append(("start", now[0])))
+    monkeypatch.setattr(trace.jax.profiler, "stop_trace", lambda: calls.append(("stop", now[0])))
     with trace.Trace(tmp_path, steps) as traced:
-        for step in range(6):
+        for now[0] in range(6):
             traced.next()
     assert calls == [("start", first), ("stop", after)]
