@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
 
-.PHONY: quickstart smollm2 test test-all lint notebooks clean
+.PHONY: quickstart smollm2 test test-all lint notebooks bench clean
 SMOLLM2 := .cache/smollm2
 
 quickstart: $(VENV)/.installed          ## install, then train: cold start, then SAPO (minutes on two cores)
@@ -35,6 +35,10 @@ lint: $(VENV)/.installed-test
 notebooks: $(VENV)/.installed           ## run the notebooks and store their outputs
 	$(PIP) -e '.[notebooks]'
 	$(BIN)/python notebooks/execute.py
+
+bench: $(VENV)/.installed               ## ours and the peers on the same work; BENCH="--workloads small --peers hf"
+	-$(BIN)/python experiments/benchmarks/install_peers.py  # compare.py says what is missing
+	$(BIN)/python experiments/benchmarks/compare.py $(BENCH)
 
 clean:                                  ## remove the environment (not the runs)
 	rm -rf $(VENV)

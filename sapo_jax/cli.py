@@ -19,6 +19,7 @@ from sapo_jax.config import Config, ConfigError, load, warnings
 EPILOG = """examples:
   sapo-jax config configs/quickstart.yaml                      what would run: shapes, FLOPs, memory; compiles nothing
   sapo-jax train configs/quickstart.yaml objective.name=grpo name=grpo
+  sapo-jax train configs/quickstart.yaml --profile 3           a trace of three RL steps, runs/quickstart/trace
   sapo-jax eval runs/quickstart evaluate.samples=32
   sapo-jax sample runs/quickstart --prompt "Calculate 3 + 4."
   sapo-jax export runs/quickstart exported --dtype bfloat16
@@ -52,10 +53,13 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     run = "a YAML file, or the folder of a run"
-    together = [
-        command("train", "cold start (if cold_start.steps > 0), then RL; on an existing run folder, resume it", run),
-        command("sft", "the cold start alone", run),
-    ]
+    training = command(
+        "train", "cold start (if cold_start.steps > 0), then RL; on an existing run folder, resume it", run
+    )
+    training.add_argument(
+        "--profile", type=_count, default=0, metavar="N", help="leave a trace of N RL steps in the run folder, trace/"
+    )
+    together = [training, command("sft", "the cold start alone", run)]
     command("config", "dry run: the resolved config, parameters, tokens, FLOPs, memory; compiles nothing", run)
     for name, summary in (
         ("eval", "avg@k and pass@k of a run's checkpoint on its held-out problems"),
@@ -200,10 +204,10 @@ def _guarded(command, cfg: Config, args: argparse.Namespace) -> int:
 # ---------------------------------------------------------------- commands; each imports what it needs: quick `--help`
 
 
-def train_command(cfg: Config, _args: argparse.Namespace) -> None:
+def train_command(cfg: Config, args: argparse.Namespace) -> None:
     from sapo_jax.train import train
 
-    train(cfg)
+    train(cfg, traced=args.profile)
 
 
 def sft_command(cfg: Config, _args: argparse.Namespace) -> None:

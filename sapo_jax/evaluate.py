@@ -14,7 +14,7 @@ from sapo_jax import processes
 from sapo_jax.config import Config
 from sapo_jax.data import Problem, PromptMaker
 from sapo_jax.display import Display
-from sapo_jax.experience import judge, judge_together, sample_rows
+from sapo_jax.experience import gathered, judge, judge_own, sample_rows
 from sapo_jax.metrics import append_rows
 from sapo_jax.rollout import Rule
 from sapo_jax.run import EVALUATE, Run, RunError, open_run
@@ -40,7 +40,8 @@ def evaluate(
         batch = prompts[start : start + cfg.batch_prompts]
         own = [i for i in share.positions(size) if i < len(batch)]
         rollout = run.eval_sampler(params, [batch[i] for i in own], key, size // share.teams)
-        judged = judge_together(run.pool, run.tokenizer, share, batch, own, rollout, run.shown)
+        judged = judge_own(run.pool, run.tokenizer, share, batch, own, rollout)
+        judged = gathered(judged, share, batch, own, run.shown)
         correct.append(judged.correct_PG & judged.valid_PG)
         lengths.append(judged.length_B)
         failures += int((~judged.valid_PG).sum())

@@ -61,34 +61,54 @@ def judge(pool: VerifierPool, tokenizer: Tokenizer, prompts: Sequence[Prompt], r
     return Judged(prompts, rollout.length_B, rollout.finish_B, texts, verdicts)
 
 
-def judge_together(
+def _own(share: Share, positions: Sequence[int]) -> range:
+    """Which of its team's prompts this process verifies."""
+    return range(share.member, len(positions), share.members)
+
+
+def judge_own(
     pool: VerifierPool,
     tokenizer: Tokenizer,
     share: Share,
     prompts: Sequence[Prompt],
     positions: Sequence[int],
     rollout: Rollout,
-    shown: int,
 ) -> Judged:
-    """All of a rollout, judged by all processes: each decodes and verifies its own part, and learns of the others'.
+    """This process's part of a rollout, judged. No collective: it may run beside the device's work.
 
-    positions: which of the prompts this team has sampled, in the order of `rollout`. Every process gets the same;
-    the texts are those of the first `shown` completions at least. A collective.
+    positions: which of the prompts this team has sampled, in the order of `rollout`.
     """
-    if share.teams * share.members == 1:
-        return judge(pool, tokenizer, prompts, rollout)
-    G = len(rollout.length_B) // max(len(positions), 1)
-    own = range(share.member, len(positions), share.members)
+    if share.members == 1:
+        return judge(pool, tokenizer, [prompts[i] for i in positions], rollout)
+    G, own = len(rollout.length_B) // max(len(positions), 1), _own(share, positions)
     own_B = np.array([i * G + g for i in own for g in range(G)], int)
     part = Rollout(rollout.tokens_BC[own_B], rollout.logp_BC[own_B], rollout.length_B[own_B], rollout.finish_B[own_B])
-    judged = judge(pool, tokenizer, [prompts[positions[i]] for i in own], part)
+    return judge(pool, tokenizer, [prompts[positions[i]] for i in own], part)
+
+
+def gathered(judged: Judged, share: Share, prompts: Sequence[Prompt], positions: Sequence[int], shown: int) -> Judged:
+    """All of a rollout, from what each process has judged (`judge_own`). Every process gets the same; the texts are
+    those of the first `shown` completions at least. A collective."""
+    if share.teams * share.members == 1:
+        return judged
+    own = [positions[i] for i in _own(share, positions)]
+    G = len(judged.verdicts) // max(len(own), 1)
     texts = [*judged.texts[:shown], *[""] * len(judged.texts[shown:])]
     verdicts = [(v.status, float(v.reward), v.detail) for v in judged.verdicts]
     completions = list(zip(judged.length_B.tolist(), judged.finish_B.tolist(), texts, verdicts, strict=True))
-    found = gather([(positions[i], completions[j * G : (j + 1) * G]) for j, i in enumerate(own)])
+    found = gather([(position, completions[j * G : (j + 1) * G]) for j, position in enumerate(own)])
     groups = dict(group for process in found for group in process)
     length, finish, texts, verdicts = zip(*(c for i in range(len(prompts)) for c in groups[i]), strict=True)
     return Judged(prompts, np.array(length), np.array(finish), list(texts), [Verdict(*v) for v in verdicts])
+
+
+def lengths_of_all(share: Share, positions: Sequence[int], rollout: Rollout) -> np.ndarray:
+    """Lengths B of the completions of all teams, in the order of the prompts. A collective."""
+    if share.teams == 1:
+        return rollout.length_B
+    length_PG = rollout.length_B.reshape(len(positions), -1).tolist()
+    groups = dict(group for process in gather(list(zip(positions, length_PG, strict=True))) for group in process)
+    return np.array([groups[i] for i in range(len(groups))]).reshape(-1)
 
 
 def group_advantages(judged: Judged, cfg: Config) -> np.ndarray:

@@ -22,18 +22,21 @@ from sapo_jax.plots import plot_run
 from sapo_jax.processes import from_first, is_first
 from sapo_jax.run import EVALUATE, ROLLOUT, Run, RunError, Stopped, open_run
 from sapo_jax.sft import cold_start, nonfinite_message, reference_params
+from sapo_jax.trace import Trace
 from sapo_jax.trainer import Clock, make_trainer
 from sapo_jax.types import TrainState
 
 STAGE = "rl"
 
 
-def reinforce(run: Run, log: RunLog, display: Display) -> None:
-    """The RL stage: start from the cold start or resume, and run to train.steps."""
+def reinforce(run: Run, log: RunLog, display: Display, traced: int) -> None:
+    """The RL stage: start from the cold start or resume, and run to train.steps. Raises RunError, Stopped."""
     cfg = run.cfg
     batches = run.batches(ROLLOUT, cfg.rollout.prompts_per_step)
-    with run.checkpoints(STAGE) as checkpoints:
-        fresh = from_first(not checkpoints.steps())
+    with run.checkpoints(STAGE) as checkpoints, Trace(run.folder.logs / "trace", traced) as trace:
+        saved = from_first(checkpoints.steps())
+        fresh = not saved
+        trace.check(cfg.train.steps - (0 if fresh else saved[-1]))
         start = cold_start(run, log, display) if fresh else None
         trainer, tx = make_trainer(run, reference_params(run) if cfg.loss.kl_coef > 0 else None)
         if fresh:
@@ -50,6 +53,7 @@ def reinforce(run: Run, log: RunLog, display: Display) -> None:
             if run.told_to_stop():
                 save(checkpoints, run, state, step, batches)
                 raise Stopped
+            trace.next()
             clock = Clock()
             state, metrics, samples, diagnosis = trainer.step(state, next(batches), step)
             step += 1
@@ -92,10 +96,13 @@ def save(checkpoints: Checkpoints, run: Run, state: TrainState, step: int, batch
     return clock.laps
 
 
-def train(cfg: Config) -> dict[str, Any]:
-    """The whole run: cold start, RL, summary, plot. Resumes what is there. Raises run.Stopped when told to stop."""
+def train(cfg: Config, *, traced: int = 0) -> dict[str, Any]:
+    """The whole run: cold start, RL, summary, plot. Resumes what is there. Raises run.Stopped when told to stop.
+
+    traced: RL steps of which to leave a profiler's trace in the run's folder (see `trace`).
+    """
     with open_run(cfg) as run, open_log(run.folder) as log, open_display() as display:
-        reinforce(run, log, display)
+        reinforce(run, log, display, traced)
         if is_first():
             summary = summarize(log, run.cfg)
             log.summary(summary)

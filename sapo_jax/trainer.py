@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -14,8 +15,10 @@ from sapo_jax import diagnostics
 from sapo_jax.config import Config
 from sapo_jax.describe import row_cost
 from sapo_jax.experience import (
+    gathered,
     group_advantages,
-    judge_together,
+    judge_own,
+    lengths_of_all,
     mini_batches,
     mismatch_metrics,
     rollout_metrics,
@@ -51,16 +54,19 @@ class Trainer:
         own = [prompts[i] for i in positions]  # of this process; what is judged is the whole rollout
         rollout = self.sampler(state.params, own, run.key(ROLLOUT, step))
         clock.lap("rollout")
-        judged = judge_together(run.pool, run.tokenizer, run.share, prompts, positions, rollout, run.shown)
+        with ThreadPoolExecutor(1) as background:  # the device scores while the workers verify
+            judging = background.submit(judge_own, run.pool, run.tokenizer, run.share, prompts, positions, rollout)
+            rows = rollout_rows(
+                own, rollout, run.tokenizer.pad_id, cfg.train.mini_batches, self.row_cost,
+                multiple=(cfg.train.micro_batch or run.batch_shards) // run.share.teams,
+                row_tokens=cfg.train.row_tokens, share=run.share,
+                lengths=([len(prompt.ids) for prompt in prompts], lengths_of_all(run.share, positions, rollout)),
+            )  # fmt: skip
+            logps, expert_ids_BTLk = self._scores(state.params, own, rollout, rows, step)
+            clock.lap("score")
+            judged = gathered(judging.result(), run.share, prompts, positions, run.shown)
         adv_PG = group_advantages(judged, cfg)
         clock.lap("verify")
-        rows = rollout_rows(
-            own, rollout, run.tokenizer.pad_id, cfg.train.mini_batches, self.row_cost,
-            multiple=(cfg.train.micro_batch or run.batch_shards) // run.share.teams, row_tokens=cfg.train.row_tokens,
-            share=run.share, lengths=([len(prompt.ids) for prompt in prompts], judged.length_B),
-        )  # fmt: skip
-        logps, expert_ids_BTLk = self._scores(state.params, own, rollout, rows, step)
-        clock.lap("score")
         arrays = training_arrays(rows, judged.valid_PG[positions], adv_PG[positions], logps, cfg)
         if expert_ids_BTLk is not None:
             arrays["expert_ids_BTLk"] = expert_ids_BTLk
