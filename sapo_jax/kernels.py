@@ -8,6 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from sapo_jax.blocked_attention import Keys, Queries, blocked_attention
 from sapo_jax.sharding import on_tpu
 from sapo_jax.types import Array
 
@@ -22,24 +23,15 @@ def attention(
 
     With q_prefixes_BT also over keys of that segment: the prompt that several completions of a row share.
     H is a multiple of K; query head i reads key/value head i // (H / K). Segment 0 is padding and is never attended
-    to. Scores and softmax are float32. Returns BTHh in q's dtype.
+    to. Scores and softmax are float32. Returns BTHh in q's dtype; 0 for a query with nothing to attend to.
     """
-    B, T, H, h = q_BTHh.shape
-    if on_tpu() and T == k_BSKh.shape[1]:  # rows that attend to themselves, not to a cache
+    if on_tpu() and q_BTHh.shape[1] == k_BSKh.shape[1]:  # rows that attend to themselves, not to a cache
         from sapo_jax.kernels_tpu import sharded_attention  # here: takes long to import
 
         return sharded_attention(q_BTHh, k_BSKh, v_BSKh, q_segments_BT, q_prefixes_BT)
-    K = k_BSKh.shape[2]
-    q = q_BTHh.reshape(B, T, K, H // K, h)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k_BSKh, preferred_element_type=jnp.float32) * h**-0.5
-    visible_BTS = q_segments_BT[:, :, None] == k_segments_BS[:, None, :]
-    if q_prefixes_BT is not None:
-        visible_BTS |= q_prefixes_BT[:, :, None] == k_segments_BS[:, None, :]
-    visible_BTS &= k_segments_BS[:, None, :] > 0
-    visible_BTS &= q_positions_BT[:, :, None] >= k_positions_BS[:, None, :]
-    scores = jnp.where(visible_BTS[:, None, None], scores, NEGATIVE)
-    probs = jax.nn.softmax(scores, axis=-1).astype(v_BSKh.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", probs, v_BSKh).reshape(B, T, H, h)
+    prefixes_BT = q_segments_BT if q_prefixes_BT is None else q_prefixes_BT
+    queries = Queries(q_positions_BT, q_segments_BT, prefixes_BT)
+    return blocked_attention(q_BTHh, k_BSKh, v_BSKh, queries, Keys(k_positions_BS, k_segments_BS))
 
 
 def expert_mlp(rows_ND, expert_N, gate_EDF, up_EDF, down_EFD, *, block: int = 32) -> Array:
