@@ -158,6 +158,8 @@ class Checkpoints:
         )
         try:  # force: Orbax would skip the save, silently, if any folder had a higher number
             self._manager.save(step, args=items, force=True)
+        except jax.errors.JaxRuntimeError:
+            raise  # not the disk: memory, or a collective that another process has left
         except Exception as error:
             raise self._save_error(step, error) from error
         self._pending = self._last = step
@@ -171,6 +173,8 @@ class Checkpoints:
             self._manager.wait_until_finished()
             if is_first() and step not in self.steps():
                 raise FileNotFoundError("the step folder is not complete")
+        except jax.errors.JaxRuntimeError:
+            raise
         except Exception as error:
             raise self._save_error(step, error) from error
 
