@@ -5,9 +5,8 @@ Needs nothing but that file: neither the data nor the checkpoints nor the config
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -21,7 +20,7 @@ from sapo_jax.diagnostics import (
     reduce_evidence,
 )
 from sapo_jax.diagnostics import histograms as hist
-from sapo_jax.metrics import DIAGNOSTICS, read_rows
+from sapo_jax.metrics import DIAGNOSTICS, read_rows, write_csv
 
 PHASES = ("early", "middle", "late")
 
@@ -190,12 +189,3 @@ def analyze(run_dir: str | Path, out: str | Path | None = None) -> list[Path]:
         figure.savefig(written[-1], dpi=130, facecolor="white")
     print("\n" + "\n".join(f"wrote {path}" for path in written))
     return written
-
-
-def write_csv(path: Path, rows: Sequence[dict]) -> Path:
-    """Columns are the keys of the first row."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    return path

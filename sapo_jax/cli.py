@@ -23,7 +23,13 @@ EPILOG = """examples:
   sapo-jax export runs/quickstart exported --dtype bfloat16
   sapo-jax convert model.gguf models/model
   sapo-jax analyze runs/quickstart                             what the gate does, whether A1 and A2 hold; plots
+  sapo-jax sweep configs/sweeps/temperature.yaml               arms x seeds -> run folders, results.csv
+  sapo-jax report runs/temperature                             their curves over seeds, with intervals
 """
+
+THREADS = """A run takes all cores, or all accelerators, that it sees: one at a time on each machine is the rule, and
+--shard uses several machines. With --max-parallel N on a CPU, give each run its share of threads: PJRT_NPROC=2 sapo-jax
+sweep ... (rounding depends on it: keep it over the whole sweep). Each run also has rewards.workers processes."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -71,7 +77,35 @@ def build_parser() -> argparse.ArgumentParser:
     sub = commands.add_parser("analyze", help=summary, description=summary)
     sub.add_argument("run", metavar="RUN", type=Path, help="the folder of a run; nothing else of it is needed")
     sub.add_argument("--out", type=Path, help="folder of phases.csv and the plots (default: RUN/analysis)")
+
+    summary = "train the runs of a sweep file (arms x seeds) that are not finished; writes results.csv"
+    sub = commands.add_parser("sweep", help=summary, description=summary, epilog=THREADS)
+    sub.add_argument("file", metavar="FILE", type=Path, help="a sweep file, e.g. configs/sweeps/temperature.yaml")
+    sub.add_argument("overrides", metavar="key=value", nargs="*", help="changes to the config of all its runs")
+    sub.add_argument("--folder", type=Path, help="of the runs and results.csv (default: the file's, or runs/NAME)")
+    sub.add_argument("--max-parallel", type=_count, default=1, metavar="N", help="runs at a time (1)")
+    sub.add_argument("--shard", type=_shard, default=(1, 1), metavar="i/n", help="only the i-th of n parts, i from 1")
+    sub.add_argument("--dry-run", action="store_true", help="list the runs and how far they are; start nothing")
+
+    summary = "curves of the arms of a sweep, or of runs, over their seeds: a table, report.png, curves.csv, final.csv"
+    sub = commands.add_parser("report", help=summary, description=summary)
+    sub.add_argument("paths", metavar="FOLDER", type=Path, nargs="+", help="folders of sweeps or runs")
+    sub.add_argument("--metric", metavar="NAME,...", help="metrics to show (held_out/avg,reward/mean,entropy/mean)")
+    sub.add_argument("--out", type=Path, help="folder to write to (default: report/ in FOLDER, or where all lie)")
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number >= 1")
+    return int(text)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    i, _, n = text.partition("/")
+    if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not i/n with i from 1 to n, such as 1/3, 2/3, 3/3")
+    return int(i), int(n)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,7 +129,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """key=value words may stand before or after the options."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
-    if args.command in WITHOUT_CONFIG:
+    if not hasattr(args, "overrides"):
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         return args
@@ -190,7 +224,45 @@ def analyze_command(args: argparse.Namespace) -> int:
     return 0
 
 
-WITHOUT_CONFIG = {"convert": convert_command, "analyze": analyze_command}
+def sweep_command(args: argparse.Namespace) -> int:
+    from sapo_jax.config.sweeps import load_sweep
+
+    try:
+        plan = load_sweep(args.file, args.overrides, args.folder)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for warning in plan.warnings():
+        print(f"warning: {warning}", file=sys.stderr)
+    from sapo_jax.run import RunError
+    from sapo_jax.sweep import plan_lines, sweep
+
+    try:
+        if args.dry_run:
+            print("\n".join(plan_lines(plan, args.shard)))
+            return 0
+        return sweep(plan, max_parallel=args.max_parallel, shard=args.shard)
+    except (ConfigError, RunError, OSError) as error:  # of a run's stored config; of the folder, the disk
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def report_command(args: argparse.Namespace) -> int:
+    from sapo_jax.curves import ReportError
+    from sapo_jax.report import report
+    from sapo_jax.run import RunError
+
+    try:
+        report(args.paths, args.metric.split(",") if args.metric else None, args.out)
+    except (ReportError, RunError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+WITHOUT_CONFIG = {
+    "convert": convert_command, "analyze": analyze_command, "sweep": sweep_command, "report": report_command
+}  # fmt: skip
 COMMANDS = {
     "train": train_command,
     "sft": sft_command,

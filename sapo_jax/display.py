@@ -47,7 +47,7 @@ def visible(text: str, limit: int = 600, encoding: str = "utf-8") -> str:
     return shown.encode(encoding, "backslashreplace").decode(encoding) + rest
 
 
-def _clock_time(seconds: float) -> str:
+def clock_time(seconds: float) -> str:
     text = str(datetime.timedelta(seconds=round(seconds)))
     return text.removeprefix("0:").removeprefix("0")
 
@@ -90,7 +90,7 @@ class Display:
         phases = {k.removeprefix("time/"): v for k, v in metrics.items() if k.startswith("time/")}
         # From the second step of this process on: the first one compiles.
         pace = (self._clock() - self._started) / (step - self._first) if step > self._first else None
-        eta = "" if pace is None else _clock_time(pace * max(total - step, 0))
+        eta = "" if pace is None else clock_time(pace * max(total - step, 0))
         if self._live:
             self._live.update(_panel(stage, step, total, cells, phases, eta), refresh=True)
         elif step % self._every == 0 or step in (self._first, total) or "held_out/avg" in metrics:
@@ -121,7 +121,7 @@ class Display:
         self.console.print(summary_table(summary))
         seconds = summary.get("seconds")
         places = {
-            "time": None if seconds is None else _clock_time(seconds),
+            "time": None if seconds is None else clock_time(seconds),
             "run folder": run_dir,
             "plot": plot,
             "TensorBoard": f"tensorboard --logdir {shlex.quote(str(Path(run_dir) / 'tb'))}",

@@ -17,6 +17,7 @@ from sapo_jax.experience import judge, sample_rows
 from sapo_jax.metrics import append_rows
 from sapo_jax.rollout import Rule
 from sapo_jax.run import EVALUATE, Run, RunError, open_run
+from sapo_jax.statistics import bootstrap_interval
 from sapo_jax.types import Params, Prompt
 
 
@@ -61,13 +62,6 @@ def evaluate(
     if len(set(tasks)) > 1:
         metrics |= {f"held_out/avg/{task}": float(per_problem[tasks == task].mean()) for task in sorted(set(tasks))}
     return metrics, rows
-
-
-def bootstrap_interval(value_P: np.ndarray, draws: int = 10_000) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean: the middle of the means of P values drawn with replacement."""
-    drawn = np.random.default_rng(0).integers(0, len(value_P), (draws, len(value_P)))
-    low, high = np.percentile(value_P[drawn].mean(axis=1), [2.5, 97.5])
-    return float(low), float(high)
 
 
 def describe(metrics: dict[str, Any], k: int) -> str:

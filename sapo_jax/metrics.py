@@ -8,11 +8,13 @@ float() reads. Every row reaches the operating system before `write` returns, so
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,6 +34,16 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Columns are the keys of the first row; floats have 6 significant digits. Replaces the file at once."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    write_atomically(path, text.getvalue())
+    return path
 
 
 def _plain(value: Any) -> Any:
@@ -70,6 +82,21 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, line {number} is not a row of this log ({error}). Remove that line.") from error
     return rows
+
+
+def last_row(path: Path) -> dict[str, Any]:
+    """The last whole row of a JSON-lines file, without reading the others; {} where there is none."""
+    if not path.exists():
+        return {}
+    with path.open("rb") as file:
+        size, block = file.seek(0, os.SEEK_END), 1 << 16
+        while True:
+            file.seek(max(0, size - block))
+            *lines, _torn = file.read().split(b"\n")
+            if len(lines) > 1 or block >= size:  # the last of several is whole
+                break
+            block *= 2
+    return json.loads(lines[-1]) if lines else {}
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -50,7 +50,7 @@ def smooth(y: np.ndarray) -> np.ndarray:
     return np.array([y[max(0, i - half) : i + half + 1].mean() for i in range(len(y))])
 
 
-def _series(rows: list[dict[str, Any]], metric: str) -> tuple[np.ndarray, np.ndarray]:
+def series(rows: list[dict[str, Any]], metric: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and finite values of a metric, from the rows that hold it (by sign of A: that have such tokens)."""
     sign = next((sign for sign in ("pos", "neg") if f"/{sign}_" in metric), None)
     points = [
@@ -61,7 +61,7 @@ def _series(rows: list[dict[str, Any]], metric: str) -> tuple[np.ndarray, np.nda
 
 
 def _curve(axes: Axes, rows: list[dict[str, Any]], metric: str, label: str, colour: str) -> bool:
-    steps, values = _series(rows, metric)
+    steps, values = series(rows, metric)
     if len(steps) >= _SMOOTH_FROM:
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
         axes.plot(steps, smooth(values), color=colour, linewidth=2, label=label)
@@ -70,7 +70,7 @@ def _curve(axes: Axes, rows: list[dict[str, Any]], metric: str, label: str, colo
     return len(steps) > 0
 
 
-def _finish(axes: Axes, title: str, step_name: str, percent: bool = False) -> None:
+def finish_panel(axes: Axes, title: str, step_name: str, percent: bool = False) -> None:
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axes.set_xlabel(step_name, color=GREY)
     left, right = axes.get_xlim()
@@ -88,7 +88,7 @@ def _finish(axes: Axes, title: str, step_name: str, percent: bool = False) -> No
 def _main(axes: Axes, rows: list[dict[str, Any]]) -> None:
     """Reward per step, smoothed, and every evaluation with its value."""
     drawn = _curve(axes, rows, "reward/mean", "train reward (mean of the rollout)", BLUE)
-    steps, values = _series(rows, "held_out/avg")
+    steps, values = series(rows, "held_out/avg")
     if len(steps):
         axes.plot(steps, values, color=ORANGE, marker="o", linewidth=1.5, label="held-out accuracy")
         for i in {0, len(steps) - 1}:
@@ -100,7 +100,7 @@ def _main(axes: Axes, rows: list[dict[str, Any]]) -> None:
         axes.legend(frameon=False, loc="best")
     else:
         axes.text(0.5, 0.5, "no RL step yet", transform=axes.transAxes, ha="center", color=GREY)
-    _finish(axes, "Reward and held-out accuracy", "RL step")
+    finish_panel(axes, "Reward and held-out accuracy", "RL step")
 
 
 def draw(rows: list[dict[str, Any]], title: str) -> Figure:
@@ -110,7 +110,7 @@ def draw(rows: list[dict[str, Any]], title: str) -> Figure:
     or without a cold start.
     """
     by_stage = {stage: [row for row in rows if row["stage"] == stage] for stage in ("cold_start", "rl")}
-    panels = [p for p in _PANELS if any(_series(by_stage[p.stage], name)[1].any() for name, _, _ in p.curves)]
+    panels = [p for p in _PANELS if any(series(by_stage[p.stage], name)[1].any() for name, _, _ in p.curves)]
     panels = panels[: 2 * _COLUMNS]
     lines = -(-len(panels) // _COLUMNS)
     figure = Figure(figsize=(12, 4.4 + 2.9 * lines), layout="constrained")
@@ -123,7 +123,7 @@ def draw(rows: list[dict[str, Any]], title: str) -> Figure:
         drawn = [_curve(axes, by_stage[panel.stage], *curve) for curve in panel.curves]
         if sum(drawn) > 1:
             axes.legend(frameon=False, loc="best", fontsize=9)
-        _finish(axes, panel.title, "RL step" if panel.stage == "rl" else "optimiser step", panel.percent)
+        finish_panel(axes, panel.title, "RL step" if panel.stage == "rl" else "optimiser step", panel.percent)
     return figure
 
 
@@ -136,7 +136,12 @@ def plot_run(run_dir: str | Path) -> Path:
     rows = read_rows(run_dir / "metrics.jsonl")
     if not rows:
         raise FileNotFoundError(f"{run_dir / 'metrics.jsonl'} holds no metrics: there is nothing to plot yet.")
-    path, temporary = run_dir / "progress.png", run_dir / "progress.tmp.png"
-    draw(rows, title=run_dir.resolve().name).savefig(temporary, dpi=130, facecolor="white")
+    return save(draw(rows, title=run_dir.resolve().name), run_dir / "progress.png")
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Writes a PNG, replacing the file at once."""
+    temporary = path.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=130, facecolor="white")
     temporary.replace(path)
     return path

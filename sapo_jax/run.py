@@ -151,9 +151,9 @@ def open_run(cfg: Config, *, write: bool = True) -> Iterator[Run]:
         except ValueError as error:  # of the tokenizer, the mesh, the plug-ins, the data: all written for people
             raise RunError(str(error)) from error
         if write:
-            stack.enter_context(_claimed(folder))
+            stack.enter_context(claimed(folder))
             _same_config(cfg, folder / "config.yaml")
-            stack.enter_context(_signals(stop))
+            stack.enter_context(signals(stop))
         stack.enter_context(jax.set_mesh(mesh))
         yield Run(cfg, folder, tokenizer, problems, make_policy(cfg.model), mesh, pool, stop)
 
@@ -167,34 +167,40 @@ def with_vocabulary(cfg: Config, tokenizer_size: int) -> Config:
 
 
 @contextlib.contextmanager
-def _claimed(folder: Path) -> Iterator[None]:
-    """The lock goes with the process, however it ends."""
+def claimed(folder: Path, name: str = ".lock", *, wait: bool = False) -> Iterator[None]:
+    """The lock goes with the process, however it ends. Held by another one: wait for it, or raise RunError."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    with open(folder / name, "w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
             raise RunError(f"another process is working in {folder}; wait for it, or set another run_dir") from None
+        except OSError as error:  # a file system without locks
+            raise RunError(f"{folder / name} cannot be locked: {error.strerror}; set another run_dir") from error
         yield
 
 
 def _same_config(cfg: Config, path: Path) -> None:
     """Write the resolved config; refuse to go on with a run whose numbers came from another one."""
-    if path.exists():
-        different = diff(load(path), cfg)
-        changed = [key for key in different if not key.startswith(MAY_CHANGE)]
-        if "train.steps" in different and cfg.optimizer.schedule != "constant":
-            changed.append("train.steps (the learning rate's schedule depends on it)")
-        if changed:
-            raise RunError(
-                f"{path.parent} holds a run with another config; different: {', '.join(changed)}. "
-                "Undo that, remove the folder, or set another name or run_dir"
-            )
+    if path.exists() and (changed := changed_keys(load(path), cfg)):
+        raise RunError(
+            f"{path.parent} holds a run with another config; different: {', '.join(changed)}. "
+            "Undo that, remove the folder, or set another name or run_dir"
+        )
     write_atomically(path, dump(cfg))
 
 
+def changed_keys(stored: Config, cfg: Config) -> list[str]:
+    """Keys that differ and have a say in the numbers of steps already done, so that a run cannot go on with `cfg`."""
+    different = diff(stored, cfg)
+    changed = [key for key in different if not key.startswith(MAY_CHANGE)]
+    if "train.steps" in different and cfg.optimizer.schedule != "constant":
+        changed.append("train.steps (the learning rate's schedule depends on it)")
+    return changed
+
+
 @contextlib.contextmanager
-def _signals(stop: dict[str, bool]) -> Iterator[None]:
+def signals(stop: dict[str, bool]) -> Iterator[None]:
     """The first SIGTERM or SIGINT asks for a stop after the current step; a second one acts at once."""
 
     def handle(number, _frame):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sapo_jax.config.checks import check
-from sapo_jax.config.errors import ConfigError
+from sapo_jax.config.errors import ConfigError, Problem
 from sapo_jax.config.merge import compose
 from sapo_jax.config.schema import Config
 from sapo_jax.config.source import dump_yaml, read_files
@@ -23,14 +23,19 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     the keys in question are sound. File paths in the configuration are relative to the working directory.
     """
     layers, files, problems = read_files(path)
+    cfg, found = resolve(layers, overrides)
+    if problems or found:
+        raise ConfigError([*problems, *found], _source(files, overrides))
+    return cfg
+
+
+def resolve(layers: Sequence[dict[str, Any]], overrides: Sequence[str]) -> tuple[Config, list[Problem]]:
+    """Layers (lowest first) and overrides as a Config, and all that is wrong with it; `load` without the files."""
     raw, unusable = compose(layers, overrides)
     cfg, mistakes = validate(raw)
-    problems = [*problems, *unusable, *mistakes]
+    problems = [*unusable, *mistakes]
     doubtful = {key for problem in problems for key in (*problem.keys, *problem.meant)}
-    problems += [problem for problem in check(cfg) if not problem.concerns(doubtful)]
-    if problems:
-        raise ConfigError(problems, _source(files, overrides))
-    return cfg
+    return cfg, problems + [problem for problem in check(cfg) if not problem.concerns(doubtful)]
 
 
 def _source(files: Sequence[Path], overrides: Sequence[str]) -> str:

@@ -102,7 +102,7 @@ def read_files(path: str | Path) -> tuple[list[dict[str, Any]], list[Path], list
             circle = " -> ".join(map(str, [*files, current]))
             raise ConfigError([Problem(("base",), f"the base files go in a circle: {circle}")], str(path))
         files.append(current)
-        layer, duplicates = _read_mapping(current, str(path))
+        layer, duplicates = read_mapping(current, str(path))
         problems += [Problem((), f"{current}, {text}") for text in duplicates]
         base = layer.pop("base", None)
         if base is not None and not isinstance(base, str):
@@ -112,7 +112,8 @@ def read_files(path: str | Path) -> tuple[list[dict[str, Any]], list[Path], list
     return layers, files, problems
 
 
-def _read_mapping(file: Path, source: str) -> tuple[dict[str, Any], list[str]]:
+def read_mapping(file: Path, source: str) -> tuple[dict[str, Any], list[str]]:
+    """The mapping in a YAML file, and the keys it gives twice. Raises ConfigError, about `source`, if there is none."""
     try:
         value, duplicates = parse_yaml(file.read_text(encoding="utf-8"))
     except OSError as error:
