@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from sapo_jax.analyze import write_csv
 from sapo_jax.config import GRPO, GSPO, SAPO
 from sapo_jax.diagnostics.figures import TAU, finish
+from sapo_jax.metrics import write_csv
 from sapo_jax.objectives import OBJECTIVES
 from sapo_jax.plots import BLUE, GREEN, GREY, ORANGE
 

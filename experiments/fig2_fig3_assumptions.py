@@ -29,12 +29,12 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from sapo_jax.analyze import Diagnosed, read_diagnostics, table, write_csv
+from sapo_jax.analyze import Diagnosed, read_diagnostics, table
 from sapo_jax.config import load
 from sapo_jax.diagnostics.evidence import SIGNS
 from sapo_jax.diagnostics.figures import GAP, VAR, bound_panel, ratio_histogram, variance_histogram
 from sapo_jax.diagnostics.histograms import POSITIVE_EDGES, SIGNED_EDGES
-from sapo_jax.metrics import DIAGNOSTICS
+from sapo_jax.metrics import DIAGNOSTICS, write_csv
 from sapo_jax.train import train
 
 HERE = Path(__file__).parent

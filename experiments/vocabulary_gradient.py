@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from sapo_jax.analyze import write_csv
 from sapo_jax.config import SAPO
 from sapo_jax.diagnostics import vocabulary_gradient, vocabulary_spread
 from sapo_jax.diagnostics.figures import finish
+from sapo_jax.metrics import write_csv
 from sapo_jax.plots import BLUE, GREY, ORANGE
 
 RESULTS = Path(__file__).parent / "results"

@@ -1,6 +1,6 @@
 """Runs the notebooks and stores them with their outputs: NN_NAME.py (jupytext's percent format) -> NN_NAME.ipynb.
 
-    python notebooks/execute.py              all of them (`make notebooks`): 2 minutes on two cores
+    python notebooks/execute.py              all of them (`make notebooks`): some minutes on two cores
     python notebooks/execute.py 02 04        those whose names begin so
 
 Expected: every cell runs; the first error ends it. The tests run them in the same way (tests/test_notebooks.py).
@@ -20,6 +20,7 @@ from nbformat import NotebookNode
 HERE = Path(__file__).parent
 SECONDS = 600  # for a cell: a machine that is busy with other things
 
+YOURS = ("SAPO_RUN", "SAPO_SWEEP")
 QUICK = "--xla_backend_optimization_level=0"  # these programs are tiny and run once: it halves what compiling takes
 
 
@@ -30,11 +31,11 @@ def scripts() -> list[Path]:
 def execute(script: Path) -> NotebookNode:
     """The notebook with its outputs, run in its own folder. Raises CellExecutionError.
 
-    The package is this repository's, the platform CPU; a run that the user has named (SAPO_RUN) is not looked at. What
-    would differ from one execution to the next, times and ids of cells, is left out.
+    The package is this repository's, the platform CPU; a run or sweep that the user has named (YOURS) is not looked at.
+    What would differ from one execution to the next, times and ids of cells, is left out.
     """
     notebook = jupytext.read(script)
-    environment = {name: value for name, value in os.environ.items() if name != "SAPO_RUN"}
+    environment = {name: value for name, value in os.environ.items() if name not in YOURS}
     environment |= {"PYTHONPATH": str(HERE.parent), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK}
     where = {"metadata": {"path": str(script.parent)}}
     client = NotebookClient(notebook, timeout=SECONDS, kernel_name="python3", record_timing=False, resources=where)
