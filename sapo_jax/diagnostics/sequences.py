@@ -74,14 +74,15 @@ def sequences(z_BT: Array, adv_BT: Array, mask_BT: Array, ids_BT: Array, gates: 
     means = segment_sum(jnp.where(mask_BT[..., None], jnp.stack(second_pass, axis=-1), 0), ids_BT) / n_BS[..., None]
     mean_BS = m_BS + means[..., 0]
     variance_BS = jnp.maximum(means[..., 1] - means[..., 0] ** 2, 0)
+    alone_BS = n_BS == 1  # one token has no dispersion, but two roundings of its gate may differ
     log_BS, real_BS = (closed(mean_BS, tau_BS) - closed(m_BS, tau_BS) for closed in (closed_log_gate, closed_gate))
     return Sequences(
         count=sums[..., 0].astype(jnp.int32),
         adv=adv_BS,
         mean=mean_BS,
         variance=variance_BS,
-        gap_log=jnp.abs(means[..., 2] - log_BS),
-        gap_real=jnp.abs(means[..., 3] - real_BS),
+        gap_log=jnp.where(alone_BS, 0, jnp.abs(means[..., 2] - log_BS)),
+        gap_real=jnp.where(alone_BS, 0, jnp.abs(means[..., 3] - real_BS)),
         bound=tau_BS**2 / 4 * variance_BS,
         tolerance=tau_BS**2 / 4 * ROUNDING * (variance_BS + mean_BS**2),
     )
