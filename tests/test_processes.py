@@ -1,4 +1,4 @@
-"""What several processes share out and agree on, as far as one process can show it. The rest: run/test_processes.py."""
+"""What several processes share out and agree on, as far as one process can show it. The rest: run/test_several_processes.py."""
 
 from __future__ import annotations
 
