@@ -44,7 +44,9 @@ def tables(figures: Sequence[Figures], order: Sequence[tuple[str, str]], peers: 
     rows = [(row, {f["who"]: f for f in figures if (f["workload"], f["job"]) == row}) for row in order]
     rows = [(row, who) for row, who in rows if who]
     names = [OURS, *(name for name in peers if any(name in who for _, who in rows))]
-    time = [[*row, *(_seconds(who.get(name)) for name in names), *_speed_up(who)] for row, who in rows]
+    time = [
+        [*row, *(_seconds(who.get(name)) for name in names), *_speed_up(who), _disturbance(who)] for row, who in rows
+    ]
     memory = [
         [*row, *(f"{who[name]['peak_mb']:.0f}" if name in who else "" for name in names), *_memory_ratios(who)]
         for row, who in rows
