@@ -37,7 +37,7 @@ def test_ratios_are_to_the_fastest_peer_and_memory_also_to_the_leanest(module):
     found = [figures("update", "ours", 2.0, 300), figures("update", "hf", 3.0, 900), figures("update", "trl", 5.0, 600)]
     text = module("peer_table").tables(found, [("small", "update"), ("small", "score")], ["tunix", "trl", "hf"])
     time, memory = (line for line in text.splitlines() if line.startswith("| small"))
-    assert time == "| small | update | 2 | 5 | 3 | hf | 1.50x |"  # no column for tunix, no row for score
+    assert time == "| small | update | 2 | 5 | 3 | hf | 1.50x | 0.00 |"  # no column for tunix, no row for score
     assert memory == "| small | update | 300 | 600 | 900 | 0.33 | 0.50 |"
 
 
@@ -45,7 +45,13 @@ def test_rollouts_show_tokens_per_second_and_missing_sides_stay_empty(module):
     found = [figures("rollout", "hf", 4.0, 900, 3072), figures("update", "ours", 1.0, 10)]
     text = module("peer_table").tables(found, [("small", "rollout"), ("small", "update")], ["hf"])
     time = [line for line in text.splitlines() if line.startswith("| small")][:2]
-    assert time == ["| small | rollout |  | 4; 768/s | hf |  |", "| small | update | 1 |  |  |  |"]
+    assert time == ["| small | rollout |  | 4; 768/s | hf |  | 0.00 |", "| small | update | 1 |  |  |  | 0.00 |"]
+
+
+def test_a_row_measured_on_a_busy_machine_says_so(module):
+    found = [figures("update", "ours", 2.0, 1) | {"others": 0.1}, figures("update", "hf", 3.0, 1) | {"others": 1.5}]
+    text = module("peer_table").tables(found, [("small", "update")], ["hf"])
+    assert "| small | update | 2 | 3 | hf | 1.50x | **1.50** |" in text
 
 
 def test_a_row_of_the_table_is_of_one_run(module, tmp_path):

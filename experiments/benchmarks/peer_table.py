@@ -11,6 +11,7 @@ OURS = "ours"
 COLUMNS = (
     "workload", "job", "who", "seconds", "fastest", "runs", "first", "peak_mb", "built_mb", "new_tokens", "others",
 )  # fmt: skip
+QUIET = 0.2  # cores
 _TEXT = ("workload", "job", "who")
 
 Figures = dict[str, Any]  # one of the CSV's rows
@@ -43,15 +44,18 @@ def tables(figures: Sequence[Figures], order: Sequence[tuple[str, str]], peers: 
     rows = [(row, {f["who"]: f for f in figures if (f["workload"], f["job"]) == row}) for row in order]
     rows = [(row, who) for row, who in rows if who]
     names = [OURS, *(name for name in peers if any(name in who for _, who in rows))]
-    time = [[*row, *(_seconds(who.get(name)) for name in names), *_speed_up(who)] for row, who in rows]
+    time = [
+        [*row, *(_seconds(who.get(name)) for name in names), *_speed_up(who), _disturbance(who)] for row, who in rows
+    ]
     memory = [
         [*row, *(f"{who[name]['peak_mb']:.0f}" if name in who else "" for name in names), *_memory_ratios(who)]
         for row, who in rows
     ]
     return "\n\n".join(
         (
-            "Median seconds (new tokens per second):",
-            _markdown(["workload", "job", *names, "fastest peer", "ours is faster by"], time),
+            "Median seconds (new tokens per second). Busy elsewhere: cores that other processes used meanwhile, the "
+            f"most of all sides; above {QUIET} the row says little, for some suffer more from it than others:",
+            _markdown(["workload", "job", *names, "fastest peer", "ours is faster by", "busy elsewhere"], time),
             "Peak resident memory of the process, MB:",
             _markdown(["workload", "job", *names, "of the fastest peer", "of the leanest peer"], memory),
         )
@@ -75,6 +79,11 @@ def _speed_up(who: dict[str, Figures]) -> list[str]:
     if name is None or OURS not in who:
         return [name or "", ""]
     return [name, f"{who[name]['seconds'] / who[OURS]['seconds']:.2f}x"]
+
+
+def _disturbance(who: dict[str, Figures]) -> str:
+    most = max(f["others"] for f in who.values())
+    return f"{most:.2f}" if most <= QUIET else f"**{most:.2f}**"
 
 
 def _memory_ratios(who: dict[str, Figures]) -> list[str]:

@@ -149,9 +149,9 @@ class Turns:
 
 
 def busy_seconds() -> float:
-    """CPU time that all processes of normal priority have used (niced ones give way), in seconds."""
-    user, _nice, system = map(int, Path("/proc/stat").read_text().split()[1:4])
-    return (user + system) / os.sysconf("SC_CLK_TCK")
+    """CPU time that all processes have used, in seconds."""
+    user, nice, system = map(int, Path("/proc/stat").read_text().split()[1:4])
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK")
 
 
 def available_gb() -> float:
