@@ -55,7 +55,7 @@ class Block(nnx.Module):
         x_BTD += y
         y = self.mlp_norm(x_BTD)
         y, routing = self.mlp(y, segment_ids_BT, replay_BTk) if self.sparse else (self.mlp(y), None)
-        return constrain(x_BTD + y, "batch", None, None), kv, routing
+        return constrain(x_BTD + y, "batch", sequence(x_BTD.shape[1]), None), kv, routing
 
 
 @jax.tree_util.register_dataclass
@@ -96,7 +96,8 @@ class Qwen3(nnx.Module):
         return jnp.einsum("...d,vd->...v", hidden, self.head_VD(), preferred_element_type=jnp.float32)
 
     def _start(self, tokens_BT: Array, positions_BT: Array):
-        x_BTD = constrain(self.embed[...].astype(self.dtype)[tokens_BT], "batch", None, None)
+        x_BTD = self.embed[...].astype(self.dtype)[tokens_BT]
+        x_BTD = constrain(x_BTD, "batch", sequence(tokens_BT.shape[1]), None)
         return x_BTD, rotations(positions_BT, self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling)
 
     def forward(
