@@ -18,7 +18,7 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 
 HERE = Path(__file__).parent
-SECONDS = 600  # for a cell: a machine that is busy with other things
+SECONDS = 1500  # for a cell, on a machine that is busy with other things
 
 YOURS = ("SAPO_RUN", "SAPO_SWEEP")
 QUICK = "--xla_backend_optimization_level=0"  # these programs are tiny and run once: it halves what compiling takes
