@@ -42,6 +42,7 @@ def execute(script: Path) -> NotebookNode:
     client.execute(env=environment)
     for i, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{i}"
+        cell["metadata"].pop("lines_to_next_cell", None)  # of the script's layout
     notebook.metadata.pop("jupytext", None)
     return notebook
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from sapo_jax.blocked_attention import Keys, Queries, blocked_attention
+from sapo_jax.blocked_attention import Keys, Queries, blocked_attention, visible
 from sapo_jax.sharding import on_tpu
 from sapo_jax.types import Array
 
@@ -30,8 +30,20 @@ def attention(
 
         return sharded_attention(q_BTHh, k_BSKh, v_BSKh, q_segments_BT, q_prefixes_BT)
     prefixes_BT = q_segments_BT if q_prefixes_BT is None else q_prefixes_BT
-    queries = Queries(q_positions_BT, q_segments_BT, prefixes_BT)
-    return blocked_attention(q_BTHh, k_BSKh, v_BSKh, queries, Keys(k_positions_BS, k_segments_BS))
+    queries, keys = Queries(q_positions_BT, q_segments_BT, prefixes_BT), Keys(k_positions_BS, k_segments_BS)
+    attend = _one_block if q_BTHh.shape[1] == 1 else blocked_attention
+    return attend(q_BTHh, k_BSKh, v_BSKh, queries, keys)
+
+
+def _one_block(q_BTHh: Array, k_BSKh: Array, v_BSKh: Array, queries: Queries, keys: Keys) -> Array:
+    """For a single query per row, a step of decoding: all its scores at once, which are few."""
+    B, T, H, h = q_BTHh.shape
+    K = k_BSKh.shape[2]
+    q = q_BTHh.reshape(B, T, K, H // K, h)
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k_BSKh, preferred_element_type=jnp.float32) * h**-0.5
+    visible_B11TS = visible(queries, keys)[:, None, None]
+    probs = jnp.where(visible_B11TS, jax.nn.softmax(jnp.where(visible_B11TS, scores, NEGATIVE), axis=-1), 0)
+    return jnp.einsum("bkgts,bskh->btkgh", probs.astype(v_BSKh.dtype), v_BSKh).reshape(B, T, H, h)
 
 
 def expert_mlp(rows_ND, expert_N, gate_EDF, up_EDF, down_EFD, *, block: int = 32) -> Array:

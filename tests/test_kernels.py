@@ -160,3 +160,19 @@ def test_expert_mlp_gives_rows_back_in_order():
     up = np.arange(1, E + 1, dtype=np.float32)[:, None, None] / 100
     y_ND = jax.jit(expert_mlp)(x_ND, expert_N, gate, up, down)
     np.testing.assert_allclose(y_ND, x_ND**2 * (expert_N[:, None] + 1) / 100, rtol=1e-6)
+
+
+def test_attention_of_one_query_per_row():
+    """A step of decoding: over the slots of a cache that hold something; 0 for a row with nothing to see."""
+    rng = np.random.default_rng(3)
+    q, k, v = (rng.normal(size=shape).astype(np.float32) for shape in ((3, 1, 4, 8), (3, 9, 2, 8), (3, 9, 2, 8)))
+    k_positions = np.tile(np.arange(9), (3, 1))
+    k_segments = (np.arange(9) < np.array([[9], [5], [0]])).astype(np.int32)
+    places = {
+        "q_positions_BT": np.array([[4], [8], [8]]), "k_positions_BS": k_positions,
+        "q_segments_BT": np.ones((3, 1), np.int32), "k_segments_BS": k_segments,
+    }  # fmt: skip
+    found = np.asarray(attention(q, k, v, **places))
+    expected = slow_attention(q, k, v, *places.values())
+    np.testing.assert_allclose(found[:2], expected[:2], atol=1e-6)
+    assert not found[2].any() and np.isnan(expected[2]).all()

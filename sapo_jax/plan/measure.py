@@ -19,7 +19,7 @@ from sapo_jax import sharding
 from sapo_jax.config import Config
 from sapo_jax.plan.costs import program_costs
 from sapo_jax.plan.hlo import parse
-from sapo_jax.plan.programs import Programs
+from sapo_jax.plan.programs import Programs, open_trips
 from sapo_jax.plan.roofline import useful_flops
 
 RUNS = 3  # timed runs of each program, after one that is not; the median counts
@@ -52,7 +52,7 @@ def measure(cfg: Config, functions: Sequence[str]) -> dict[str, Any]:
     work, devices = programs.work, programs.mesh.size
     for name in functions:
         compiled = programs.lower(name).compile()
-        costs = program_costs(parse(compiled.as_text()), open_trips=work.new_tokens - 1)
+        costs = program_costs(parse(compiled.as_text()), open_trips=open_trips(name, work))
         predicted = devices * (costs.flops / speed["flops"] + costs.hbm_bytes / speed["hbm"])
         arguments = lambda name=name: jax.tree.map(_array, programs.arguments(name))
         measured = median_seconds(lambda compiled=compiled, arguments=arguments: compiled(*arguments()))

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import AxisType
 
 from sapo_jax import sharding
+from sapo_jax.blocked_attention import BLOCK
 from sapo_jax.config import Config
 from sapo_jax.learner import init_state, make_optimizer, make_update, policy_loss, state_shardings
 from sapo_jax.models import Policy, make_policy
@@ -52,6 +53,14 @@ class Workload:
         if at_once % G or P * G % at_once:
             raise PlanError(f"sampling {at_once} sequences at once: take a multiple of {G} that divides {P * G}")
         return cls(P, P * G, at_once, S, C, T, min(bucket(per_row * C, 1), T), rows, cfg.train.mini_batches)
+
+
+def open_trips(name: str, work: Workload) -> int:
+    """How often a loop runs that ends on data: decoding goes on for all new tokens; attention in blocks (not on TPU)
+    counts as if it saw every block of keys."""
+    if name == "decode":
+        return work.new_tokens - 1
+    return -(-(bucket(work.prompt_tokens) if name == "prefill" else work.row_tokens) // BLOCK)
 
 
 def mesh_of(cfg: Config, devices: list[jax.Device]) -> jax.sharding.Mesh:

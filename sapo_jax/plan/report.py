@@ -12,7 +12,7 @@ from sapo_jax.plan.chips import GiB, Topology
 from sapo_jax.plan.compile import Compiled, largest_refused
 from sapo_jax.plan.costs import program_costs
 from sapo_jax.plan.hlo import Module, parse
-from sapo_jax.plan.programs import Workload
+from sapo_jax.plan.programs import Workload, open_trips
 from sapo_jax.plan.roofline import Fabric, collective_rows, times, useful_flops
 
 FACTS = "fits, memory, FLOPs, HBM bytes, collectives: read from the program that the TPU compiler made"
@@ -39,7 +39,7 @@ def function_report(
             **common,
         }
     module = parse(compiled.hlo)
-    costs = program_costs(module, open_trips=work.new_tokens - 1)
+    costs = program_costs(module, open_trips=open_trips(name, work))
     found = times(costs, topology.chip, fabric)
     useful, peak = useful_flops(cfg, work)[name], compiled.peak + resident
     at_peak = topology.chip.flops * topology.devices

@@ -8,6 +8,7 @@ from sapo_jax import trace
 from sapo_jax.cli import main
 
 
+@pytest.mark.slow
 def test_profile_leaves_a_trace_of_steps_after_warm_up(tiny_config, tmp_path, monkeypatch):
     begun, start = [], trace.jax.profiler.start_trace
     monkeypatch.setattr(trace.jax.profiler, "start_trace", lambda folder: (begun.append(folder), start(folder)))
