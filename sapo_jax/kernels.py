@@ -13,6 +13,7 @@ from sapo_jax.sharding import on_tpu
 from sapo_jax.types import Array
 
 ATTENTION = "attention"  # name of attention's output and normaliser, for `jax.checkpoint` policies that keep them
+SHORT = 32  # tokens of a row that is not worth blocks: on CPU forward and backward then take half the time
 NEGATIVE = -1e30  # finite, so that a row with nothing to attend to (padding) gives finite, ignored numbers
 
 
@@ -31,12 +32,13 @@ def attention(
         return sharded_attention(q_BTHh, k_BSKh, v_BSKh, q_segments_BT, q_prefixes_BT)
     prefixes_BT = q_segments_BT if q_prefixes_BT is None else q_prefixes_BT
     queries, keys = Queries(q_positions_BT, q_segments_BT, prefixes_BT), Keys(k_positions_BS, k_segments_BS)
-    attend = _one_block if q_BTHh.shape[1] == 1 else blocked_attention
+    few = q_BTHh.shape[1] == 1 or k_BSKh.shape[1] <= SHORT
+    attend = _whole if few else blocked_attention
     return attend(q_BTHh, k_BSKh, v_BSKh, queries, keys)
 
 
-def _one_block(q_BTHh: Array, k_BSKh: Array, v_BSKh: Array, queries: Queries, keys: Keys) -> Array:
-    """For a single query per row, a step of decoding: all its scores at once, which are few."""
+def _whole(q_BTHh: Array, k_BSKh: Array, v_BSKh: Array, queries: Queries, keys: Keys) -> Array:
+    """All scores at once, where they are few: of a step of decoding, or of short rows."""
     B, T, H, h = q_BTHh.shape
     K = k_BSKh.shape[2]
     q = q_BTHh.reshape(B, T, K, H // K, h)
