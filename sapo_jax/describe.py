@@ -77,7 +77,8 @@ def flops(cfg: Config, vocab_size: int) -> Flops:
     N are the active parameters but the table. The head V D counts only for tokens whose next one is predicted.
 
         forward  = 2 N' tokens + 4 L H h keys + 2 V D predictions,   N' = N without the head
-        rollout  = forward of P prompts (one prediction each) and of B (C - 1) decoded tokens
+        rollout  = forward of P prompts, which predict nothing, and of B C decoded tokens: the prompt's last one again,
+                   then all but the completion's last
         scoring  = forward of B sequences of T, once for the old policy (old_logp: scorer), once for a KL reference,
                    once every live_mismatch_every steps
         update   = epochs * forward of B sequences of T * 3 (backward is twice a forward: 6 N), plus what is
@@ -91,8 +92,8 @@ def flops(cfg: Config, vocab_size: int) -> Flops:
     head = 2 * vocab_size * model.hidden_size
 
     keys_of = lambda n: n * (n + 1) / 2  # causal: token t attends to t keys
-    prefill = P * (S * body + keys_of(S) * key + head)
-    decode = B * ((C - 1) * (body + head) + (keys_of(T - 1) - keys_of(S)) * key)
+    prefill = P * (S * body + keys_of(S) * key)
+    decode = B * (C * (body + head) + (keys_of(T - 1) - keys_of(S - 1)) * key)
     every = cfg.train.live_mismatch_every
     passes = (cfg.train.old_logp == "scorer") + (cfg.loss.kl != "none") + (1 / every if every else 0)
     in_body, in_keys, in_head = B * T * body, B * keys_of(T) * key, B * (T - 1) * head
@@ -145,7 +146,8 @@ def memory(cfg: Config, vocab_size: int) -> Memory:
     (`mesh.data: 0` counts as 1). Rows are counted as one sequence each, or as train.row_tokens. Activations of n rows
     on a device: with remat `none` all that a layer computes, with `dots` the results of its matmuls, with `full` its
     input, with `attention` also attention's output; all but `none` also hold one layer that is being recomputed. The
-    KV cache is that of the rollout or of an evaluation batch, whichever has more sequences.
+    KV cache is that of the rollout or of an evaluation batch, whichever has more sequences at a time; with
+    rollout.slots also that of the rollout's prompts, which wait.
     """
     model, mesh = cfg.model, cfg.mesh
     T = cfg.train.row_tokens or cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
@@ -168,7 +170,9 @@ def memory(cfg: Config, vocab_size: int) -> Memory:
     activations += 0 if model.remat == "none" else max(all_of_it for all_of_it, _, _ in layer_bytes)
 
     evaluated = min(cfg.evaluate.batch_prompts, cfg.data.held_out) * cfg.evaluate.samples
-    sampled = max(cfg.rollout.prompts_per_step * cfg.rollout.group_size, evaluated) / shards
+    rollouts = cfg.rollout.prompts_per_step * cfg.rollout.group_size, evaluated
+    sampled = max(min(cfg.rollout.slots or n, n) for n in rollouts) / shards
+    waiting = cfg.rollout.prompts_per_step * cfg.data.max_prompt_tokens / shards if cfg.rollout.slots else 0
     per_token = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim / mesh.tensor * itemsize
     replay, rollout = cfg.train.routing_replay, mini * cfg.train.mini_batches
     experts = routing_bytes(model) * T / shards
@@ -179,7 +183,7 @@ def memory(cfg: Config, vocab_size: int) -> Memory:
         gradients=parameters * (2 if cfg.train.micro_batch else 1),
         activations=activations,
         logits=2 * 4 * n * T * min(vocab_size, model.vocab_chunk),
-        kv_cache=sampled * (T - 1) * per_token,
+        kv_cache=(sampled * (T - 1) + waiting) * per_token,
         decode_weights=layers,
         recorded_experts=rollout * experts if replay == "r3" else 0,
         replayed_experts=(mini if cfg.train.routing_on == "host" else rollout) * experts if replay != "none" else 0,

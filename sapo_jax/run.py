@@ -40,7 +40,7 @@ STOPPED = 75  # exit code (EX_TEMPFAIL) of a run that was told to stop, has save
 MAY_CHANGE = (
     "train.steps", "train.log_samples", "train.print_samples_every", "train.max_nonfinite", "train.routing_on",
     "train.live_mismatch_every", "checkpoint.", "evaluate.", "run_dir", "rewards.workers", "rewards.deadline",
-    "rewards.memory_mb", "diagnostics.every", "mesh.",
+    "rewards.memory_mb", "diagnostics.every", "mesh.", "rollout.slots",
 )  # fmt: skip
 
 
@@ -98,7 +98,9 @@ class Run:
 
     def sampler(self, rule: Rule, group_size: int, *, record_routing: bool = False) -> Sampler:
         cfg, tok = self.cfg.rollout, self.tokenizer
-        return Sampler(self.policy, rule, group_size, cfg.max_new_tokens, tok.stop_ids, tok.pad_id, record_routing)
+        return Sampler(
+            self.policy, rule, group_size, cfg.max_new_tokens, tok.stop_ids, tok.pad_id, record_routing, cfg.slots
+        )
 
     @functools.cached_property
     def eval_sampler(self) -> Sampler:

@@ -100,6 +100,12 @@ def on_tpu() -> bool:
     return (jax.default_backend() if device is None else device.platform) == "tpu"
 
 
+def alone() -> bool:
+    """Whether what is traced now runs on one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
+
+
 def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
     """Tell the compiler how an activation is split; without it XLA may replicate the batch."""
     if jax.sharding.get_abstract_mesh().empty:

@@ -1,4 +1,4 @@
-"""A tiny pretrained model, for configurations that start from one."""
+"""For all tests: compiled programs are let go of; a tiny pretrained model, for configurations that start from one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ from sapo_jax.config import Config, Data, Model
 from sapo_jax.data import load_tokenizer
 from sapo_jax.export import write_model
 from sapo_jax.models import make_policy
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_heap_of_programs():
+    """Each compiled program keeps its memory maps; past vm.max_map_count (65530) of them the compiler crashes."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

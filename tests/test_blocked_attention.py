@@ -43,10 +43,7 @@ def example(T: int, H: int, K: int, h: int, scale: float = 1.0):
 
 def named(rows: Rows) -> dict[str, np.ndarray]:
     positions, segments, prefixes = rows
-    return dict(
-        q_positions_BT=positions, k_positions_BS=positions, q_segments_BT=segments, k_segments_BS=segments,
-        q_prefixes_BT=prefixes,
-    )  # fmt: skip
+    return dict(positions_BT=positions, segment_ids_BT=segments, prefix_ids_BT=prefixes)
 
 
 def value_and_gradients(attend, q, k, v, cotangent):

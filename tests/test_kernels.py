@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sapo_jax.kernels import attention, expert_mlp
+from sapo_jax.kernels import attention, decode_attention, expert_mlp, few_rows_product
+from sapo_jax.models.exchange import FEW, decoding_experts, to_experts
 from tests.models.tiny import quick_jit
 
 # ---------------------------------------------------------------- attention
@@ -39,11 +40,8 @@ def attention_example(H: int, K: int, T: int = 11, S: int = 11, h: int = 5):
     return q, k, v, positions[:, :T], positions[:, :S], segments[:, :T], segments[:, :S]
 
 
-def call(q, k, v, q_positions, k_positions, q_segments, k_segments):
-    return attention(
-        q, k, v, q_positions_BT=q_positions, k_positions_BS=k_positions,
-        q_segments_BT=q_segments, k_segments_BS=k_segments,
-    )  # fmt: skip
+def call(q, k, v, positions, _, segments, __):
+    return attention(q, k, v, positions, segments)
 
 
 @pytest.mark.parametrize(("H", "K"), [(4, 4), (4, 2), (6, 1)])
@@ -56,16 +54,6 @@ def test_attention(H, K):
     assert np.isfinite(out).all()
     assert np.isfinite(expected[real_BT]).all() and real_BT.any(axis=1).tolist() == [True, True, False]
     np.testing.assert_allclose(out[real_BT], expected[real_BT], atol=1e-6)
-
-
-def test_attention_over_a_longer_cache():
-    """One query per row over the slots of a cache, some of which are empty."""
-    q, k, v, positions, _, segments, _ = attention_example(4, 2)
-    q, q_positions, q_segments = q[:, -3:-2], np.array([[4], [5], [0]]), np.array([[2], [1], [1]])
-    example = (q, k, v, q_positions, positions, q_segments, segments)
-    out, expected = np.asarray(call(*example)), slow_attention(*example)
-    np.testing.assert_allclose(out[:2], expected[:2], atol=1e-6)
-    assert np.isfinite(out[2]).all()  # nothing to attend to
 
 
 def test_attention_gradients_do_not_leak():
@@ -162,17 +150,38 @@ def test_expert_mlp_gives_rows_back_in_order():
     np.testing.assert_allclose(y_ND, x_ND**2 * (expert_N[:, None] + 1) / 100, rtol=1e-6)
 
 
-def test_attention_of_one_query_per_row():
-    """A step of decoding: over the slots of a cache that hold something; 0 for a row with nothing to see."""
-    rng = np.random.default_rng(3)
-    q, k, v = (rng.normal(size=shape).astype(np.float32) for shape in ((3, 1, 4, 8), (3, 9, 2, 8), (3, 9, 2, 8)))
-    k_positions = np.tile(np.arange(9), (3, 1))
-    k_segments = (np.arange(9) < np.array([[9], [5], [0]])).astype(np.int32)
-    places = {
-        "q_positions_BT": np.array([[4], [8], [8]]), "k_positions_BS": k_positions,
-        "q_segments_BT": np.ones((3, 1), np.int32), "k_segments_BS": k_segments,
-    }  # fmt: skip
-    found = np.asarray(attention(q, k, v, **places))
-    expected = slow_attention(q, k, v, *places.values())
-    np.testing.assert_allclose(found[:2], expected[:2], atol=1e-6)
-    assert not found[2].any() and np.isnan(expected[2]).all()
+@pytest.mark.parametrize(("H", "K"), [(4, 4), (4, 2), (6, 1)])
+def test_decode_attention(H, K):
+    """One query per row, over the columns from its first one to the newest; what lies elsewhere does not count."""
+    rng, G, T, h = np.random.default_rng(3), H // K, 9, 8
+    q = rng.normal(size=(3, K, G, h)).astype(np.float32)
+    k, v = rng.normal(size=(2, 3, T, K, h)).astype(np.float32)
+    first_B, last = np.array([0, 4, 6]), 6
+    found = quick_jit(decode_attention)(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), first_B, last)
+    slot_T = np.arange(T)
+    live = ((slot_T >= first_B[:, None]) & (slot_T <= last)).astype(int)
+    ones = np.ones((3, 1), int)
+    expected = slow_attention(q.reshape(3, 1, H, h), k, v, ones * T, np.tile(slot_T, (3, 1)), ones, live)
+    np.testing.assert_allclose(found.reshape(3, 1, H, h), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 5), (16, 24, 40)])
+def test_few_rows_product(shape):
+    """Laid out anew or not: x w."""
+    B, D, N = shape
+    rng = np.random.default_rng(4)
+    x, w = rng.normal(size=(B, D)).astype(np.float32), rng.normal(size=(D, N)).astype(np.float32)
+    found = quick_jit(lambda x, w: few_rows_product(w)(x))(x, w)
+    np.testing.assert_allclose(found, x.astype(float) @ w, atol=1e-5)
+
+
+@pytest.mark.parametrize("B", [3, FEW, FEW + 1])
+def test_decoding_experts(B):
+    """A few rows through all experts, more through their own: the same."""
+    rng, D, F, k = np.random.default_rng(5), 6, 10, 2
+    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    weights = normal(E, D, F), normal(E, D, F), normal(E, F, D)
+    ids = np.array([rng.permutation(E)[:k] for _ in range(B)])[:, None]
+    x, gate = normal(B, 1, D), np.abs(normal(B, 1, k))
+    found = quick_jit(lambda x, *w: decoding_experts(*w)(x, ids, gate))(x, *weights)
+    np.testing.assert_allclose(found, quick_jit(to_experts)(x, ids, gate, *weights), atol=2e-5, rtol=1e-5)

@@ -49,10 +49,7 @@ def test_attention(layout, T, h, monkeypatch):
         return kernels_tpu.attention(q, k, v, segments_BT=segments, prefixes_BT=prefixes, interpret=True)
 
     def exact(q, k, v):
-        return kernels.attention(
-            q, k, v, q_positions_BT=positions, k_positions_BS=positions, q_segments_BT=segments,
-            k_segments_BS=segments, q_prefixes_BT=prefixes,
-        )  # fmt: skip
+        return kernels.attention(q, k, v, positions, segments, prefixes)
 
     assert bool(kernels_tpu._shares_prompts(jnp.array(segments), jnp.array(prefixes))) == (layout is SHARED)
     out, gradient = jax.jit(lambda *x: _value_and_vjp(ours, x, d_out * real))(q, k, v)
@@ -71,9 +68,7 @@ def test_without_prefixes_segments_are_attended_to_alone():
     positions, segments, _ = rows(SHARED, 128)
     q, k, v = np.random.default_rng(1).standard_normal((3, 2, 128, 2, 128)).astype(np.float32)
     out = kernels_tpu.attention(q, k, v, segments_BT=segments, interpret=True)
-    expected = kernels.attention(
-        q, k, v, q_positions_BT=positions, k_positions_BS=positions, q_segments_BT=segments, k_segments_BS=segments
-    )  # fmt: skip
+    expected = kernels.attention(q, k, v, positions, segments)
     np.testing.assert_allclose(out[segments > 0], expected[segments > 0], atol=5e-6)
 
 
@@ -107,19 +102,14 @@ def on_mesh() -> float:
     return max(float(np.abs(a - b).max()) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True))
 
 
-def test_on_tpu_rows_are_attended_to_by_the_kernel_and_caches_by_xla(monkeypatch):
-    """Traced for TPU: a pallas_call where rows attend to themselves, none where one token attends to a cache."""
-    monkeypatch.setattr(kernels, "on_tpu", lambda: True)
+def test_on_tpu_attention_is_the_kernel(monkeypatch):
+    """Traced for TPU: a pallas_call."""
     positions, segments, prefixes = rows(SHARED, 128)
     q = jnp.zeros((2, 128, 4, 128))
-
-    def program(T):
-        return str(jax.make_jaxpr(lambda q, kv: kernels.attention(
-            q, kv, kv, q_positions_BT=positions[:, :T], k_positions_BS=positions, q_segments_BT=segments[:, :T],
-            k_segments_BS=segments, q_prefixes_BT=prefixes[:, :T],
-        ))(q[:, :T], q))  # fmt: skip
-
-    assert "pallas_call" in program(128) and "pallas_call" not in program(1)
+    program = lambda: str(jax.make_jaxpr(lambda q: kernels.attention(q, q, q, positions, segments, prefixes))(q))
+    assert "pallas_call" not in program()
+    monkeypatch.setattr(kernels, "on_tpu", lambda: True)
+    assert "pallas_call" in program()
 
 
 def test_the_platform_is_that_of_the_mesh_in_scope():

@@ -224,6 +224,7 @@ def batch_axes(cfg: Config) -> Breaches:
     shards = max(1, cfg.mesh.data) * cfg.mesh.fsdp * cfg.mesh.expert
     sizes = [
         ("prompts of a rollout", cfg.rollout.prompts_per_step, ("rollout.prompts_per_step",)),
+        ("completions that are written at a time", cfg.rollout.slots, ("rollout.slots",)),
         ("rows of a micro-batch", cfg.train.micro_batch, ("train.micro_batch",)),
         ("prompts of an evaluation batch", min(cfg.evaluate.batch_prompts, cfg.data.held_out),
          ("evaluate.batch_prompts", "data.held_out")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +22,25 @@ from sapo_jax.types import Array
 class KVCache:
     """Keys and values of all layers, one array per layer (a stacked one is copied at each decode step on CPU).
 
-    Slot s of row b holds the token at positions_BS[b, s] if segment_ids_BS[b, s] > 0, else nothing. `used` slots
-    are taken, the same in every row: prompts are left-padded, so all rows write to the same slot.
+    Slots first_B[b] <= t < used of row b hold its tokens, the newest last: all rows write to the same slot. Keys lie
+    along the slots, values across: so both products of a step of decoding read memory in order.
     """
 
-    k: tuple[Array, ...]  # L arrays BSKh
-    v: tuple[Array, ...]
-    positions_BS: Array
-    segment_ids_BS: Array
+    k: tuple[Array, ...]  # L arrays BKhT
+    v: tuple[Array, ...]  # L arrays BKTh
+    first_B: Array  # int32
     used: Array  # int32 scalar
+
+    @classmethod
+    def of_rows(cls, kv: tuple[Array, Array], first_B: Array) -> KVCache:
+        """From the keys and values LBTKh of right-aligned rows."""
+        k, v = (tuple(jnp.moveaxis(stacked, 3, 2)) for stacked in kv)
+        return cls(tuple(x.swapaxes(2, 3) for x in k), v, first_B, jnp.int32(kv[0].shape[2]))
+
+    @property
+    def width(self) -> int:
+        """Slots of a row, T."""
+        return self.v[0].shape[2]
 
 
 class Attention(nnx.Module):
@@ -59,22 +70,41 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, *rotations), rotate(k, *rotations), v
 
-    def __call__(
-        self, x_BTD, rotations, positions_BT, segment_ids_BT, prefix_ids_BT=None, cache: KVCache | None = None, layer=0
-    ):
-        """Returns the output BTD and the keys and values that were attended to: those of x, or the updated cache's."""
+    def __call__(self, x_BTD, rotations, positions_BT, segment_ids_BT, prefix_ids_BT=None):
+        """Returns the output BTD, and the keys and values BTKh of the tokens."""
         q, k, v = self.project(x_BTD, rotations)
-        key_positions, key_segments = positions_BT, segment_ids_BT
-        if cache is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache.k[layer], k.astype(cache.k[layer].dtype), cache.used, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(cache.v[layer], v.astype(cache.v[layer].dtype), cache.used, axis=1)
-            key_positions, key_segments = cache.positions_BS, cache.segment_ids_BS
-        else:  # rows that are split over `context`: each device has its part of the queries, and all keys and values
-            k, v = (constrain(x, "batch", None, "kv_heads", None) for x in (k, v))
-        out_BTHh = kernels.attention(
-            q, k, v,
-            q_positions_BT=positions_BT, k_positions_BS=key_positions,
-            q_segments_BT=segment_ids_BT, k_segments_BS=key_segments, q_prefixes_BT=prefix_ids_BT,
-        )  # fmt: skip
+        # rows that are split over `context`: each device has its part of the queries, and all keys and values
+        k, v = (constrain(x, "batch", None, "kv_heads", None) for x in (k, v))
+        out_BTHh = kernels.attention(q, k, v, positions_BT, segment_ids_BT, prefix_ids_BT)
         out_BTD = jnp.einsum("bthk,hkd->btd", out_BTHh, self.o[...].astype(x_BTD.dtype))
         return out_BTD + self.o_bias[...].astype(x_BTD.dtype) if self.biased else out_BTD, (k, v)
+
+    def decoder(self, dtype) -> Callable:
+        """What `__call__` does, for one more token in each row: a function of (x_BD, its rotations, the layer's keys
+        and values in a KVCache, first_B, the slot to write to) that returns the output BD, and keys and values.
+
+        The projections are cast and put side by side here, once for a decode loop.
+        """
+        (D, H, h), K = self.q.shape, self.k.shape[1]
+        G = H // K
+        grouped = lambda p: p[...].reshape(*p.shape[:-2], K, -1, h)  # by key head, so that `tensor` splits all alike
+        joined = lambda *parts: jnp.concatenate([grouped(p) for p in parts], axis=-2).astype(dtype)
+        qkv_DKnh = joined(self.q, self.k, self.v)
+        project = kernels.few_rows_product(qkv_DKnh.reshape(D, -1))
+        output = kernels.few_rows_product(self.o[...].reshape(H * h, D).astype(dtype))
+        bias_Knh = joined(self.q_bias, self.k_bias, self.v_bias) if self.biased else None
+
+        def attend(x_BD, rotations, k_BKhT, v_BKTh, first_B, slot):
+            qkv_BKnh = project(x_BD).reshape(-1, *qkv_DKnh.shape[1:])
+            qkv_BKnh = qkv_BKnh + bias_Knh if self.biased else qkv_BKnh
+            q, k, v = jnp.split(qkv_BKnh, [G, G + 1], axis=2)
+            if self.q_norm is not None:
+                q, k = self.q_norm(q), self.k_norm(k)
+            q, k = rotate(q, *rotations), rotate(k, *rotations)
+            k_BKhT = jax.lax.dynamic_update_slice_in_dim(k_BKhT, k.swapaxes(2, 3), slot, axis=3)
+            v_BKTh = jax.lax.dynamic_update_slice_in_dim(v_BKTh, v, slot, axis=2)
+            out_BKGh = kernels.decode_attention(q, k_BKhT, v_BKTh, first_B, slot)
+            out_BD = output(out_BKGh.reshape(-1, H * h))
+            return out_BD + self.o_bias[...].astype(dtype) if self.biased else out_BD, k_BKhT, v_BKTh
+
+        return attend

@@ -10,27 +10,49 @@ passes a link once each way whatever k is: for e <= k that is no more than sendi
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from sapo_jax import kernels
-from sapo_jax.sharding import on_tpu, spec
+from sapo_jax.sharding import alone, on_tpu, spec
 from sapo_jax.types import Array
 
 EXPERT, FSDP, TENSOR = "expert", "fsdp", "tensor"
+FEW = 32  # rows; up to here every expert over every row is faster on CPU than sorting rows into blocks
 
 
 def to_experts(x_BTD, ids_BTk, gate_BTk, gate_EDF, up_EDF, down_EFD) -> Array:
     """sum over k of gate_k * SwiGLU_{ids_k}(x), BTD."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if alone():
         return _mix(x_BTD, ids_BTk, gate_BTk, gate_EDF, up_EDF, down_EFD)
+    mesh = jax.sharding.get_abstract_mesh()
     rows, wide, tall = spec("batch", None, None), spec("experts", "embed", "mlp"), spec("experts", "mlp", "embed")
     in_specs = (rows, rows, rows, wide, wide, tall)
     exchange = functools.partial(_exchange, shards=mesh.shape[EXPERT])
     exchange = jax.shard_map(exchange, in_specs=in_specs, out_specs=rows, check_vma=False)
     return exchange(x_BTD, ids_BTk, gate_BTk, gate_EDF, up_EDF, down_EFD)
+
+
+def decoding_experts(gate_EDF, up_EDF, down_EFD) -> Callable:
+    """`to_experts` with these weights, for a decode loop. On a CPU alone, a few rows go through all experts in two
+    matrix products, for which the weights are laid out here, once."""
+    E, D, F = gate_EDF.shape
+    joined_DcEF = jnp.stack([gate_EDF, up_EDF], axis=1).transpose(2, 1, 0, 3)  # no work if it is not used
+    wide = kernels.few_rows_product(joined_DcEF.reshape(D, 2 * E * F))
+    down = kernels.few_rows_product(down_EFD.reshape(E * F, D))
+
+    def mix(x_B1D, ids_B1k, gate_B1k) -> Array:
+        if not alone() or on_tpu() or len(x_B1D) > FEW:
+            return to_experts(x_B1D, ids_B1k, gate_B1k, gate_EDF, up_EDF, down_EFD)
+        chosen_BkE = jax.nn.one_hot(ids_B1k[:, 0], E, dtype=x_B1D.dtype)
+        gate_BE = jnp.einsum("bk,bke->be", gate_B1k[:, 0], chosen_BkE)
+        y_BcEF = wide(x_B1D[:, 0]).reshape(-1, 2, E, F)
+        y_BEF = jax.nn.silu(y_BcEF[:, 0]) * y_BcEF[:, 1] * gate_BE[..., None]
+        return down(y_BEF.reshape(-1, E * F))[:, None]
+
+    return mix
 
 
 def _exchange(x_BTD, ids_BTk, gate_BTk, gate_EDF, up_EDF, down_EFD, *, shards: int) -> Array:

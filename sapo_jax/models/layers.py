@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sapo_jax.kernels import few_rows_product
 from sapo_jax.types import Array
 
 
@@ -43,3 +46,15 @@ class MLP(nnx.Module):
     def __call__(self, x_BTD: Array) -> Array:
         gate, up, down = (p[...].astype(x_BTD.dtype) for p in (self.gate, self.up, self.down))
         return (jax.nn.silu(x_BTD @ gate) * (x_BTD @ up)) @ down
+
+    def decoder(self, dtype) -> Callable:
+        """`__call__` for one token per row, x_BD -> y_BD; gate and up are put side by side here, once."""
+        D, F = self.gate.shape
+        joined_DcF = jnp.stack([self.gate[...], self.up[...]], axis=1).astype(dtype)
+        wide, down = few_rows_product(joined_DcF.reshape(D, 2 * F)), few_rows_product(self.down[...].astype(dtype))
+
+        def mlp(x_BD: Array) -> Array:
+            y_BcF = wide(x_BD).reshape(-1, 2, F)
+            return down(jax.nn.silu(y_BcF[:, 0]) * y_BcF[:, 1])
+
+        return mlp

@@ -7,6 +7,7 @@ the router's own probabilities, so that it still learns.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from sapo_jax.config.schema import Model
-from sapo_jax.models.exchange import to_experts
+from sapo_jax.models.exchange import decoding_experts, to_experts
 from sapo_jax.models.layers import parameter
 from sapo_jax.types import Array
 
@@ -77,7 +78,26 @@ class MoE(nnx.Module):
         self.normalize = cfg.norm_topk_prob
 
     def __call__(self, x_BTD: Array, segment_ids_BT: Array, replay_BTk: Array | None = None) -> tuple[Array, Routing]:
-        B, T, D = x_BTD.shape
+        E = self.router.shape[1]
+        prob_BTE, chosen_BTk, ids_BTk, gate_BTk = self._route(x_BTD, replay_BTk)
+        weights = (p[...].astype(x_BTD.dtype) for p in (self.gate, self.up, self.down))
+        y_BTD = to_experts(x_BTD, ids_BTk, gate_BTk.astype(x_BTD.dtype), *weights)
+        return y_BTD, _routing(chosen_BTk, prob_BTE, segment_ids_BT > 0, E, replay_BTk)
+
+    def decoder(self, dtype) -> Callable:
+        """`__call__` for one token per row, x_BD -> (y_BD, expert_ids_Bk); weights are cast once, here."""
+        id_dtype = np.min_scalar_type(self.router.shape[1])
+        experts = decoding_experts(*(p[...].astype(dtype) for p in (self.gate, self.up, self.down)))
+
+        def mlp(x_BD: Array) -> tuple[Array, Array]:
+            _, _, ids_B1k, gate_B1k = self._route(x_BD[:, None])
+            y_B1D = experts(x_BD[:, None], ids_B1k, gate_B1k.astype(dtype))
+            return y_B1D[:, 0], ids_B1k[:, 0].astype(id_dtype)
+
+        return mlp
+
+    def _route(self, x_BTD: Array, replay_BTk: Array | None = None) -> tuple[Array, Array, Array, Array]:
+        """The probabilities BTE, the experts that the router chooses, those that are taken, and their gates, BTk."""
         E = self.router.shape[1]
         router_DE = self.router[...].astype(x_BTD.dtype)
         logits_BTE = jnp.einsum("btd,de->bte", x_BTD, router_DE, preferred_element_type=jnp.float32)
@@ -88,10 +108,7 @@ class MoE(nnx.Module):
             gate_BTk = jax.nn.softmax(jnp.take_along_axis(logits_BTE, ids_BTk, axis=-1), axis=-1)
         else:
             gate_BTk = jnp.take_along_axis(prob_BTE, ids_BTk, axis=-1)
-
-        weights = (p[...].astype(x_BTD.dtype) for p in (self.gate, self.up, self.down))
-        y_BTD = to_experts(x_BTD, ids_BTk, gate_BTk.astype(x_BTD.dtype), *weights)
-        return y_BTD, _routing(chosen_BTk, prob_BTE, segment_ids_BT > 0, E, replay_BTk)
+        return prob_BTE, chosen_BTk, ids_BTk, gate_BTk
 
 
 def _routing(ids_BTk: Array, prob_BTE: Array, real_BT: Array, E: int, replay_BTk: Array | None = None) -> Routing:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from sapo_jax.config.schema import Model
-from sapo_jax.kernels import ATTENTION
+from sapo_jax.kernels import ATTENTION, few_rows_product
 from sapo_jax.models.attention import Attention, KVCache
 from sapo_jax.models.layers import MLP, RMSNorm, parameter
 from sapo_jax.models.moe import MoE, Routing
@@ -45,17 +47,29 @@ class Block(nnx.Module):
         self.sparse = sparse
         self.mlp = MoE(cfg, rngs=rngs) if sparse else MLP(D, cfg.intermediate_size, cfg.initializer_range, rngs=rngs)
 
-    def __call__(
-        self, x_BTD, rotations, positions_BT, segment_ids_BT, prefix_ids_BT=None, cache=None, layer=0, replay_BTk=None
-    ):
-        """Returns x BTD, the keys and values attended to, and the Routing (None for a dense block)."""
+    def __call__(self, x_BTD, rotations, positions_BT, segment_ids_BT, prefix_ids_BT=None, replay_BTk=None):
+        """Returns x BTD, keys and values BTKh, and the Routing (None for a dense block)."""
         x_BTD = constrain(x_BTD, "batch", sequence(x_BTD.shape[1]), None)
         y = self.attention_norm(x_BTD)
-        y, kv = self.attention(y, rotations, positions_BT, segment_ids_BT, prefix_ids_BT, cache, layer)
+        y, kv = self.attention(y, rotations, positions_BT, segment_ids_BT, prefix_ids_BT)
         x_BTD += y
         y = self.mlp_norm(x_BTD)
         y, routing = self.mlp(y, segment_ids_BT, replay_BTk) if self.sparse else (self.mlp(y), None)
         return constrain(x_BTD + y, "batch", sequence(x_BTD.shape[1]), None), kv, routing
+
+    def decoder(self, dtype) -> Callable:
+        """`__call__` for one more token in each row: a function of x_BD and of what `Attention.decoder` takes that
+        returns x BD, the layer's keys and values, and expert_ids_Bk (None for a dense block)."""
+        attend, mlp = self.attention.decoder(dtype), self.mlp.decoder(dtype)
+
+        def block(x_BD, *cached):
+            y_BD, k_BKhT, v_BKTh = attend(self.attention_norm(x_BD), *cached)
+            x_BD = constrain(x_BD + y_BD, "batch", None)
+            y = mlp(self.mlp_norm(x_BD))
+            y_BD, ids_Bk = y if self.sparse else (y, None)
+            return constrain(x_BD + y_BD, "batch", None), k_BKhT, v_BKTh, ids_Bk
+
+        return block
 
 
 @jax.tree_util.register_dataclass
@@ -66,6 +80,14 @@ class Forward:
     hidden_BTD: Array  # after the final norm; `logits` of it predict the NEXT token
     kv: tuple[Array, Array] | None  # LBTKh each
     routing: Routing | None  # None without a sparse layer
+
+
+class Decoder(NamedTuple):
+    """A model as a decode loop uses it, see `Qwen3.decoder`."""
+
+    blocks: list[Callable]
+    logits: Callable[[Array], Array]  # BD -> BV, float32
+    rotations: tuple[Array, Array]  # cos, sin of each position, [positions, 1, 1, h/2]
 
 
 class Qwen3(nnx.Module):
@@ -140,37 +162,38 @@ class Qwen3(nnx.Module):
             start += length * sparse
         return parts
 
-    def decoder(self) -> list[Block]:
-        """The layers one by one. Made once before a decode loop, which then holds no slice of a stacked array."""
+    def blocks(self) -> list[Block]:
+        """The layers one by one."""
         blocks = []
         for run, (_, length) in zip(self.layers, layer_runs(self.cfg), strict=True):
             graphdef, stacked = nnx.split(run)
             blocks += [nnx.merge(graphdef, jax.tree.map(lambda a, i=i: a[i], stacked)) for i in range(length)]
         return blocks
 
-    def decode(self, blocks: list[Block], tokens_B: Array, positions_B: Array, cache: KVCache):
+    def decoder(self, positions: int) -> Decoder:
+        """For `decode` at positions below this. Made once before a loop of it, which then holds no slice of a stacked
+        array, lays out no weight and computes no cosine."""
+        product, table = few_rows_product(self.head_VD().T), jnp.arange(positions)[:, None]
+        return Decoder(
+            [block.decoder(self.dtype) for block in self.blocks()],
+            lambda hidden_BD: product(hidden_BD).astype(jnp.float32),
+            rotations(table, self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling),
+        )
+
+    def decode(self, decoder: Decoder, tokens_B: Array, positions_B: Array, cache: KVCache):
         """Pass one token per row, writing its keys and values to slot `cache.used`.
 
         Returns the hidden state BD, the new cache, and expert_ids_BLk (None when dense).
         """
-        positions_B1 = positions_B[:, None]
-        segments_B1 = jnp.ones_like(positions_B1)
-        write = lambda array, value: jax.lax.dynamic_update_slice_in_dim(array, value, cache.used, axis=1)
-        cache = dataclasses.replace(
-            cache,
-            positions_BS=write(cache.positions_BS, positions_B1),
-            segment_ids_BS=write(cache.segment_ids_BS, segments_B1),
-        )
-        x_B1D, rotation = self._start(tokens_B[:, None], positions_B1)
-        kvs, ids = [], []
-        for layer, block in enumerate(blocks):
-            x_B1D, kv, routing = block(x_B1D, rotation, positions_B1, segments_B1, None, cache, layer)
+        x_BD = constrain(self.embed[...].astype(self.dtype)[tokens_B], "batch", None)
+        rotation, kvs, ids = tuple(table[positions_B] for table in decoder.rotations), [], []
+        for block, k_BKhT, v_BKTh in zip(decoder.blocks, cache.k, cache.v, strict=True):
+            x_BD, *kv, ids_Bk = block(x_BD, rotation, k_BKhT, v_BKTh, cache.first_B, cache.used)
             kvs.append(kv)
-            if routing is not None:
-                ids.append(routing.expert_ids_BTk[:, 0])
+            ids += [] if ids_Bk is None else [ids_Bk]
         k, v = (tuple(x) for x in zip(*kvs, strict=True))
         cache = dataclasses.replace(cache, k=k, v=v, used=cache.used + 1)
-        return self.norm(x_B1D)[:, 0], cache, jnp.stack(ids, axis=1) if ids else None
+        return self.norm(x_BD), cache, jnp.stack(ids, axis=1) if ids else None
 
 
 def _joined(stacks: list):

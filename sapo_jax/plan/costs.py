@@ -51,12 +51,12 @@ class Costs:
         return self.matmul_flops + sum(self.kernels.values())
 
 
-def program_costs(module: Module, open_trips: int = 1) -> Costs:
+def program_costs(module: Module, open_trips: float = 1) -> Costs:
     return _Reader(module, open_trips).computation(module.entry)
 
 
 class _Reader:
-    def __init__(self, module: Module, open_trips: int):
+    def __init__(self, module: Module, open_trips: float):
         self.module, self.open_trips = module, open_trips
         self.computation = functools.cache(self._computation)
 

@@ -18,8 +18,9 @@ from sapo_jax.learner import init_state, make_optimizer, make_update, policy_los
 from sapo_jax.models import Policy, make_policy
 from sapo_jax.plan.chips import GiB, PlanError
 from sapo_jax.rollout import Rule, Sampler
+from sapo_jax.rollout.decode import decode, first_slots, phases
 from sapo_jax.rollout.packing import bucket
-from sapo_jax.rollout.sampler import _decode, _first_token, _prefill
+from sapo_jax.rollout.sampler import prefill
 from sapo_jax.scoring import make_scorer
 from sapo_jax.types import Batch
 
@@ -55,11 +56,12 @@ class Workload:
         return cls(P, P * G, at_once, S, C, T, min(bucket(per_row * C, 1), T), rows, cfg.train.mini_batches)
 
 
-def open_trips(name: str, work: Workload) -> int:
-    """How often a loop runs that ends on data: decoding goes on for all new tokens; attention in blocks (not on TPU)
-    counts as if it saw every block of keys."""
+def open_trips(name: str, work: Workload) -> float:
+    """How often a loop runs that ends on data: decoding goes on for all new tokens, in as many loops as it has phases;
+    attention in blocks (not on TPU) counts as if it saw every block of keys."""
     if name == "decode":
-        return work.new_tokens - 1
+        B = work.sampled_at_once
+        return work.new_tokens / len(phases(bucket(work.prompt_tokens), work.new_tokens, B, B, narrow=False)[0])
     return -(-(bucket(work.prompt_tokens) if name == "prefill" else work.row_tokens) // BLOCK)
 
 
@@ -160,37 +162,38 @@ class Programs:
         return self.work.sampled_at_once // self.cfg.rollout.group_size
 
     def _prompts(self):
+        """What `prefill` takes: tokens, lengths and indices of prompts, limits of completions, a key."""
         work, placed = self.work, sharding.batch_sharding(self.mesh)
-        make = lambda dtype, *shape: jax.ShapeDtypeStruct((self.prompts_at_once, *shape), dtype, sharding=placed)
-        return make(jnp.int32, bucket(work.prompt_tokens)), make(jnp.int32)
+        make = lambda dtype, n, *shape: jax.ShapeDtypeStruct((n, *shape), dtype, sharding=placed)
+        P, key = self.prompts_at_once, jax.eval_shape(lambda: jax.random.key(0))
+        tokens_PS = make(jnp.int32, P, bucket(work.prompt_tokens))
+        return tokens_PS, make(jnp.int32, P), make(jnp.uint32, P), make(jnp.int32, work.sampled_at_once), key
 
     def _prefill(self):
-        def prefill(params, tokens_PS, length_P):
-            return _prefill(self.sampler, self.policy.bind(params), tokens_PS, length_P)
+        def run(params, *prompts):
+            return prefill(self.sampler, self.policy.bind(params), *prompts)
 
-        return jax.jit(prefill), self.params, *self._prompts()
+        return jax.jit(run), self.params, *self._prompts()
 
     def _decode(self):
-        """The decode loop over B sequences, from the state that prefill leaves."""
+        """The decode loop over B sequences of full length, from what prefill leaves."""
         sampler, B = self.sampler, self.work.sampled_at_once
         placed = sharding.batch_sharding(self.mesh)
         rows = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed if x.ndim else None)
 
-        def start(params, tokens_PS, length_P, key_B):
+        def start(params, *prompts):
             model = self.policy.bind(params)
-            hidden_PD, cache, _ = _prefill(sampler, model, tokens_PS, length_P)
-            fork = lambda x: jnp.repeat(x, sampler.group_size, axis=0)
-            cache = jax.tree.map(lambda x: fork(x) if x.ndim else x, cache)
-            return _first_token(sampler, model, fork(hidden_PD), cache, key_B, jnp.zeros(B, bool))
+            requests, ids_PSLk = prefill(sampler, model, *prompts)
+            ids_NCLk = None
+            if ids_PSLk is not None:
+                ids_NCLk = jnp.full((B, sampler.max_new_tokens, *ids_PSLk.shape[2:]), sampler.no_expert)
+            return requests, first_slots(requests, B, sampler.max_new_tokens, sampler.pad_id, ids_NCLk)
 
-        def decode(params, state, key_B, length_B):
-            return _decode(sampler, self.policy.bind(params), state, key_B, length_B)
+        def run(params, requests, slots):
+            return decode(self.policy.bind(params), requests, slots, sampler.rule, NO_STOP, narrow=False)
 
-        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), B))
-        keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=placed)
-        state = jax.tree.map(rows, jax.eval_shape(start, self.params, *self._prompts(), keys))
-        length_B = jax.ShapeDtypeStruct((B,), jnp.int32, sharding=placed)
-        return jax.jit(decode, donate_argnums=1), self.params, state, keys, length_B
+        requests, slots = jax.tree.map(rows, jax.eval_shape(start, self.params, *self._prompts()))
+        return jax.jit(run), self.params, requests, slots
 
 
 def _local_bytes(x: jax.ShapeDtypeStruct) -> int:

@@ -71,7 +71,7 @@ def _rates(name: str, work: Workload, topology: Topology, seconds: float) -> dic
     rows = work.sequences / work.mini_batches * (work.prompt_tokens + work.new_tokens)
     wave = work.sampled_at_once / work.sequences
     tokens = {"update": rows, "score": rows, "prefill": wave * work.prompts * work.prompt_tokens,
-              "decode": work.sampled_at_once * (work.new_tokens - 1)}[name]  # fmt: skip
+              "decode": work.sampled_at_once * work.new_tokens}[name]  # fmt: skip
     return {"tokens": tokens, "tokens_per_second_per_chip": tokens / seconds / topology.devices}
 
 

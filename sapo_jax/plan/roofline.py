@@ -146,8 +146,9 @@ def useful_flops(cfg: Config, work: Workload) -> dict[str, float]:
     """What the model needs for one call of each function, over all devices; nothing recomputed, nothing padded.
 
     2 N per token forward and 4 N backward, N the active parameters but the table; 4 H h L per token and key before it;
-    2 V D per predicted token. `decode` is the whole loop: C - 1 tokens of every sequence; it and
-    `prefill` are of the sequences that are sampled at once.
+    2 V D per predicted token. `decode` is the whole loop, C tokens of every sequence: the prompt's last one, which
+    prefill has passed too, and all but the completion's last; it and `prefill` are of the sequences that are sampled at
+    once.
     """
     model: Model = cfg.model
     body, key = layer_flops(model)
@@ -161,5 +162,5 @@ def useful_flops(cfg: Config, work: Workload) -> dict[str, float]:
         "update": 3 * score,
         "score": score,
         "prefill": wave * work.prompts * (S * body + keys(S) * key),
-        "decode": wave * B * ((C - 1) * (body + head) + (keys(S + C - 1) - keys(S)) * key),
+        "decode": wave * B * (C * (body + head) + (keys(S + C - 1) - keys(S - 1)) * key),
     }

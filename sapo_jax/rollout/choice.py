@@ -1,4 +1,4 @@
-"""Pure rules that choose the next token from logits: temperature, top-k, top-p, min-p, then a draw."""
+"""Pure rules that choose the next token from logits: temperature, top-k, top-p, min-p, then a draw; without a sort."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from sapo_jax.types import Array
+
+LANE = 128  # tokens of a part of the vocabulary, in `draw`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,26 +34,63 @@ def truncate(logits_BV: Array, rule: Rule) -> Array:
         kth_B1 = jax.lax.top_k(logits_BV, rule.top_k)[0][..., -1:]
         logits_BV = jnp.where(logits_BV >= kth_B1, logits_BV, -jnp.inf)
     if rule.top_p < 1.0:
-        sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
-        prob_BV = jax.nn.softmax(sorted_BV, axis=-1)
-        before_BV = jnp.cumsum(prob_BV, axis=-1) - prob_BV  # probability of all the better tokens
-        last_B1 = jnp.min(jnp.where(before_BV < rule.top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True)
-        logits_BV = jnp.where(logits_BV >= last_B1, logits_BV, -jnp.inf)
+        logits_BV = jnp.where(logits_BV >= _nucleus(logits_BV, rule.top_p), logits_BV, -jnp.inf)
     if rule.min_p > 0.0:
         floor_B1 = jnp.max(logits_BV, axis=-1, keepdims=True) + jnp.log(rule.min_p)
         logits_BV = jnp.where(logits_BV >= floor_B1, logits_BV, -jnp.inf)
     return logits_BV
 
 
-def choose(key_B: Array, logits_BV: Array, rule: Rule) -> tuple[Array, Array]:
+def _nucleus(logits_BV: Array, top_p: float) -> Array:
+    """B1, the largest logit t with p(logits >= t) >= top_p: float32 in their order as integers, bisected bit by bit."""
+    prob_BV = jax.nn.softmax(logits_BV, axis=-1)
+    bits_BV = jax.lax.bitcast_convert_type(logits_BV + 0.0, jnp.int32)  # + 0.0: one zero
+    order_BV = jnp.where(bits_BV < 0, bits_BV ^ 0x7FFFFFFF, bits_BV)
+
+    def halve(_, ends):
+        low_B1, high_B1 = ends  # p(order >= low) >= top_p > p(order >= high)
+        middle_B1 = (low_B1 & high_B1) + ((low_B1 ^ high_B1) >> 1)  # their mean, which their sum may overflow
+        enough_B1 = jnp.where(order_BV >= middle_B1, prob_BV, 0).sum(axis=-1, keepdims=True) >= top_p
+        return jnp.where(enough_B1, middle_B1, low_B1), jnp.where(enough_B1, high_B1, middle_B1)
+
+    lowest_B1, highest_B1 = (f(order_BV, axis=-1, keepdims=True) for f in (jnp.min, jnp.max))
+    last_B1, _ = jax.lax.fori_loop(0, 32, halve, (lowest_B1, highest_B1 + 1))
+    return jnp.min(jnp.where(order_BV >= last_B1, logits_BV, jnp.inf), axis=-1, keepdims=True)
+
+
+def draw(uniform_B: Array, logits_BV: Array) -> tuple[Array, Array]:
+    """One token per row, drawn with probability softmax(logits), int32, and the log of that probability.
+
+    By inversion: the first token at which the running sum of exp(logit) passes u times the whole, u in [0, 1). First
+    the part of LANE tokens is found, then the token in it: no running sum over all V.
+    """
+    B, V = logits_BV.shape
+    max_B1 = logits_BV.max(axis=-1, keepdims=True)
+    weight_BV = jnp.pad(jnp.exp(logits_BV - max_B1), [(0, 0), (0, -V % LANE)])
+    weight_BnL = weight_BV.reshape(B, -1, LANE)
+    upto_Bn = jnp.cumsum(weight_BnL.sum(axis=-1), axis=-1)
+    total_B = upto_Bn[:, -1]
+    goal_B = uniform_B * total_B
+    part_B = jnp.minimum((upto_Bn <= goal_B[:, None]).sum(axis=-1), upto_Bn.shape[1] - 1)
+
+    pick = lambda x_BN, i_B: jnp.take_along_axis(x_BN, i_B[:, None], axis=1)[:, 0]
+    weight_BL = jnp.take_along_axis(weight_BnL, part_B[:, None, None], axis=1)[:, 0]
+    before_B = pick(upto_Bn, part_B) - weight_BL.sum(axis=-1)
+    passed_BL = (before_B[:, None] + jnp.cumsum(weight_BL, axis=-1) > goal_B[:, None]) & (weight_BL > 0)
+    # where rounding passes all of the part by: its most probable token
+    place_B = jnp.where(passed_BL.any(axis=-1), jnp.argmax(passed_BL, axis=-1), jnp.argmax(weight_BL, axis=-1))
+    token_B = (part_B * LANE + place_B).astype(jnp.int32)
+    return token_B, pick(logits_BV, token_B) - max_B1[:, 0] - jnp.log(total_B)
+
+
+def choose(uniform_B: Array, logits_BV: Array, rule: Rule) -> tuple[Array, Array]:
     """One token per row (int32) and its float32 log-probability under the distribution it was drawn from.
 
-    Each row has its own key, so a draw does not depend on the other rows. Greedy choice has log-probability 0.
+    Each row has a number of its own in [0, 1), so a draw does not depend on the other rows. Greedy choice has
+    log-probability 0.
     """
     if rule.temperature == 0.0:
         token_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
         return token_B, jnp.zeros(token_B.shape, jnp.float32)
     logits_BV = truncate(logits_BV.astype(jnp.float32) / rule.temperature, rule)
-    noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[-1:], jnp.float32))(key_B)
-    token_B = jnp.argmax(logits_BV + noise_BV, axis=-1).astype(jnp.int32)  # the Gumbel-max trick
-    return token_B, jnp.take_along_axis(jax.nn.log_softmax(logits_BV), token_B[:, None], axis=-1)[:, 0]
+    return draw(uniform_B, logits_BV)

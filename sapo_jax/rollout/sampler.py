@@ -1,6 +1,6 @@
-"""The jitted sampler: prefill each prompt once, fork its cache to the G samples, decode until all are done.
+"""The jitted sampler: prefill each prompt once, then write its G completions in a decode loop (see `decode`).
 
-A draw depends only on (key, prompt index, sample number, position): not on the mesh, the batch or the padding.
+A draw depends only on (key, prompt index, sample number, position): not on mesh, batch, padding or slot.
 """
 
 from __future__ import annotations
@@ -14,27 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from sapo_jax.models import KVCache, Policy, Qwen3
-from sapo_jax.rollout.choice import Rule, choose
+from sapo_jax.rollout.choice import Rule
+from sapo_jax.rollout.decode import Requests, decode, first_slots, is_stop
 from sapo_jax.rollout.rows import left_padded
 from sapo_jax.sharding import constrain, host_rows, put_batch
 from sapo_jax.types import FINISH_REASONS, Array, Params, Prompt, Rollout
 
 STOP, LENGTH = (FINISH_REASONS.index(reason) for reason in ("stop", "length"))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecodeState:
-    """What the decode loop carries. `n` completion tokens have been chosen; the cache holds all but the last."""
-
-    n: Array  # int32 scalar, >= 1
-    token_B: Array  # the newest token; pad id in rows that are done
-    done_B: Array
-    length_B: Array
-    tokens_BC: Array
-    logp_BC: Array
-    expert_ids_BCLk: Array | None
-    cache: KVCache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +34,7 @@ class Sampler:
     stop_ids: tuple[int, ...]
     pad_id: int
     record_routing: bool = False
+    slots: int = 0  # completions that are written at a time; 0: all of them
 
     def __post_init__(self):
         if self.record_routing and not any(self.policy.cfg.sparse_layers):
@@ -59,12 +46,24 @@ class Sampler:
         E = self.policy.cfg.num_experts
         return np.min_scalar_type(E).type(E)
 
-    def __call__(self, params: Params, prompts: Sequence[Prompt], key: Array, batch_prompts: int = 0) -> Rollout:
+    def slots_of(self, N: int) -> int:
+        """Slots for N completions."""
+        return min(self.slots or N, N)
+
+    def __call__(
+        self,
+        params: Params,
+        prompts: Sequence[Prompt],
+        key: Array,
+        batch_prompts: int = 0,
+        limit_B: Sequence[int] | None = None,
+    ) -> Rollout:
         """G completions per prompt, as host arrays (see types.Rollout).
 
-        batch_prompts > len(prompts) pads the batch with prompts that are done from the start, so that the last,
-        smaller batch of an evaluation runs the same program. Of several processes each passes its team's prompts, all
-        the same number once padded, and gets their completions.
+        limit_B: for each completion a limit of its own, 1 to max_new_tokens. batch_prompts > len(prompts) pads the
+        batch with prompts that are done from the start, so that the last, smaller batch of an evaluation runs the same
+        program. Of several processes each passes its team's prompts, all the same number once padded, and gets their
+        completions.
         """
         if not prompts and not batch_prompts:
             raise ValueError("no prompts to sample from")
@@ -73,105 +72,54 @@ class Sampler:
         filler = prompts[-1:] or [Prompt(0, "", (self.pad_id,), "", "", "", "")]
         tokens_PS, length_P = left_padded([*prompts, *filler * padding], self.pad_id)
         index_P = np.array([p.index & 0xFFFFFFFF for p in [*prompts, *filler * padding]], np.uint32)
-        active_P = np.arange(len(index_P)) < len(prompts)
-        inputs = (tokens_PS, length_P, index_P, active_P)
+        limit_N = np.zeros(len(index_P) * self.group_size, np.int32)
+        limit_N[: len(prompts) * self.group_size] = self._limits(len(prompts), limit_B)
+        inputs = (tokens_PS, length_P, index_P, limit_N)
         rollout = _sample(self, params, *(inputs if mesh.empty else put_batch(inputs, mesh)), key)
         return jax.tree.map(lambda x: x[: len(prompts) * self.group_size], host_rows(rollout, mesh))
 
+    def _limits(self, prompts: int, limit_B: Sequence[int] | None) -> np.ndarray:
+        B, C = prompts * self.group_size, self.max_new_tokens
+        limits = np.full(B, C) if limit_B is None else np.array(limit_B)
+        if limits.shape != (B,) or not np.all((limits >= 1) & (limits <= C)):
+            raise ValueError(f"limit_B: expected {B} integers from 1 to {C} (max_new_tokens), got {limits.tolist()}")
+        return limits
+
 
 @functools.partial(jax.jit, static_argnums=0)
-def _sample(sampler: Sampler, params: Params, tokens_PS, length_P, index_P, active_P, key) -> Rollout:
-    model = sampler.policy.bind(params)
-    fork = lambda x: jnp.repeat(x, sampler.group_size, axis=0)
-    sample_B = jnp.tile(jnp.arange(sampler.group_size, dtype=jnp.uint32), len(index_P))
-    key_B = jax.vmap(lambda p, g: jax.random.fold_in(jax.random.fold_in(key, p), g))(fork(index_P), sample_B)
-
-    hidden_PD, cache, prompt_ids_PSLk = _prefill(sampler, model, tokens_PS, length_P)
-    cache = jax.tree.map(lambda x: fork(x) if x.ndim else x, cache)
-    state = _first_token(sampler, model, fork(hidden_PD), cache, key_B, ~fork(active_P))
-    state = _decode(sampler, model, state, key_B, fork(length_P))
-
-    finish_B = jnp.where(_is_stop(sampler, state.tokens_BC).any(axis=1), STOP, LENGTH)
-    expert_ids = None
+def _sample(sampler: Sampler, params: Params, tokens_PS, length_P, index_P, limit_N, key) -> Rollout:
+    model, G, C = sampler.policy.bind(params), sampler.group_size, sampler.max_new_tokens
+    requests, prompt_ids_PSLk = prefill(sampler, model, tokens_PS, length_P, index_P, limit_N, key)
+    ids_NCLk = None
     if sampler.record_routing:
-        # A stop token passes the model if other rows go on: forgotten, so that a row does not depend on the others.
-        passed_BC = jnp.arange(sampler.max_new_tokens) < state.length_B[:, None] - 1
-        ids_BCLk = jnp.where(passed_BC[..., None, None], state.expert_ids_BCLk, sampler.no_expert)
-        expert_ids = jnp.concatenate([fork(prompt_ids_PSLk), ids_BCLk], axis=1)
-    return Rollout(state.tokens_BC, state.logp_BC, state.length_B, finish_B.astype(jnp.int32), expert_ids)
+        ids_NCLk = jnp.full((len(limit_N), C, *prompt_ids_PSLk.shape[2:]), sampler.no_expert)
+    slots = first_slots(requests, sampler.slots_of(len(limit_N)), C, sampler.pad_id, ids_NCLk)
+    slots = decode(model, requests, slots, sampler.rule, sampler.stop_ids)
+
+    last_N = jnp.take_along_axis(slots.tokens_NC, jnp.maximum(slots.length_N - 1, 0)[:, None], axis=1)[:, 0]
+    finish_N = jnp.where(is_stop(last_N, sampler.stop_ids), STOP, LENGTH).astype(jnp.int32)
+    ids_NTLk = None
+    if sampler.record_routing:  # the prompt's last token passed the decode loop, the completion's last none
+        before = jnp.repeat(prompt_ids_PSLk[:, :-1], G, axis=0)
+        after = jnp.full_like(ids_NCLk[:, :1], sampler.no_expert)
+        ids_NTLk = jnp.concatenate([before, slots.expert_ids_NCLk, after], axis=1)
+    return Rollout(slots.tokens_NC, slots.logp_NC, slots.length_N, finish_N, ids_NTLk)
 
 
-def _is_stop(sampler: Sampler, tokens: Array) -> Array:
-    return jnp.isin(tokens, jnp.array(sampler.stop_ids, jnp.int32))
-
-
-def _prefill(sampler: Sampler, model: Qwen3, tokens_PS: Array, length_P: Array):
-    """Hidden state of each prompt's last token (PD), a cache with room for the completion, expert ids PSLk or None."""
-    P, S = tokens_PS.shape
+def prefill(sampler: Sampler, model: Qwen3, tokens_PS, length_P, index_P, limit_N, key):
+    """The Requests, each prompt having passed the model once; and the prompts' expert ids PSLk, or None."""
+    (P, S), G = tokens_PS.shape, sampler.group_size
     tokens_PS = constrain(tokens_PS, "batch", None)
-    position_PS = jnp.arange(S)[None] - (S - length_P[:, None])
+    first_P = S - length_P
+    position_PS = jnp.arange(S)[None] - first_P[:, None]
     segment_PS = (position_PS >= 0).astype(jnp.int32)
-    position_PS = jnp.maximum(position_PS, 0).astype(jnp.int32)
-    out = model.forward(tokens_PS, position_PS, segment_PS, want_kv=True)
+    out = model.forward(tokens_PS, jnp.maximum(position_PS, 0).astype(jnp.int32), segment_PS, want_kv=True)
 
-    room = sampler.max_new_tokens - 1  # the last token of a completion never passes the model
-    grow = lambda x: jnp.pad(x, [(0, 0), (0, room)] + [(0, 0)] * (x.ndim - 2))
-    k, v = (tuple(grow(layer) for layer in stacked) for stacked in out.kv)
-    cache = KVCache(k, v, grow(position_PS), grow(segment_PS), jnp.int32(S))
-    ids = None
+    prompt_N, sample_N = jnp.repeat(jnp.arange(P), G), jnp.tile(jnp.arange(G, dtype=jnp.uint32), P)
+    key_N = jax.vmap(lambda p, g: jax.random.fold_in(jax.random.fold_in(key, p), g))(index_P[prompt_N], sample_N)
+    cache = KVCache.of_rows(out.kv, first_P.astype(jnp.int32))
+    ids_PSLk = None
     if sampler.record_routing:
-        ids = jnp.where(segment_PS[..., None, None] > 0, out.routing.expert_ids_BTLk, sampler.no_expert)
-    return out.hidden_BTD[:, -1], cache, ids
-
-
-def _first_token(sampler: Sampler, model: Qwen3, hidden_BD, cache: KVCache, key_B, done_B) -> DecodeState:
-    B, C, L = len(hidden_BD), sampler.max_new_tokens, sum(sampler.policy.cfg.sparse_layers)
-    routing = None
-    if sampler.record_routing:
-        routing = jnp.full((B, C, L, sampler.policy.cfg.num_experts_per_tok), sampler.no_expert)
-    state = DecodeState(
-        n=jnp.int32(0),
-        token_B=jnp.full(B, sampler.pad_id, jnp.int32),
-        done_B=done_B,
-        length_B=jnp.zeros(B, jnp.int32),
-        tokens_BC=jnp.full((B, C), sampler.pad_id, jnp.int32),
-        logp_BC=jnp.zeros((B, C), jnp.float32),
-        expert_ids_BCLk=routing,
-        cache=cache,
-    )
-    return _choose(sampler, model, state, hidden_BD, key_B)
-
-
-def _choose(sampler: Sampler, model: Qwen3, state: DecodeState, hidden_BD: Array, key_B: Array) -> DecodeState:
-    """Choose completion token number `state.n` of every row that is not done."""
-    key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, state.n)
-    token_B, logp_B = choose(key_B, model.logits(hidden_BD), sampler.rule)
-    token_B = jnp.where(state.done_B, sampler.pad_id, token_B)
-    logp_B = jnp.where(state.done_B, 0.0, logp_B)
-    return dataclasses.replace(
-        state,
-        n=state.n + 1,
-        token_B=token_B,
-        length_B=state.length_B + ~state.done_B,
-        done_B=state.done_B | _is_stop(sampler, token_B),
-        tokens_BC=state.tokens_BC.at[:, state.n].set(token_B),
-        logp_BC=state.logp_BC.at[:, state.n].set(logp_B),
-    )
-
-
-def _decode(sampler: Sampler, model: Qwen3, state: DecodeState, key_B: Array, length_B: Array) -> DecodeState:
-    blocks = model.decoder()
-
-    def unfinished(state: DecodeState):
-        return (state.n < sampler.max_new_tokens) & ~jnp.all(state.done_B)
-
-    def step(state: DecodeState) -> DecodeState:
-        position_B = length_B + state.n - 1
-        hidden_BD, cache, ids_BLk = model.decode(blocks, state.token_B, position_B, state.cache)
-        routing = state.expert_ids_BCLk
-        if sampler.record_routing:
-            routing = routing.at[:, state.n - 1].set(ids_BLk)
-        state = dataclasses.replace(state, cache=cache, expert_ids_BCLk=routing)
-        return _choose(sampler, model, state, hidden_BD, key_B)
-
-    return jax.lax.while_loop(unfinished, step, state)
+        ids_PSLk = jnp.where(segment_PS[..., None, None] > 0, out.routing.expert_ids_BTLk, sampler.no_expert)
+    uniform_NC = jax.vmap(lambda key: jax.random.uniform(key, (sampler.max_new_tokens,)))(key_N)
+    return Requests(uniform_NC, prompt_N, limit_N, tokens_PS[:, -1], length_P, cache), ids_PSLk

@@ -58,8 +58,8 @@ def config(**sections) -> Config:
 
 def test_flops_by_hand():
     # 2 N' = 2 * (1288 - 80) = 2416, head 2 V D = 160, per key attended to 4 L H h = 64
-    prefill = 2 * (3 * 2416 + 6 * 64 + 160)  # keys 1 + 2 + 3
-    decode = 4 * (2416 + 160 + 4 * 64)  # one token each, the second; it sees 4 keys
+    prefill = 2 * (3 * 2416 + 6 * 64)  # keys 1 + 2 + 3
+    decode = 4 * (2 * (2416 + 160) + (3 + 4) * 64)  # the prompt's last token, then one more; they see 3 and 4 keys
     body, keys, head = 20 * 2416, 4 * 15 * 64, 16 * 160
     forward = body + keys + head
     assert flops(config(), 10) == Flops(prefill + decode, forward, 3 * forward + head)

@@ -118,7 +118,7 @@ def our_stages(policy, params, x_BTD, normed_BTD, mlp_input_BTD) -> dict[str, ja
     tokens, positions, segments, prefixes = (rows()[name] for name in names)
     model = policy.bind(params)
     embed_BTD, rotation = model._start(tokens, positions)
-    block = model.decoder()[studied(policy.cfg)]
+    block = model.blocks()[studied(policy.cfg)]
     q, k, v = block.attention.project(normed_BTD, rotation)
     forward = model.forward(tokens, positions, segments, prefixes)
     found = {

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from sapo_jax.rollout import Rule, Sampler, rollout_rows
+from sapo_jax.rollout.decode import first_slots
 from sapo_jax.rollout.rows import left_padded
-from sapo_jax.rollout.sampler import _prefill
+from sapo_jax.rollout.sampler import prefill
 from sapo_jax.scoring import make_scorer, score
 from sapo_jax.types import Batch, Prompt, Rollout
 from tests.models import tiny
@@ -96,7 +97,7 @@ def test_scorer_equals_sampler(kind):
 @each_model
 def test_prefill_equals_decode(kind):
     """The token after prompt + 4 completion tokens: with all of them as a prompt, and as it was decoded."""
-    rollout, made = sampled(kind), sampler(kind)
+    rollout, made = sampled(kind), dataclasses.replace(sampler(kind), group_size=1)
     rows = [b for b in range(len(rollout.length_B)) if rollout.length_B[b] > 4]
     ids = [(*PROMPTS[b // G].ids, *rollout.tokens_BC[b, :4].tolist()) for b in rows]
     prefixes = [dataclasses.replace(PROMPTS[0], ids=x) for x in ids]
@@ -104,7 +105,11 @@ def test_prefill_equals_decode(kind):
     @tiny.quick_jit
     def next_logits(params, tokens_PS, length_P):
         model = made.policy.bind(params)
-        return model.logits(_prefill(made, model, tokens_PS, length_P)[0])
+        unused_P = jnp.zeros(len(tokens_PS), jnp.uint32)
+        requests, _ = prefill(made, model, tokens_PS, length_P, unused_P, unused_P, KEY)
+        slots = first_slots(requests, len(tokens_PS), C, tiny.PAD)
+        decoder = model.decoder(positions=tokens_PS.shape[1])
+        return decoder.logits(model.decode(decoder, slots.token_R, slots.position_R, slots.cache)[0])
 
     logits_PV = next_logits(tiny.params(made.policy.cfg), *left_padded(prefixes, tiny.PAD))
     logp_PV = np.asarray(jax.nn.log_softmax(logits_PV / TEMPERATURE))
@@ -180,7 +185,9 @@ def test_packing_changes_no_gradient(kind):
     packed = rollout_rows(PROMPTS, rollout, tiny.PAD, 1, lambda T: T)
     arrays, place = separate_rows(rollout)
     separate = gradient(arrays, place(coefficient_BC))
-    chex.assert_trees_all_close(gradient(packed.arrays, packed.place(coefficient_BC)), separate, atol=2e-5, rtol=1e-5)
+    together = gradient(packed.arrays, packed.place(coefficient_BC))
+    for (path, a), b in zip(jax.tree.leaves_with_path(together), jax.tree.leaves(separate), strict=True):
+        assert float(jnp.abs(a - b).max() / jnp.abs(b).max()) < 1e-5, jax.tree_util.keystr(path)
 
 
 @each_model
@@ -229,8 +236,9 @@ def test_remat_keeps_less_for_the_backward_pass():
 
 
 def test_bfloat16_compute_is_close_and_its_log_probs_are_float32():
-    """bfloat16 has 8 bits: after two layers the log-probs (std about 1) stay within 0.15, 0.03 on average. The
-    sampler's cache is bfloat16 too; its log-probs agree with the bfloat16 scorer's within half of that."""
+    """bfloat16 has 8 bits: after two layers the log-probs are within 2^-4 of 1 nat or of their own size, if that
+    is more, and within 0.03 on average. The sampler's cache is bfloat16 too; it agrees with the bfloat16 scorer in half of
+    that."""
     cfg = dataclasses.replace(tiny.DENSE, compute_dtype="bfloat16")
     rows, _, logp_BT = scored("dense")
     bf16_scorer = make_scorer(tiny.policy(cfg), TEMPERATURE, 1)
@@ -238,7 +246,8 @@ def test_bfloat16_compute_is_close_and_its_log_probs_are_float32():
     assert bf16_BT.dtype == entropy_BT.dtype == jnp.float32
     real_BT = rows["mask_BT"]
     gap_N = np.abs(np.asarray(bf16_BT) - logp_BT)[real_BT]
-    assert 1e-4 < gap_N.mean() < 0.03 and gap_N.max() < 0.15, (gap_N.mean(), gap_N.max())
+    size_N = np.maximum(1, np.abs(logp_BT[real_BT]))
+    assert 1e-4 < gap_N.mean() < 0.03 and (gap_N / size_N).max() < 2**-4, (gap_N.mean(), (gap_N / size_N).max())
 
     made = dataclasses.replace(sampler("dense"), policy=tiny.policy(cfg))
     rollout = made(tiny.params(), PROMPTS, KEY)
@@ -247,4 +256,5 @@ def test_bfloat16_compute_is_close_and_its_log_probs_are_float32():
     bf16_BT, _ = bf16_scorer(tiny.params(), as_batch(rows))
     gap_N = np.abs(np.asarray(bf16_BT) - sampler_logp_BT)[rows["mask_BT"]]
     assert rollout.logp_BC.dtype == np.float32
-    assert gap_N.mean() < 0.015 and gap_N.max() < 0.08, (gap_N.mean(), gap_N.max())
+    size_N = np.maximum(1, np.abs(sampler_logp_BT[rows["mask_BT"]]))
+    assert gap_N.mean() < 0.015 and (gap_N / size_N).max() < 2**-5, (gap_N.mean(), (gap_N / size_N).max())

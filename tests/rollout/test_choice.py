@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sapo_jax.rollout.choice import Rule, choose, truncate
+from sapo_jax.rollout.choice import LANE, Rule, choose, truncate
 
 PROB = np.array([0.4, 0.05, 0.25, 0.1, 0.2])
 
@@ -112,10 +112,13 @@ def test_truncation_of_random_logits(rule):
 # ---------------------------------------------------------------- draws
 
 
+def uniform(n: int, seed: int = 0):
+    return jax.random.uniform(jax.random.key(seed), (n,))
+
+
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def draw(n: int, logits_V, rule: Rule):
-    key_B = jax.random.split(jax.random.key(0), n)
-    return choose(key_B, jnp.broadcast_to(logits_V, (n, len(logits_V))), rule)
+    return choose(uniform(n), jnp.broadcast_to(logits_V, (n, len(logits_V))), rule)
 
 
 @pytest.mark.parametrize(
@@ -153,19 +156,19 @@ def test_the_frequency_test_can_fail():
 
 def test_greedy_takes_the_best_token_with_log_prob_zero():
     logits_BV = np.random.default_rng(1).standard_normal((9, 6)).astype(np.float32)
-    token_B, logp_B = choose(jax.random.split(jax.random.key(0), 9), logits_BV, Rule(temperature=0.0))
+    token_B, logp_B = choose(uniform(9), logits_BV, Rule(temperature=0.0))
     np.testing.assert_array_equal(token_B, logits_BV.argmax(axis=1))
     np.testing.assert_array_equal(logp_B, 0)
 
 
-def test_a_row_depends_on_its_own_key_and_logits_alone():
+def test_a_row_depends_on_its_own_number_and_logits_alone():
     """Half of the rows in reverse, the others replaced."""
     run = jax.jit(functools.partial(choose, rule=Rule()))
     logits_BV, other_BV = np.random.default_rng(1).standard_normal((2, 64, 6)).astype(np.float32)
-    key_B, other_key_B = (jax.random.split(jax.random.key(seed), 64) for seed in (3, 4))
-    token_B, logp_B = run(key_B, logits_BV)
+    u_B, other_u_B = (uniform(64, seed) for seed in (3, 4))
+    token_B, logp_B = run(u_B, logits_BV)
     other_BV[:32], order = logits_BV[31::-1], np.arange(31, -1, -1)
-    token_N, logp_N = run(jnp.concatenate([key_B[order], other_key_B[32:]]), other_BV)
+    token_N, logp_N = run(jnp.concatenate([u_B[order], other_u_B[32:]]), other_BV)
     np.testing.assert_array_equal(token_N[:32], token_B[order])
     np.testing.assert_allclose(logp_N[:32], logp_B[order], atol=1e-6)
     assert np.any(token_N[32:] != token_B[32:])
@@ -178,3 +181,38 @@ def test_large_logits_keep_their_log_probs():
         token_B, logp_B = draw(64, logits_V + np.float32(shift), Rule())
         expected_V = logits_V - np.log(np.exp(logits_V).sum())
         np.testing.assert_allclose(logp_B, expected_V[np.asarray(token_B)], atol=1e-6)
+
+
+@pytest.mark.parametrize("V", [5, LANE, LANE + 1, 3 * LANE, 1000])
+def test_a_draw_is_the_inverse_of_the_distribution_function(V):
+    """The token whose stretch of [0, 1) the number is in, in float64, but for numbers at the border of two."""
+    rng = np.random.default_rng(V)
+    logits_V = rng.normal(0, 2, V).astype(np.float32)
+    logits_V[rng.random(V) < 0.3] = -np.inf
+    token_B, logp_B = map(np.asarray, draw(4000, logits_V, Rule()))
+    prob_V = np.exp(logits_V.astype(float))
+    upto_V = np.cumsum(prob_V) / prob_V.sum()
+    u_B = np.asarray(uniform(4000), float)
+    clear_B = np.abs(upto_V[None] - u_B[:, None]).min(axis=1) > 1e-6
+    assert clear_B.mean() > 0.9
+    np.testing.assert_array_equal(token_B[clear_B], np.searchsorted(upto_V, u_B, side="right")[clear_B])
+    np.testing.assert_allclose(logp_B, np.log(prob_V[token_B] / prob_V.sum()), atol=1e-5)
+
+
+@pytest.mark.parametrize("V", [7, LANE, 300])
+def test_the_ends_of_the_interval_draw_possible_tokens(V):
+    """0 and the largest number below 1, where the first and the last tokens, and whole parts, are left out."""
+    logits_V = np.full(V, -np.inf, np.float32)
+    left = sorted({2, V // 2, V - 3})
+    logits_V[left] = [-40.0, 1.0, -30.0]
+    u_B = jnp.array([0.0, np.nextafter(np.float32(1), np.float32(0))])
+    token_B, logp_B = choose(u_B, jnp.tile(logits_V, (2, 1)), Rule())
+    assert set(np.asarray(token_B).tolist()) <= set(left) and np.isfinite(logp_B).all()
+
+
+def test_the_nucleus_of_negative_zeros_and_ones():
+    """Logits of both signs and both zeros: in the order of the floats."""
+    logits_BV = np.array([[-0.0, 0.0, -0.5, 0.5, -3.0, 3.0, -np.inf]], np.float32)
+    for top_p in (0.5, 0.78, 0.83, 0.9, 0.999, 1 - 1e-7):
+        out_V = np.asarray(truncate(jnp.asarray(logits_BV), Rule(top_p=top_p)))[0]
+        np.testing.assert_array_equal(out_V, slow_truncate(logits_BV[0], Rule(top_p=top_p)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,7 +95,7 @@ def test_packing_changes_nothing_under_replay():
     assert max(abs(expected[b, t] - rollout.logp_BC[b, t]) for b, t in expected) > 0.5
     for rows in shared:
         found = read(rows, np.asarray(scorer()(params, as_batch(rows, rollout))[0]))
-        assert found == pytest.approx(expected, abs=1e-5)
+        assert found == pytest.approx(expected, abs=1e-5, rel=1e-5)
 
     @tiny.quick_jit
     def gradient(batch, weight_BT):
@@ -105,7 +104,8 @@ def test_packing_changes_nothing_under_replay():
 
     one, many = (gradient(as_batch(rows, rollout), rows.place(coefficient_BC)) for rows in (own, shared[0]))
     assert float(jnp.abs(one["layers"][0]["mlp"]["router"]).min(axis=(1, 2)).max()) > 0
-    chex.assert_trees_all_close(many, one, atol=2e-5, rtol=1e-5)
+    for (path, a), b in zip(jax.tree.leaves_with_path(many), jax.tree.leaves(one), strict=True):
+        assert float(jnp.abs(a - b).max() / jnp.abs(b).max()) < 1e-5, jax.tree_util.keystr(path)
 
 
 def test_the_last_token_has_no_experts_and_needs_none():

@@ -16,6 +16,7 @@ from scipy import stats
 from sapo_jax.models import Qwen3
 from sapo_jax.rollout import Rule, Sampler
 from sapo_jax.rollout import sampler as sampler_module
+from sapo_jax.rollout.decode import phases
 from sapo_jax.types import FINISH_REASONS, Prompt, Rollout
 from tests.models import tiny
 from tests.rollout.test_agreement import sampled
@@ -129,7 +130,7 @@ def test_a_pad_id_that_is_a_stop_token_ends_a_completion_once():
 
 
 def test_prompts_are_passed_once_and_the_loop_ends_with_the_last_completion(monkeypatch):
-    """forward sees P rows, not P * G; decode runs (longest completion - 1) times, not max_new_tokens - 1."""
+    """forward sees P rows, not P * G; decode runs once for each token of the longest completion."""
     forwards, decodes = [], []
     forward, decode = Qwen3.forward, Qwen3.decode
 
@@ -137,9 +138,9 @@ def test_prompts_are_passed_once_and_the_loop_ends_with_the_last_completion(monk
         forwards.append(tokens_BT.shape)
         return forward(self, tokens_BT, *args, **kwargs)
 
-    def counted_decode(self, blocks, tokens_B, *args):
-        jax.debug.callback(lambda: decodes.append(tokens_B.shape))
-        return decode(self, blocks, tokens_B, *args)
+    def counted_decode(self, decoder, tokens_B, *args):
+        jax.debug.callback(lambda: decodes.append(tokens_B.shape), ordered=True)
+        return decode(self, decoder, tokens_B, *args)
 
     monkeypatch.setattr(Qwen3, "forward", counted_forward)
     monkeypatch.setattr(Qwen3, "decode", counted_decode)
@@ -149,13 +150,15 @@ def test_prompts_are_passed_once_and_the_loop_ends_with_the_last_completion(monk
     assert forwards == [(3, 16)]
     longest = rollout.length_B.max()
     assert set(rollout.finish_B) == {STOP} and 3 < longest < 60
-    assert decodes == [(9,)] * (longest - 1)
+    assert len(decodes) == longest and decodes[0] == (9,)
+    live = [(rollout.length_B > n).sum() for n in range(longest)]  # the last ones go on in fewer slots
+    assert decodes == [(next(R for R in (2, 4, 9) if R >= n),) for n in live]
 
 
 def test_batches_of_a_bucket_compile_once(monkeypatch):
     """Prompts of 1 to 16 tokens, any key, a batch that is filled up: one program. 17 tokens: another."""
-    prefill = chex.assert_max_traces(sampler_module._prefill, n=1)
-    monkeypatch.setattr(sampler_module, "_prefill", prefill)
+    prefill = chex.assert_max_traces(sampler_module.prefill, n=1)
+    monkeypatch.setattr(sampler_module, "prefill", prefill)
     sampler = make(max_new_tokens=1)  # the shortest completions, too
     for i, lengths in enumerate([(3, 9, 16), (1, 1, 1), (16, 2, 5)]):
         rollout = sample(sampler, [tiny.prompt(i, n) for n in lengths], jax.random.key(i))
@@ -273,3 +276,46 @@ def test_a_dense_model_has_no_routing_to_record():
 def test_no_prompts():
     with pytest.raises(ValueError, match="no prompts to sample from"):
         sample(make(), [])
+
+
+# ---------------------------------------------------------------- slots
+
+
+@pytest.mark.parametrize(("kind", "slots"), [("dense", 3), ("dense", 1), ("moe", 4)])
+def test_completions_that_wait_for_a_slot_are_the_same(kind, slots):
+    """Twelve completions of 1 to 80 tokens through a few slots, one after another, in a cache that is widened and
+    shifted: tokens, log-probs, lengths, reasons and experts are those of all at once, and of their own limits."""
+    common = dict(rule=Rule(0.8), group_size=4, max_new_tokens=80, stop_ids=(1,), record_routing=kind == "moe")
+    limits = [80, 3, 1, 70, 64, 80, 2, 9, 80, 80, 5, 33]
+    together = sample(make(kind, **common), limit_B=limits)
+    waiting = sample(make(kind, **common, slots=slots), limit_B=limits)
+    assert together.length_B.max() > 66 and np.all(together.length_B <= limits)
+    assert any(together.length_B[b] == limits[b] > 1 for b in range(12)) and STOP in together.finish_B
+    chex.assert_trees_all_close(waiting, together, atol=2e-5, rtol=1e-5)
+    free = sample(make(kind, **common))
+    for b, limit in enumerate(limits):
+        n = min(limit, free.length_B[b])
+        assert together.length_B[b] == n
+        np.testing.assert_array_equal(together.tokens_BC[b, :n], free.tokens_BC[b, :n])
+
+
+def test_filled_up_batches_and_slots():
+    """Prompts that nobody wants take a slot for no step."""
+    common = dict(rule=Rule(0.8), group_size=4, max_new_tokens=10, stop_ids=(1, 2, 3))
+    rollout = sample(make(**common, slots=5), PROMPTS[:1], batch_prompts=3)
+    chex.assert_trees_all_close(rollout, jax.tree.map(lambda x: x[:4], stopped()), atol=1e-5)
+
+
+@pytest.mark.parametrize("limits", [[0, 1, 1, 1, 1, 1], [1] * 5, [9, 1, 1, 1, 1, 1]])
+def test_impossible_limits(limits):
+    with pytest.raises(ValueError, match="limit_B: expected 6 integers from 1 to 8"):
+        sample(make(), limit_B=limits)
+
+
+def test_phases():
+    """(slots, columns): all new tokens have a column; fewer slots only for long completions, on one device."""
+    assert phases(16, 8, 6, 6) == ([(6, 23)], 64)
+    assert phases(64, 192, 16, 16) == ([(16, 127), (16, 191), (16, 255), (8, 255), (4, 255)], 64)
+    assert phases(64, 192, 16, 16, narrow=False) == ([(16, 127), (16, 191), (16, 255)], 64)
+    assert phases(64, 192, 64, 16)[0][-1] == (4, 319)
+    assert phases(64, 1000, 16, 16, narrow=False) == ([(16, 313), (16, 563), (16, 813), (16, 1063)], 250)

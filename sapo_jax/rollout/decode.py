@@ -1,0 +1,228 @@
+"""The decode loop: R slots, each with a completion that is being written; one that is done leaves its slot to the next.
+
+A slot starts with the last token of its prompt, whose keys and values are not yet among the prompt's in the cache: so
+each step passes one token of every slot and draws the next one, the first tokens of completions as all others. All
+slots write to the same column of the cache, so a request's prompt is put right before it. Shapes follow the need in a
+few phases (`phases`): the cache is widened as it fills, so that attention reads few empty columns, and columns that no
+slot needs any more are shifted out; once no request waits and most slots are done, the others go on in fewer slots.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from sapo_jax.models import KVCache, Qwen3
+from sapo_jax.models.qwen3 import Decoder
+from sapo_jax.rollout.choice import Rule, choose
+from sapo_jax.sharding import alone, constrain
+from sapo_jax.types import Array
+
+PARTS = 4  # the cache has so many widths at most, each wider by this share of the new tokens ...
+LEAST = 64  # ... and by no fewer columns
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Requests:
+    """N completions to write, in the order in which they get a slot."""
+
+    uniform_NC: Array  # float32 in [0, 1), what each token is drawn with
+    prompt_N: Array  # int32, row of the arrays of prompts
+    limit_N: Array  # int32, most tokens; 0: not wanted
+    # of the prompts
+    last_token_P: Array
+    length_P: Array
+    cache: KVCache  # of P rows, with the last token
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """What the decode loop carries: R slots, and what has been written for the N requests."""
+
+    started: Array  # int32 scalar, requests that have got a slot
+    live_R: Array  # bool, the slot's request is not done
+    request_R: Array  # int32
+    n_R: Array  # int32, tokens drawn for it
+    token_R: Array  # int32, the newest, of prompt or completion; it is not in the cache yet
+    position_R: Array  # int32, of that token
+    cache: KVCache
+    tokens_NC: Array
+    logp_NC: Array
+    length_N: Array
+    expert_ids_NCLk: Array | None  # at n: of the token that token n was drawn from
+
+
+def phases(S: int, C: int, N: int, R: int, narrow: bool = True) -> tuple[list[tuple[int, int]], int]:
+    """(slots, columns) of each phase, and by how much columns grow: for S prompt tokens (the last one is passed by the
+    loop) and C new ones at most. With refills, N > R, there is room beyond, so that columns are not shifted out at
+    every step. Few completions of few tokens are not worth a program with fewer slots; and those of a mesh stay.
+    narrow: with phases of fewer slots, which take the place of none where all completions end together."""
+    step = max(LEAST, -(-C // PARTS))
+    last = S + C - 1 + (step if N > R else 0)
+    fewer = [R // 2, R // 4] if narrow and alone() and C > LEAST and R >= 8 else []
+    return [(R, columns) for columns in [*range(S - 1 + step, last, step), last]] + [(n, last) for n in fewer], step
+
+
+def first_slots(requests: Requests, R: int, C: int, pad_id: int, expert_ids_NCLk: Array | None = None) -> Slots:
+    """R slots with the first R requests; expert_ids_NCLk: what to fill in, if routing is to be recorded."""
+    N, prompt_R = len(requests.limit_N), requests.prompt_N[:R]
+    rows = lambda x: constrain(x[prompt_R], "batch", *(None,) * (x.ndim - 1))
+    k, v = tuple(map(rows, requests.cache.k)), tuple(map(rows, requests.cache.v))
+    # the prompt's last token is passed by the first step
+    cache = KVCache(k, v, rows(requests.cache.first_B), requests.cache.used - 1)
+    return Slots(
+        started=jnp.int32(R),
+        live_R=requests.limit_N[:R] > 0,
+        request_R=jnp.arange(R, dtype=jnp.int32),
+        n_R=jnp.zeros(R, jnp.int32),
+        token_R=requests.last_token_P[prompt_R],
+        position_R=requests.length_P[prompt_R] - 1,
+        cache=cache,
+        tokens_NC=jnp.full((N, C), pad_id, jnp.int32),
+        logp_NC=jnp.zeros((N, C), jnp.float32),
+        length_N=jnp.zeros(N, jnp.int32),
+        expert_ids_NCLk=expert_ids_NCLk,
+    )
+
+
+def decode(
+    model: Qwen3, requests: Requests, slots: Slots, rule: Rule, stop_ids: Sequence[int], narrow: bool = True
+) -> Slots:
+    """Until all requests are done, each by a stop token or at its limit."""
+    (N, C), R, S = slots.tokens_NC.shape, len(slots.live_R), requests.cache.width
+    decoder = model.decoder(positions=S + C)
+    step = lambda slots: _step(model, decoder, requests, slots, rule, stop_ids)
+    in_turn, more = phases(S, C, N, R, narrow)
+    for n, width in in_turn:
+        enough = max((fewer for fewer, _ in in_turn if fewer < n), default=0)
+        slots = _narrowed(dataclasses.replace(slots, cache=_widened(slots.cache, width)), n)
+        slots = _phase(requests, slots, step, enough, refill=n == R < N, shift=N > R, more=more)
+    return slots
+
+
+def _phase(requests: Requests, slots: Slots, step, enough: int, *, refill: bool, shift: bool, more: int) -> Slots:
+    """Until no request waits and no more than `enough` slots are live, or most columns are needed."""
+    N, S, width = len(requests.limit_N), requests.cache.width, slots.cache.width
+    here = lambda slots: (slots.live_R.sum() > enough) | (slots.started < N)
+    room = lambda slots: here(slots) & (slots.cache.used < width)
+    free = lambda slots: ~slots.live_R.all() & (slots.started < N)
+    if not shift:
+        return jax.lax.while_loop(room, step, slots)
+
+    def turn(slots: Slots) -> Slots:
+        """Free slots get the next requests; then steps, until a slot is free again."""
+        slots = _refilled(requests, slots) if refill else slots
+        return jax.lax.while_loop(lambda slots: room(slots) & ~free(slots), step, slots)
+
+    def fill(slots: Slots) -> Slots:
+        """To the last column, from the first one that is needed."""
+        slots = dataclasses.replace(slots, cache=_shifted(slots.cache, slots.live_R, S))
+        return jax.lax.while_loop(room, turn, slots)
+
+    spacious = lambda slots: slots.cache.used - _first(slots.cache, slots.live_R, S) <= width - more // 2
+    return jax.lax.while_loop(lambda slots: here(slots) & spacious(slots), fill, slots)
+
+
+def _step(model: Qwen3, decoder: Decoder, requests: Requests, slots: Slots, rule: Rule, stop_ids) -> Slots:
+    """One token of every slot passes the model, and the next one is drawn."""
+    hidden_RD, cache, ids_RLk = model.decode(decoder, slots.token_R, slots.position_R, slots.cache)
+    uniform_R = requests.uniform_NC[slots.request_R, slots.n_R]  # of a slot that is done the last one again
+    token_R, logp_R = choose(uniform_R, decoder.logits(hidden_RD), rule)
+    request_R = jnp.where(slots.live_R, slots.request_R, len(slots.length_N))  # out of bounds: dropped
+    write = lambda array_NC, value_R: array_NC.at[request_R, slots.n_R].set(value_R, mode="drop")
+    n_R, ids_NCLk = slots.n_R + 1, slots.expert_ids_NCLk
+    more_R = ~is_stop(token_R, stop_ids) & (n_R < requests.limit_N[slots.request_R])
+    return dataclasses.replace(
+        slots,
+        live_R=slots.live_R & more_R,
+        n_R=n_R,
+        token_R=token_R,
+        position_R=slots.position_R + 1,
+        cache=cache,
+        tokens_NC=write(slots.tokens_NC, token_R),
+        logp_NC=write(slots.logp_NC, logp_R),
+        length_N=slots.length_N.at[request_R].set(n_R, mode="drop"),
+        expert_ids_NCLk=None if ids_NCLk is None else write(ids_NCLk, ids_RLk),
+    )
+
+
+def is_stop(tokens: Array, stop_ids: Sequence[int]) -> Array:
+    return jnp.isin(tokens, jnp.array(stop_ids, jnp.int32))
+
+
+# ---------------------------------------------------------------- columns and slots
+
+
+def _narrowed(slots: Slots, n: int) -> Slots:
+    """n slots, the live ones among them."""
+    if n == len(slots.live_R):
+        return slots
+    kept_n = jnp.argsort(~slots.live_R, stable=True)[:n]
+    take = lambda x: x[kept_n]
+    names = "live_R", "request_R", "n_R", "token_R", "position_R"
+    cache = KVCache(
+        tuple(map(take, slots.cache.k)), tuple(map(take, slots.cache.v)), take(slots.cache.first_B), slots.cache.used
+    )
+    return dataclasses.replace(slots, cache=cache, **{name: take(getattr(slots, name)) for name in names})
+
+
+def _widened(cache: KVCache, width: int) -> KVCache:
+    def pad(x: Array, dim: int) -> Array:
+        return jnp.pad(x, [(0, width - cache.width if d == dim else 0) for d in range(x.ndim)])
+
+    return dataclasses.replace(cache, k=tuple(pad(k, 3) for k in cache.k), v=tuple(pad(v, 2) for v in cache.v))
+
+
+def _first(cache: KVCache, live_R: Array, S: int) -> Array:
+    """The first column that is needed: by a live slot, or for a prompt that is put before the next column."""
+    return jnp.minimum(jnp.where(live_R, cache.first_B, cache.used).min(), cache.used - (S - 1))
+
+
+def _shifted(cache: KVCache, live_R: Array, S: int) -> KVCache:
+    """With the columns before the first one that is needed shifted out."""
+    by = _first(cache, live_R, S)
+    return KVCache(
+        tuple(jnp.roll(k, -by, axis=3) for k in cache.k),
+        tuple(jnp.roll(v, -by, axis=2) for v in cache.v),
+        jnp.maximum(cache.first_B - by, 0),
+        cache.used - by,
+    )
+
+
+def _refilled(requests: Requests, slots: Slots) -> Slots:
+    """With the next requests in the slots that are free, as far as there are some left."""
+    N, S, cache = len(requests.limit_N), requests.cache.width, slots.cache
+    free_R = ~slots.live_R
+    next_R = slots.started + jnp.cumsum(free_R) - 1
+    taken_R = free_R & (next_R < N)
+    request_R = jnp.where(taken_R, next_R, slots.request_R)
+    prompt_R, start = requests.prompt_N[request_R], cache.used - (S - 1)
+
+    def put(old, prompts, dim: int) -> Array:
+        new = jax.lax.slice_in_dim(prompts, 0, S - 1, axis=dim)[prompt_R]
+        there = jax.lax.dynamic_slice_in_dim(old, start, S - 1, axis=dim)
+        new = jnp.where(taken_R[:, None, None, None], new, there)
+        return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=dim)
+
+    pick = lambda new, old: jnp.where(taken_R, new, old)
+    cache = dataclasses.replace(
+        cache,
+        k=tuple(put(old, new, 3) for old, new in zip(cache.k, requests.cache.k, strict=True)),
+        v=tuple(put(old, new, 2) for old, new in zip(cache.v, requests.cache.v, strict=True)),
+        first_B=pick(start + requests.cache.first_B[prompt_R], cache.first_B),
+    )
+    return dataclasses.replace(
+        slots,
+        started=jnp.minimum(slots.started + free_R.sum(dtype=jnp.int32), N),
+        live_R=slots.live_R | (taken_R & (requests.limit_N[request_R] > 0)),
+        request_R=request_R,
+        n_R=pick(0, slots.n_R),
+        token_R=pick(requests.last_token_P[prompt_R], slots.token_R),
+        position_R=pick(requests.length_P[prompt_R] - 1, slots.position_R),
+        cache=cache,
+    )
