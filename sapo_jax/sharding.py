@@ -30,6 +30,10 @@ RULES: dict[str, str | tuple[str, ...]] = {
     "experts": "expert",
     "sequence": "context",
     "tokens": ("data", "fsdp", "expert", "context"),  # rows of tokens, put one behind the other
+    # while decoding: weights stay where they are, the few tokens of a step go to them
+    "decode_experts": ("fsdp", "expert"),
+    "decode_mlp": ("tensor", "fsdp"),
+    "decode_vocab": ("tensor", "fsdp"),
 }
 
 
@@ -111,6 +115,23 @@ def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(*dims))
+
+
+def lay_out(w: jax.Array, *dims: str | None) -> jax.Array:
+    """`constrain` for a weight of a decode loop: a dim that all of its axes do not divide evenly is split over the
+    first of them alone, or not at all."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return w
+
+    def axes(size: int, dim: str | None) -> tuple[str, ...]:
+        names = RULES[dim] if dim else ()
+        names = (names,) if isinstance(names, str) else names
+        found = (names[:n] for n in range(len(names), 0, -1))
+        return next((some for some in found if size % math.prod(mesh.shape[a] for a in some) == 0), ())
+
+    split = (axes(size, dim) or None for size, dim in zip(w.shape, dims, strict=True))
+    return jax.lax.with_sharding_constraint(w, PartitionSpec(*split))
 
 
 def sequence(T: int) -> str | None:

@@ -156,7 +156,8 @@ def on_mesh(model, mesh_cfg: Mesh | None, replay: bool = False) -> dict:
         logp_BT, entropy_BT = make_scorer(policy, 0.9, 8)(params, sharding.put_batch(batch, mesh))
         noise_BT = np.random.default_rng(0).normal(0, 0.5, logp_BT.shape).astype(np.float32)
         batch = dataclasses.replace(batch, old_logp_BT=np.asarray(logp_BT) + noise_BT)
-        rollout = Sampler(policy, Rule(0.9), 2, 12, (1, 2), tiny.PAD, replay)(params, prompts, jax.random.key(1))
+        sampler = Sampler(policy, Rule(0.9), 2, 12, (1, 2), tiny.PAD, replay, slots=8)  # half of the completions wait
+        rollout = sampler(params, prompts, jax.random.key(1))
 
         state = jax.jit(lambda p: init_state(p, tx), out_shardings=placed)(params)
         update = make_update(policy, tx, policy_loss(cfg), 8, placed)

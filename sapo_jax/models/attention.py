@@ -90,12 +90,12 @@ class Attention(nnx.Module):
         grouped = lambda p: p[...].reshape(*p.shape[:-2], K, -1, h)  # by key head, so that `tensor` splits all alike
         joined = lambda *parts: jnp.concatenate([grouped(p) for p in parts], axis=-2).astype(dtype)
         qkv_DKnh = joined(self.q, self.k, self.v)
-        project = kernels.few_rows_product(qkv_DKnh.reshape(D, -1))
-        output = kernels.few_rows_product(self.o[...].reshape(H * h, D).astype(dtype))
+        project = kernels.few_rows_product(qkv_DKnh, None, "kv_heads", None, None)
+        output = kernels.few_rows_product(self.o[...].reshape(H * h, D).astype(dtype), "heads", None)
         bias_Knh = joined(self.q_bias, self.k_bias, self.v_bias) if self.biased else None
 
         def attend(x_BD, rotations, k_BKhT, v_BKTh, first_B, slot):
-            qkv_BKnh = project(x_BD).reshape(-1, *qkv_DKnh.shape[1:])
+            qkv_BKnh = constrain(project(x_BD), "batch", "kv_heads", None, None)
             qkv_BKnh = qkv_BKnh + bias_Knh if self.biased else qkv_BKnh
             q, k, v = jnp.split(qkv_BKnh, [G, G + 1], axis=2)
             if self.q_norm is not None:

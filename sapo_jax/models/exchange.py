@@ -10,13 +10,14 @@ passes a link once each way whatever k is: for e <= k that is no more than sendi
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from sapo_jax import kernels
-from sapo_jax.sharding import alone, on_tpu, spec
+from sapo_jax.sharding import RULES, alone, lay_out, on_tpu, spec
 from sapo_jax.types import Array
 
 EXPERT, FSDP, TENSOR = "expert", "fsdp", "tensor"
@@ -27,47 +28,65 @@ def to_experts(x_BTD, ids_BTk, gate_BTk, gate_EDF, up_EDF, down_EFD) -> Array:
     """sum over k of gate_k * SwiGLU_{ids_k}(x), BTD."""
     if alone():
         return _mix(x_BTD, ids_BTk, gate_BTk, gate_EDF, up_EDF, down_EFD)
-    mesh = jax.sharding.get_abstract_mesh()
-    rows, wide, tall = spec("batch", None, None), spec("experts", "embed", "mlp"), spec("experts", "mlp", "embed")
-    in_specs = (rows, rows, rows, wide, wide, tall)
-    exchange = functools.partial(_exchange, shards=mesh.shape[EXPERT])
-    exchange = jax.shard_map(exchange, in_specs=in_specs, out_specs=rows, check_vma=False)
-    return exchange(x_BTD, ids_BTk, gate_BTk, gate_EDF, up_EDF, down_EFD)
+    weights = ((gate_EDF, ("experts", "embed", "mlp")), (up_EDF, ("experts", "embed", "mlp")),
+               (down_EFD, ("experts", "mlp", "embed")))  # fmt: skip
+    return _on_mesh(x_BTD, ids_BTk, gate_BTk, weights, over=(EXPERT,), gather=FSDP)
 
 
 def decoding_experts(gate_EDF, up_EDF, down_EFD) -> Callable:
-    """`to_experts` with these weights, for a decode loop. On a CPU alone, a few rows go through all experts in two
-    matrix products, for which the weights are laid out here, once."""
+    """`to_experts` with these weights, for a decode loop; they are laid out here, once.
+
+    On a mesh the experts are split over `fsdp` too, so that the tokens go to them and no weight is gathered. On a CPU
+    alone, a few rows go through all experts in two matrix products.
+    """
     E, D, F = gate_EDF.shape
+    if not alone():
+        over = RULES["decode_experts"]
+        if E % math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in over):
+            return lambda *tokens: to_experts(*tokens, gate_EDF, up_EDF, down_EFD)
+        wide, tall = ("decode_experts", None, "mlp"), ("decode_experts", "mlp", None)
+        weights = [(lay_out(w, *dims), dims) for w, dims in ((gate_EDF, wide), (up_EDF, wide), (down_EFD, tall))]
+        return lambda *tokens: _on_mesh(*tokens, weights, over=over)
     joined_DcEF = jnp.stack([gate_EDF, up_EDF], axis=1).transpose(2, 1, 0, 3)  # no work if it is not used
-    wide = kernels.few_rows_product(joined_DcEF.reshape(D, 2 * E * F))
-    down = kernels.few_rows_product(down_EFD.reshape(E * F, D))
+    both, down = kernels.few_rows_product(joined_DcEF), kernels.few_rows_product(down_EFD.reshape(E * F, D))
 
     def mix(x_B1D, ids_B1k, gate_B1k) -> Array:
-        if not alone() or on_tpu() or len(x_B1D) > FEW:
+        if on_tpu() or len(x_B1D) > FEW:
             return to_experts(x_B1D, ids_B1k, gate_B1k, gate_EDF, up_EDF, down_EFD)
         chosen_BkE = jax.nn.one_hot(ids_B1k[:, 0], E, dtype=x_B1D.dtype)
         gate_BE = jnp.einsum("bk,bke->be", gate_B1k[:, 0], chosen_BkE)
-        y_BcEF = wide(x_B1D[:, 0]).reshape(-1, 2, E, F)
+        y_BcEF = both(x_B1D[:, 0])
         y_BEF = jax.nn.silu(y_BcEF[:, 0]) * y_BcEF[:, 1] * gate_BE[..., None]
         return down(y_BEF.reshape(-1, E * F))[:, None]
 
     return mix
 
 
-def _exchange(x_BTD, ids_BTk, gate_BTk, gate_EDF, up_EDF, down_EFD, *, shards: int) -> Array:
+def _on_mesh(x_BTD, ids_BTk, gate_BTk, weights, *, over: tuple[str, ...], gather: str = "") -> Array:
+    """weights: three pairs of array and logical dims. over: the axes that split the experts; gather: the axis that
+    splits D, if any."""
+    rows = spec("batch", None, None)
+    arrays, dims = zip(*weights, strict=True)
+    shards = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in over)
+    exchange = functools.partial(_exchange, over=over, shards=shards, gather=gather)
+    in_specs = (rows, rows, rows, *(spec(*names) for names in dims))
+    exchange = jax.shard_map(exchange, in_specs=in_specs, out_specs=rows, check_vma=False)
+    return exchange(x_BTD, ids_BTk, gate_BTk, *arrays)
+
+
+def _exchange(x_BTD, ids_BTk, gate_BTk, gate_EDF, up_EDF, down_EFD, *, over, shards: int, gather: str) -> Array:
     """On one device: its tokens and its share of the weights."""
-    whole = lambda w, dim: jax.lax.all_gather(w, FSDP, axis=dim, tiled=True)
+    whole = lambda w, dim: jax.lax.all_gather(w, gather, axis=dim, tiled=True) if gather else w
     weights = whole(gate_EDF, 1), whole(up_EDF, 1), whole(down_EFD, 2)
     if shards > 1:
-        gather = lambda x: jax.lax.all_gather(x, EXPERT, axis=0, tiled=True)
-        x_BTD, ids_BTk, gate_BTk = gather(x_BTD), gather(ids_BTk), gather(gate_BTk)
+        collect = lambda x: jax.lax.all_gather(x, over, axis=0, tiled=True)
+        x_BTD, ids_BTk, gate_BTk = collect(x_BTD), collect(ids_BTk), collect(gate_BTk)
         E = len(gate_EDF)
-        ids_BTk = ids_BTk - jax.lax.axis_index(EXPERT) * E
+        ids_BTk = ids_BTk - jax.lax.axis_index(over) * E
         ids_BTk = jnp.where((ids_BTk >= 0) & (ids_BTk < E), ids_BTk, E)  # E: another device's
     y_BTD = _mix(x_BTD, ids_BTk, gate_BTk, *weights, strangers=shards > 1)
     y_BTD = jax.lax.psum(y_BTD, TENSOR)
-    return jax.lax.psum_scatter(y_BTD, EXPERT, scatter_dimension=0, tiled=True) if shards > 1 else y_BTD
+    return jax.lax.psum_scatter(y_BTD, over, scatter_dimension=0, tiled=True) if shards > 1 else y_BTD
 
 
 def _mix(x_BTD, ids_BTk, gate_BTk, gate_EDF, up_EDF, down_EFD, *, strangers: bool = False) -> Array:

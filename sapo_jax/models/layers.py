@@ -22,6 +22,25 @@ def zeros(shape: tuple[int, ...], dims: tuple[str | None, ...]) -> nnx.Param:
     return nnx.Param(jnp.zeros(shape, jnp.float32), dims=dims)
 
 
+@jax.custom_vjp
+def product(x: Array, w: Array) -> Array:
+    """x w over the last dim of x, [..., D] and [D, F]; autodiff's own rule, with the products in another order.
+
+    XLA on CPU lays out anew what it sums over rows of; for w's gradient autodiff has it do so with the cotangent, which
+    is computed once more for that (MLP: a fifth of the update). Here it is x.
+    """
+    return x @ w
+
+
+def _product_backward(kept, d_out):
+    x, w = kept
+    rows = lambda x: x.reshape(-1, x.shape[-1])
+    return jnp.einsum("...f,df->...d", d_out, w), jnp.einsum("nd,nf->df", rows(x), rows(d_out))
+
+
+product.defvjp(lambda x, w: (x @ w, (x, w)), _product_backward)
+
+
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps) * scale over the last dim, in float32 (Zhang & Sennrich, arXiv 1910.07467)."""
 
@@ -45,16 +64,16 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BTD: Array) -> Array:
         gate, up, down = (p[...].astype(x_BTD.dtype) for p in (self.gate, self.up, self.down))
-        return (jax.nn.silu(x_BTD @ gate) * (x_BTD @ up)) @ down
+        return product(jax.nn.silu(product(x_BTD, gate)) * product(x_BTD, up), down)
 
     def decoder(self, dtype) -> Callable:
         """`__call__` for one token per row, x_BD -> y_BD; gate and up are put side by side here, once."""
-        D, F = self.gate.shape
         joined_DcF = jnp.stack([self.gate[...], self.up[...]], axis=1).astype(dtype)
-        wide, down = few_rows_product(joined_DcF.reshape(D, 2 * F)), few_rows_product(self.down[...].astype(dtype))
+        wide = few_rows_product(joined_DcF, None, None, "decode_mlp")
+        down = few_rows_product(self.down[...].astype(dtype), "decode_mlp", None)
 
         def mlp(x_BD: Array) -> Array:
-            y_BcF = wide(x_BD).reshape(-1, 2, F)
+            y_BcF = wide(x_BD)
             return down(jax.nn.silu(y_BcF[:, 0]) * y_BcF[:, 1])
 
         return mlp

@@ -173,7 +173,7 @@ class Qwen3(nnx.Module):
     def decoder(self, positions: int) -> Decoder:
         """For `decode` at positions below this. Made once before a loop of it, which then holds no slice of a stacked
         array, lays out no weight and computes no cosine."""
-        product, table = few_rows_product(self.head_VD().T), jnp.arange(positions)[:, None]
+        product, table = few_rows_product(self.head_VD().T, None, "decode_vocab"), jnp.arange(positions)[:, None]
         return Decoder(
             [block.decoder(self.dtype) for block in self.blocks()],
             lambda hidden_BD: product(hidden_BD).astype(jnp.float32),
