@@ -118,7 +118,7 @@ class Memory:
     activations: float  # kept for the backward pass, and one layer being worked on
     logits: float  # one slice of the vocabulary, and its gradient
     kv_cache: float
-    decode_weights: float  # the layers, unstacked for the decode loop
+    decode_weights: float  # layers and head, laid out for the decode loop in the compute dtype
     recorded_experts: float  # r3: ids of the whole rollout, while it is sampled
     replayed_experts: float  # ids of a mini-batch (routing_on: host) or of the whole rollout
 
@@ -146,8 +146,7 @@ def memory(cfg: Config, vocab_size: int) -> Memory:
     (`mesh.data: 0` counts as 1). Rows are counted as one sequence each, or as train.row_tokens. Activations of n rows
     on a device: with remat `none` all that a layer computes, with `dots` the results of its matmuls, with `full` its
     input, with `attention` also attention's output; all but `none` also hold one layer that is being recomputed. The
-    KV cache is that of the rollout or of an evaluation batch, whichever has more sequences at a time; with
-    rollout.slots also that of the rollout's prompts, which wait.
+    KV cache is that of the rollout or of an evaluation batch, whichever has more; see rollout.decode.
     """
     model, mesh = cfg.model, cfg.mesh
     T = cfg.train.row_tokens or cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
@@ -158,7 +157,6 @@ def memory(cfg: Config, vocab_size: int) -> Memory:
     in_experts = sum(model.sparse_layers) * model.num_experts * _expert(model)
     split = mesh.fsdp * mesh.tensor
     parameters = 4 * ((count.total - in_experts) + in_experts / mesh.expert) / split
-    layers = parameters - 4 * count.embedding / split
 
     mini = cfg.rollout.prompts_per_step * cfg.rollout.group_size // cfg.train.mini_batches
     rows = cfg.train.micro_batch or mini
@@ -170,11 +168,10 @@ def memory(cfg: Config, vocab_size: int) -> Memory:
     activations += 0 if model.remat == "none" else max(all_of_it for all_of_it, _, _ in layer_bytes)
 
     evaluated = min(cfg.evaluate.batch_prompts, cfg.data.held_out) * cfg.evaluate.samples
-    rollouts = cfg.rollout.prompts_per_step * cfg.rollout.group_size, evaluated
-    sampled = max(min(cfg.rollout.slots or n, n) for n in rollouts) / shards
-    waiting = cfg.rollout.prompts_per_step * cfg.data.max_prompt_tokens / shards if cfg.rollout.slots else 0
+    rollout = cfg.rollout.prompts_per_step * cfg.rollout.group_size
+    columns = max(_columns(cfg, n) for n in (rollout, evaluated)) / shards
     per_token = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim / mesh.tensor * itemsize
-    replay, rollout = cfg.train.routing_replay, mini * cfg.train.mini_batches
+    replay = cfg.train.routing_replay
     experts = routing_bytes(model) * T / shards
     return Memory(
         parameters=parameters,
@@ -183,11 +180,31 @@ def memory(cfg: Config, vocab_size: int) -> Memory:
         gradients=parameters * (2 if cfg.train.micro_batch else 1),
         activations=activations,
         logits=2 * 4 * n * T * min(vocab_size, model.vocab_chunk),
-        kv_cache=(sampled * (T - 1) + waiting) * per_token,
-        decode_weights=layers,
+        kv_cache=columns * per_token,
+        decode_weights=_decode_weights(cfg, vocab_size, itemsize),
         recorded_experts=rollout * experts if replay == "r3" else 0,
         replayed_experts=(mini if cfg.train.routing_on == "host" else rollout) * experts if replay != "none" else 0,
     )
+
+
+def _columns(cfg: Config, n: int) -> int:
+    """Of the KV cache, for n completions: in all slots, and of prompts that wait for one (see rollout.decode)."""
+    S, C, slots = cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens, min(cfg.rollout.slots or n, n)
+    if slots == n:
+        return n * (S + C - 1)
+    spare = max(min(C, 64), -(-C // 4))
+    return slots * (S + C - 1 + spare) + -(-n // cfg.rollout.group_size) * S
+
+
+def _decode_weights(cfg: Config, vocab_size: int, itemsize: int) -> float:
+    """Bytes on one device: attention is split over tensor; MLPs and head over fsdp, too; experts over all three."""
+    model, mesh = cfg.model, cfg.mesh
+    sparse, split = sum(model.sparse_layers), mesh.tensor * mesh.fsdp
+    experts = sparse * model.num_experts * _expert(model)
+    mlps = (model.num_hidden_layers - sparse) * 3 * model.hidden_size * model.intermediate_size
+    attention = parameter_count(model, 0).total - experts - mlps
+    head = vocab_size * model.hidden_size
+    return itemsize * (attention / mesh.tensor + (mlps + head) / split + experts / (split * mesh.expert))
 
 
 def _layer_bytes(model: Model, sparse: bool, tokens: float, T: int, itemsize: int, tensor: int):

@@ -31,6 +31,7 @@ RULES: dict[str, str | tuple[str, ...]] = {
     "sequence": "context",
     "tokens": ("data", "fsdp", "expert", "context"),  # rows of tokens, put one behind the other
     # while decoding: weights stay where they are, the few tokens of a step go to them
+    "decode_tokens": ("data", "expert"),
     "decode_experts": ("fsdp", "expert"),
     "decode_mlp": ("tensor", "fsdp"),
     "decode_vocab": ("tensor", "fsdp"),
@@ -118,8 +119,8 @@ def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
 
 
 def lay_out(w: jax.Array, *dims: str | None) -> jax.Array:
-    """`constrain` for a weight of a decode loop: a dim that all of its axes do not divide evenly is split over the
-    first of them alone, or not at all."""
+    """`constrain` for the decode loop, whatever the sizes: a dim that all of its axes do not divide evenly is split
+    over the first of them alone, or not at all."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return w

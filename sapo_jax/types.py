@@ -27,7 +27,7 @@ import numpy as np
 Array = jax.Array | np.ndarray
 Params = dict[str, Any]  # nested dict of arrays
 
-FinishReason = Literal["stop", "length"]  # the model ended the completion / max_new_tokens was reached
+FinishReason = Literal["stop", "length"]  # the model ended the completion / it reached its limit (max_new_tokens)
 FINISH_REASONS: tuple[str, ...] = get_args(FinishReason)
 
 # ok / wrong: the verifier judged the answer. unparsable: there was no answer to judge (reward 0).

@@ -30,27 +30,24 @@ def slow_attention(q, k, v, q_positions, k_positions, q_segments, k_segments):
     return out
 
 
-def attention_example(H: int, K: int, T: int = 11, S: int = 11, h: int = 5):
+def attention_example(H: int, K: int, T: int = 11, h: int = 5):
     """A packed row with padding at its end, a left-padded one, one that is padding alone."""
     rng = np.random.default_rng(H * 10 + K)
     # Not larger: a score's rounding error grows with the score, and is the relative error of the softmax weight.
-    q, k, v = (rng.standard_normal((3, n, heads, h)).astype(np.float32) for n, heads in ((T, H), (S, K), (S, K)))
+    q, k, v = (rng.standard_normal((3, T, heads, h)).astype(np.float32) for heads in (H, K, K))
     segments = np.array([[1] * 4 + [2] * 5 + [0] * 2, [0] * 3 + [1] * 8, [0] * 11])
     positions = np.array([[*range(4), *range(5), 0, 0], [0] * 3 + [*range(8)], [0] * 11])
-    return q, k, v, positions[:, :T], positions[:, :S], segments[:, :T], segments[:, :S]
-
-
-def call(q, k, v, positions, _, segments, __):
-    return attention(q, k, v, positions, segments)
+    return q, k, v, positions, segments
 
 
 @pytest.mark.parametrize(("H", "K"), [(4, 4), (4, 2), (6, 1)])
 def test_attention(H, K):
     """Grouped heads, packed rows, padding: finite at the padding, right everywhere else."""
     example = attention_example(H, K)
-    out = np.asarray(quick_jit(call)(*example))
-    expected = slow_attention(*example)
-    real_BT = example[5] > 0
+    out = np.asarray(quick_jit(attention)(*example))
+    q, k, v, positions, segments = example
+    expected = slow_attention(q, k, v, positions, positions, segments, segments)
+    real_BT = segments > 0
     assert np.isfinite(out).all()
     assert np.isfinite(expected[real_BT]).all() and real_BT.any(axis=1).tolist() == [True, True, False]
     np.testing.assert_allclose(out[real_BT], expected[real_BT], atol=1e-6)
@@ -61,7 +58,7 @@ def test_attention_gradients_do_not_leak():
     q, k, v, *rest = attention_example(4, 2)
 
     def first_segment(q, k, v):
-        return jnp.sum(jnp.sin(call(q, k, v, *rest)[0, :4]))
+        return jnp.sum(jnp.sin(attention(q, k, v, *rest)[0, :4]))
 
     for gradient, t in zip(quick_jit(jax.grad(first_segment, argnums=(0, 1, 2)))(q, k, v), (4, 4, 4), strict=True):
         assert np.isfinite(gradient).all() and np.any(gradient[0, :t])
@@ -75,7 +72,7 @@ def test_attention_scores_are_float32_in_bfloat16_compute():
     k = jnp.array([[256, 0, 0, 0], [256, 1, 0, 0]], jnp.bfloat16)[None, :, None]
     v = jnp.array([[0.0] * 4, [1.0] * 4], jnp.bfloat16)[None, :, None]
     zeros, ones = np.zeros((1, 2), int), np.ones((1, 2), int)
-    out = call(q, k, v, zeros + 1, zeros, ones, ones)
+    out = attention(q, k, v, zeros, ones)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(out[0, 0, 0].astype(np.float32), 1 / (1 + np.exp(-1)), rtol=0.01)
 

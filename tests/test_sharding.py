@@ -130,6 +130,23 @@ def test_optimizer_moments_live_with_their_parameters():
     assert all(specs[name] == P() for name in specs if name not in moments and not name.startswith(".params"))
 
 
+@pytest.mark.parametrize(
+    ("sizes", "shape", "dims", "expected"),
+    [
+        ({"fsdp": 2, "tensor": 2}, (8, 12), (None, "decode_mlp"), (None, ("tensor", "fsdp"))),
+        ({"fsdp": 2, "tensor": 3}, (8, 9), (None, "decode_mlp"), (None, ("tensor",))),  # not by 6, but by 3
+        ({"fsdp": 2, "tensor": 2}, (8, 9), ("kv_heads", "decode_vocab"), (("tensor",), None)),
+    ],
+)
+def test_lay_out_takes_what_divides(sizes, shape, dims, expected):
+    mesh = jax.sharding.AbstractMesh(
+        tuple({axis: sizes.get(axis, 1) for axis in sharding.AXES}.values()), sharding.AXES
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+        found = jax.make_jaxpr(lambda w: sharding.lay_out(w, *dims))(jnp.zeros(shape))
+    assert found.eqns[0].params["sharding"].spec == jax.sharding.PartitionSpec(*expected)
+
+
 def test_without_a_mesh_constrain_does_nothing():
     x = jnp.ones((3, 2))
     assert sharding.constrain(x, "batch", None) is x

@@ -147,8 +147,8 @@ class Rollout:
     prompts_per_step: Count = 32  # P
     group_size: Annotated[int, pydantic.Field(ge=2)] = 8  # G
     max_new_tokens: Count = 64
-    # Completions that are written at a time; one that is done leaves its slot to the next (0: all at once). Fewer take
-    # less memory, and less time where the longest are much longer than the others.
+    # Completions that are written at a time, also in evaluations; one that is done leaves its slot to the next (0: all
+    # at once). Fewer take less memory, and less time where the longest are much longer than the others.
     slots: CountOrZero = 0
     temperature: Positive = 1.0  # also divides the logits in the scorer
     top_k: CountOrZero = 0  # 0: off

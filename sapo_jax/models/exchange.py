@@ -47,11 +47,13 @@ def decoding_experts(gate_EDF, up_EDF, down_EFD) -> Callable:
         wide, tall = ("decode_experts", None, "mlp"), ("decode_experts", "mlp", None)
         weights = [(lay_out(w, *dims), dims) for w, dims in ((gate_EDF, wide), (up_EDF, wide), (down_EFD, tall))]
         return lambda *tokens: _on_mesh(*tokens, weights, over=over)
+    if on_tpu():
+        return lambda *tokens: to_experts(*tokens, gate_EDF, up_EDF, down_EFD)
     joined_DcEF = jnp.stack([gate_EDF, up_EDF], axis=1).transpose(2, 1, 0, 3)  # no work if it is not used
     both, down = kernels.few_rows_product(joined_DcEF), kernels.few_rows_product(down_EFD.reshape(E * F, D))
 
     def mix(x_B1D, ids_B1k, gate_B1k) -> Array:
-        if on_tpu() or len(x_B1D) > FEW:
+        if len(x_B1D) > FEW:
             return to_experts(x_B1D, ids_B1k, gate_B1k, gate_EDF, up_EDF, down_EFD)
         chosen_BkE = jax.nn.one_hot(ids_B1k[:, 0], E, dtype=x_B1D.dtype)
         gate_BE = jnp.einsum("bk,bke->be", gate_B1k[:, 0], chosen_BkE)

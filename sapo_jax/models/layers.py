@@ -34,8 +34,8 @@ def product(x: Array, w: Array) -> Array:
 
 def _product_backward(kept, d_out):
     x, w = kept
-    rows = lambda x: x.reshape(-1, x.shape[-1])
-    return jnp.einsum("...f,df->...d", d_out, w), jnp.einsum("nd,nf->df", rows(x), rows(d_out))
+    tokens = tuple(range(x.ndim - 1))
+    return jnp.einsum("...f,df->...d", d_out, w), jnp.tensordot(x, d_out, (tokens, tokens))
 
 
 product.defvjp(lambda x, w: (x @ w, (x, w)), _product_backward)
@@ -69,8 +69,8 @@ class MLP(nnx.Module):
     def decoder(self, dtype) -> Callable:
         """`__call__` for one token per row, x_BD -> y_BD; gate and up are put side by side here, once."""
         joined_DcF = jnp.stack([self.gate[...], self.up[...]], axis=1).astype(dtype)
-        wide = few_rows_product(joined_DcF, None, None, "decode_mlp")
-        down = few_rows_product(self.down[...].astype(dtype), "decode_mlp", None)
+        wide = few_rows_product(joined_DcF, None, None, "decode_mlp", rows="decode_tokens")
+        down = few_rows_product(self.down[...].astype(dtype), "decode_mlp", None, rows="decode_tokens")
 
         def mlp(x_BD: Array) -> Array:
             y_BcF = wide(x_BD)

@@ -17,6 +17,7 @@ from flax import nnx
 from sapo_jax.config.schema import Model
 from sapo_jax.models.exchange import decoding_experts, to_experts
 from sapo_jax.models.layers import parameter
+from sapo_jax.sharding import lay_out
 from sapo_jax.types import Array
 
 
@@ -79,7 +80,8 @@ class MoE(nnx.Module):
 
     def __call__(self, x_BTD: Array, segment_ids_BT: Array, replay_BTk: Array | None = None) -> tuple[Array, Routing]:
         E = self.router.shape[1]
-        prob_BTE, chosen_BTk, ids_BTk, gate_BTk = self._route(x_BTD, replay_BTk)
+        router_DE = self.router[...].astype(x_BTD.dtype)
+        prob_BTE, chosen_BTk, ids_BTk, gate_BTk = self._route(x_BTD, router_DE, replay_BTk)
         weights = (p[...].astype(x_BTD.dtype) for p in (self.gate, self.up, self.down))
         y_BTD = to_experts(x_BTD, ids_BTk, gate_BTk.astype(x_BTD.dtype), *weights)
         return y_BTD, _routing(chosen_BTk, prob_BTE, segment_ids_BT > 0, E, replay_BTk)
@@ -87,19 +89,19 @@ class MoE(nnx.Module):
     def decoder(self, dtype) -> Callable:
         """`__call__` for one token per row, x_BD -> (y_BD, expert_ids_Bk); weights are cast once, here."""
         id_dtype = np.min_scalar_type(self.router.shape[1])
+        router_DE = lay_out(self.router[...].astype(dtype), None, None)
         experts = decoding_experts(*(p[...].astype(dtype) for p in (self.gate, self.up, self.down)))
 
         def mlp(x_BD: Array) -> tuple[Array, Array]:
-            _, _, ids_B1k, gate_B1k = self._route(x_BD[:, None])
+            _, _, ids_B1k, gate_B1k = self._route(x_BD[:, None], router_DE)
             y_B1D = experts(x_BD[:, None], ids_B1k, gate_B1k.astype(dtype))
             return y_B1D[:, 0], ids_B1k[:, 0].astype(id_dtype)
 
         return mlp
 
-    def _route(self, x_BTD: Array, replay_BTk: Array | None = None) -> tuple[Array, Array, Array, Array]:
+    def _route(self, x_BTD: Array, router_DE: Array, replay_BTk: Array | None = None) -> tuple[Array, ...]:
         """The probabilities BTE, the experts that the router chooses, those that are taken, and their gates, BTk."""
-        E = self.router.shape[1]
-        router_DE = self.router[...].astype(x_BTD.dtype)
+        E = router_DE.shape[1]
         logits_BTE = jnp.einsum("btd,de->bte", x_BTD, router_DE, preferred_element_type=jnp.float32)
         prob_BTE = jax.nn.softmax(logits_BTE, axis=-1)
         _, chosen_BTk = jax.lax.top_k(prob_BTE, self.k)

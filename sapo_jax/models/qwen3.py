@@ -1,6 +1,7 @@
 """Qwen3, dense and MoE (arXiv 2505.09388): one block, attention + (MLP or MoE), pre-norm, stacked over layers.
 
-One definition serves the sampler (prefill, decode) and the scorer, so that their log-probabilities agree. `layers` is a
+One set of modules serves the sampler (prefill, and `decoder`, their form for one token per row) and the scorer; that
+their log-probabilities agree is tested (tests/rollout/test_agreement.py). `layers` is a
 list of stacks, one per run of consecutive layers of the same kind: a single one, unless dense and sparse layers mix.
 """
 
@@ -173,10 +174,11 @@ class Qwen3(nnx.Module):
     def decoder(self, positions: int) -> Decoder:
         """For `decode` at positions below this. Made once before a loop of it, which then holds no slice of a stacked
         array, lays out no weight and computes no cosine."""
-        product, table = few_rows_product(self.head_VD().T, None, "decode_vocab"), jnp.arange(positions)[:, None]
+        head = few_rows_product(self.head_VD().T, None, "decode_vocab", rows="decode_tokens", dtype=jnp.float32)
+        table = jnp.arange(positions)[:, None]
         return Decoder(
             [block.decoder(self.dtype) for block in self.blocks()],
-            lambda hidden_BD: product(hidden_BD).astype(jnp.float32),
+            lambda hidden_BD: constrain(head(hidden_BD), "batch", None),
             rotations(table, self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling),
         )
 

@@ -50,6 +50,8 @@ class Workload:
         T = cfg.train.row_tokens or bucket(S + C)
         per_row = T // (S + C)
         rows = -(-P * G // cfg.train.mini_batches // per_row)
+        if cfg.rollout.slots:
+            raise PlanError("rollout.slots: the plan is of completions that start together; set 0, and use --at-once")
         at_once = sampled_at_once or P * G
         if at_once % G or P * G % at_once:
             raise PlanError(f"sampling {at_once} sequences at once: take a multiple of {G} that divides {P * G}")
@@ -180,6 +182,7 @@ class Programs:
         sampler, B = self.sampler, self.work.sampled_at_once
         placed = sharding.batch_sharding(self.mesh)
         rows = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed if x.ndim else None)
+        by_head = sharding.shardings(self.mesh, ("batch", "kv_heads", None, None))
 
         def start(params, *prompts):
             model = self.policy.bind(params)
@@ -193,6 +196,9 @@ class Programs:
             return decode(self.policy.bind(params), requests, slots, sampler.rule, NO_STOP, narrow=False)
 
         requests, slots = jax.tree.map(rows, jax.eval_shape(start, self.params, *self._prompts()))
+        cached = lambda layers: tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_head) for x in layers)
+        place = lambda cache: dataclasses.replace(cache, k=cached(cache.k), v=cached(cache.v))
+        requests, slots = (dataclasses.replace(x, cache=place(x.cache)) for x in (requests, slots))
         return jax.jit(run), self.params, requests, slots
 
 

@@ -44,7 +44,7 @@ def truncate(logits_BV: Array, rule: Rule) -> Array:
 def _nucleus(logits_BV: Array, top_p: float) -> Array:
     """B1, the largest logit t with p(logits >= t) >= top_p: float32 in their order as integers, bisected bit by bit."""
     prob_BV = jax.nn.softmax(logits_BV, axis=-1)
-    bits_BV = jax.lax.bitcast_convert_type(logits_BV + 0.0, jnp.int32)  # + 0.0: one zero
+    bits_BV = jax.lax.bitcast_convert_type(logits_BV, jnp.int32)
     order_BV = jnp.where(bits_BV < 0, bits_BV ^ 0x7FFFFFFF, bits_BV)
 
     def halve(_, ends):
@@ -65,20 +65,25 @@ def draw(uniform_B: Array, logits_BV: Array) -> tuple[Array, Array]:
     the part of LANE tokens is found, then the token in it: no running sum over all V.
     """
     B, V = logits_BV.shape
+
+    def first(upto_BN: Array, goal_B: Array, weight_BN: Array) -> Array:
+        """Where the running sum passes the goal, at something of weight; where rounding never does, at the largest."""
+        passed_BN = (upto_BN > goal_B[:, None]) & (weight_BN > 0)
+        return jnp.where(passed_BN.any(axis=-1), jnp.argmax(passed_BN, axis=-1), jnp.argmax(weight_BN, axis=-1))
+
     max_B1 = logits_BV.max(axis=-1, keepdims=True)
     weight_BV = jnp.pad(jnp.exp(logits_BV - max_B1), [(0, 0), (0, -V % LANE)])
     weight_BnL = weight_BV.reshape(B, -1, LANE)
-    upto_Bn = jnp.cumsum(weight_BnL.sum(axis=-1), axis=-1)
+    sum_Bn = weight_BnL.sum(axis=-1)
+    upto_Bn = jnp.cumsum(sum_Bn, axis=-1)
     total_B = upto_Bn[:, -1]
     goal_B = uniform_B * total_B
-    part_B = jnp.minimum((upto_Bn <= goal_B[:, None]).sum(axis=-1), upto_Bn.shape[1] - 1)
+    part_B = first(upto_Bn, goal_B, sum_Bn)
 
     pick = lambda x_BN, i_B: jnp.take_along_axis(x_BN, i_B[:, None], axis=1)[:, 0]
     weight_BL = jnp.take_along_axis(weight_BnL, part_B[:, None, None], axis=1)[:, 0]
-    before_B = pick(upto_Bn, part_B) - weight_BL.sum(axis=-1)
-    passed_BL = (before_B[:, None] + jnp.cumsum(weight_BL, axis=-1) > goal_B[:, None]) & (weight_BL > 0)
-    # where rounding passes all of the part by: its most probable token
-    place_B = jnp.where(passed_BL.any(axis=-1), jnp.argmax(passed_BL, axis=-1), jnp.argmax(weight_BL, axis=-1))
+    before_B = pick(upto_Bn, part_B) - pick(sum_Bn, part_B)
+    place_B = first(before_B[:, None] + jnp.cumsum(weight_BL, axis=-1), goal_B, weight_BL)
     token_B = (part_B * LANE + place_B).astype(jnp.int32)
     return token_B, pick(logits_BV, token_B) - max_B1[:, 0] - jnp.log(total_B)
 

@@ -21,8 +21,8 @@ from sapo_jax.rollout.choice import Rule, choose
 from sapo_jax.sharding import alone, constrain
 from sapo_jax.types import Array
 
-PARTS = 4  # the cache has so many widths at most, each wider by this share of the new tokens ...
-LEAST = 64  # ... and by no fewer columns
+PARTS = 4  # in so many steps at most the cache is widened to all new tokens ...
+LEAST = 64  # ... each of no fewer columns
 
 
 @jax.tree_util.register_dataclass
@@ -60,9 +60,9 @@ class Slots:
 def phases(S: int, C: int, N: int, R: int, narrow: bool = True) -> tuple[list[tuple[int, int]], int]:
     """(slots, columns) of each phase, and by how much columns grow: for S prompt tokens (the last one is passed by the
     loop) and C new ones at most. With refills, N > R, there is room beyond, so that columns are not shifted out at
-    every step. Few completions of few tokens are not worth a program with fewer slots; and those of a mesh stay.
-    narrow: with phases of fewer slots, which take the place of none where all completions end together."""
-    step = max(LEAST, -(-C // PARTS))
+    every step. Phases of fewer slots come last, with all columns; few completions, few tokens, and a mesh have none.
+    narrow: False leaves them out, for completions that end together."""
+    step = -(-C // max(1, min(PARTS, C // LEAST)))
     last = S + C - 1 + (step if N > R else 0)
     fewer = [R // 2, R // 4] if narrow and alone() and C > LEAST and R >= 8 else []
     return [(R, columns) for columns in [*range(S - 1 + step, last, step), last]] + [(n, last) for n in fewer], step
@@ -71,10 +71,11 @@ def phases(S: int, C: int, N: int, R: int, narrow: bool = True) -> tuple[list[tu
 def first_slots(requests: Requests, R: int, C: int, pad_id: int, expert_ids_NCLk: Array | None = None) -> Slots:
     """R slots with the first R requests; expert_ids_NCLk: what to fill in, if routing is to be recorded."""
     N, prompt_R = len(requests.limit_N), requests.prompt_N[:R]
-    rows = lambda x: constrain(x[prompt_R], "batch", *(None,) * (x.ndim - 1))
-    k, v = tuple(map(rows, requests.cache.k)), tuple(map(rows, requests.cache.v))
+    prompts = requests.cache
+    rows = lambda x: constrain(x[prompt_R], "batch", "kv_heads", None, None)
+    first_R = constrain(prompts.first_B[prompt_R], "batch")
     # the prompt's last token is passed by the first step
-    cache = KVCache(k, v, rows(requests.cache.first_B), requests.cache.used - 1)
+    cache = KVCache(tuple(map(rows, prompts.k)), tuple(map(rows, prompts.v)), first_R, prompts.used - 1)
     return Slots(
         started=jnp.int32(R),
         live_R=requests.limit_N[:R] > 0,
@@ -131,18 +132,18 @@ def _phase(requests: Requests, slots: Slots, step, enough: int, *, refill: bool,
 def _step(model: Qwen3, decoder: Decoder, requests: Requests, slots: Slots, rule: Rule, stop_ids) -> Slots:
     """One token of every slot passes the model, and the next one is drawn."""
     hidden_RD, cache, ids_RLk = model.decode(decoder, slots.token_R, slots.position_R, slots.cache)
-    uniform_R = requests.uniform_NC[slots.request_R, slots.n_R]  # of a slot that is done the last one again
+    uniform_R = requests.uniform_NC[slots.request_R, jnp.minimum(slots.n_R, requests.uniform_NC.shape[1] - 1)]
     token_R, logp_R = choose(uniform_R, decoder.logits(hidden_RD), rule)
     request_R = jnp.where(slots.live_R, slots.request_R, len(slots.length_N))  # out of bounds: dropped
     write = lambda array_NC, value_R: array_NC.at[request_R, slots.n_R].set(value_R, mode="drop")
-    n_R, ids_NCLk = slots.n_R + 1, slots.expert_ids_NCLk
+    n_R, ids_NCLk = slots.n_R + slots.live_R, slots.expert_ids_NCLk  # a slot that is done stands still
     more_R = ~is_stop(token_R, stop_ids) & (n_R < requests.limit_N[slots.request_R])
     return dataclasses.replace(
         slots,
         live_R=slots.live_R & more_R,
         n_R=n_R,
         token_R=token_R,
-        position_R=slots.position_R + 1,
+        position_R=slots.position_R + slots.live_R,
         cache=cache,
         tokens_NC=write(slots.tokens_NC, token_R),
         logp_NC=write(slots.logp_NC, logp_R),
@@ -205,6 +206,7 @@ def _refilled(requests: Requests, slots: Slots) -> Slots:
 
     def put(old, prompts, dim: int) -> Array:
         new = jax.lax.slice_in_dim(prompts, 0, S - 1, axis=dim)[prompt_R]
+        new = constrain(new, "batch", "kv_heads", None, None)
         there = jax.lax.dynamic_slice_in_dim(old, start, S - 1, axis=dim)
         new = jnp.where(taken_R[:, None, None, None], new, there)
         return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=dim)

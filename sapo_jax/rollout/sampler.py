@@ -81,7 +81,7 @@ class Sampler:
     def _limits(self, prompts: int, limit_B: Sequence[int] | None) -> np.ndarray:
         B, C = prompts * self.group_size, self.max_new_tokens
         limits = np.full(B, C) if limit_B is None else np.array(limit_B)
-        if limits.shape != (B,) or not np.all((limits >= 1) & (limits <= C)):
+        if limits.shape != (B,) or limits.dtype.kind not in "iu" or not np.all((limits >= 1) & (limits <= C)):
             raise ValueError(f"limit_B: expected {B} integers from 1 to {C} (max_new_tokens), got {limits.tolist()}")
         return limits
 

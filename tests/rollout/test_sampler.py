@@ -281,10 +281,14 @@ def test_no_prompts():
 # ---------------------------------------------------------------- slots
 
 
-@pytest.mark.parametrize(("kind", "slots"), [("dense", 3), ("dense", 1), ("moe", 4)])
+@pytest.mark.parametrize(
+    ("kind", "slots"),
+    [("dense", 8), pytest.param("dense", 3, marks=pytest.mark.slow), pytest.param("moe", 4, marks=pytest.mark.slow)],
+)
 def test_completions_that_wait_for_a_slot_are_the_same(kind, slots):
-    """Twelve completions of 1 to 80 tokens through a few slots, one after another, in a cache that is widened and
-    shifted: tokens, log-probs, lengths, reasons and experts are those of all at once, and of their own limits."""
+    """Twelve completions of 1 to 80 tokens through a few slots, one after another, in a cache that is shifted; 8 slots
+    become 4 and 2. Tokens, log-probs, lengths, reasons and experts are those of all at once, and of their own limits.
+    """
     common = dict(rule=Rule(0.8), group_size=4, max_new_tokens=80, stop_ids=(1,), record_routing=kind == "moe")
     limits = [80, 3, 1, 70, 64, 80, 2, 9, 80, 80, 5, 33]
     together = sample(make(kind, **common), limit_B=limits)
@@ -306,7 +310,7 @@ def test_filled_up_batches_and_slots():
     chex.assert_trees_all_close(rollout, jax.tree.map(lambda x: x[:4], stopped()), atol=1e-5)
 
 
-@pytest.mark.parametrize("limits", [[0, 1, 1, 1, 1, 1], [1] * 5, [9, 1, 1, 1, 1, 1]])
+@pytest.mark.parametrize("limits", [[0, 1, 1, 1, 1, 1], [1] * 5, [9, 1, 1, 1, 1, 1], [1.5] * 6])
 def test_impossible_limits(limits):
     with pytest.raises(ValueError, match="limit_B: expected 6 integers from 1 to 8"):
         sample(make(), limit_B=limits)
@@ -314,7 +318,9 @@ def test_impossible_limits(limits):
 
 def test_phases():
     """(slots, columns): all new tokens have a column; fewer slots only for long completions, on one device."""
-    assert phases(16, 8, 6, 6) == ([(6, 23)], 64)
+    assert phases(16, 8, 6, 6) == ([(6, 23)], 8)
+    assert phases(16, 100, 6, 6) == ([(6, 115)], 100)
+    assert phases(16, 128, 6, 3) == ([(3, 79), (3, 143), (3, 207)], 64)
     assert phases(64, 192, 16, 16) == ([(16, 127), (16, 191), (16, 255), (8, 255), (4, 255)], 64)
     assert phases(64, 192, 16, 16, narrow=False) == ([(16, 127), (16, 191), (16, 255)], 64)
     assert phases(64, 192, 64, 16)[0][-1] == (4, 319)

@@ -34,7 +34,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 import workloads  # noqa: E402
 
 PAD = 0
-MICRO_BATCH = 1  # packed rows at a time
+MICRO_BATCH = 4  # packed rows at a time
 
 
 def config(work: Work) -> Config:
