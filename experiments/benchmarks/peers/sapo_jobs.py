@@ -23,6 +23,7 @@ from sapo_jax.describe import row_cost
 from sapo_jax.learner import init_state, make_optimizer, make_update, policy_loss
 from sapo_jax.models import make_policy
 from sapo_jax.models.hf import load_params
+from sapo_jax.processes import ALONE
 from sapo_jax.rewards import VerifierPool
 from sapo_jax.rollout import Rows, Rule, Sampler, rollout_rows
 from sapo_jax.run import Run
@@ -145,7 +146,7 @@ def iteration_job(work: Work) -> Job:
     at = Setting.of(work)
     pool = VerifierPool(at.cfg.rewards)
     folder = Path(tempfile.mkdtemp())
-    run = Run(at.cfg, folder, Parity(), None, at.policy, at.mesh, pool, {"now": False})
+    run = Run(at.cfg, folder, Parity(), None, at.policy, at.mesh, pool, ALONE, {"now": False})
     contextlib.ExitStack().enter_context(jax.set_mesh(at.mesh))
     trainer, tx = make_trainer(run, None)
     prompts, state, steps = prompts_of(work.prompts), [run.fresh_state(tx, at.params)], iter(range(10**6))
