@@ -11,6 +11,7 @@ import pytest
 
 from sapo_jax.kernels import attention, decode_attention, expert_mlp, few_rows_product
 from sapo_jax.models.exchange import FEW, decoding_experts, to_experts
+from sapo_jax.models.layers import LARGE, product
 from tests.models.tiny import quick_jit
 
 # ---------------------------------------------------------------- attention
@@ -170,6 +171,16 @@ def test_few_rows_product(shape):
     x, w = rng.normal(size=(B, D)).astype(np.float32), rng.normal(size=(D, N)).astype(np.float32)
     found = quick_jit(lambda x, w: few_rows_product(w)(x))(x, w)
     np.testing.assert_allclose(found, x.astype(float) @ w, atol=1e-5)
+
+
+def test_gradients_of_a_large_product():
+    """Those of autodiff, of rows of tokens."""
+    rng = np.random.default_rng(6)
+    x, w, d_out = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 7, 300), (300, 256), (2, 7, 256)))
+    assert w.size >= LARGE > w.size // 2
+    gradients = lambda f: quick_jit(lambda x, w: jax.vjp(f, x, w)[1](d_out))(x, w)
+    for found, expected in zip(gradients(product), gradients(jnp.matmul), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("B", [3, FEW, FEW + 1])
