@@ -35,6 +35,7 @@ THREADS = """A run takes all cores, or all accelerators, that it sees: one at a 
 sweep ... (rounding depends on it: keep it over the whole sweep). Each run also has rewards.workers processes."""
 
 DTYPES = ("float32", "bfloat16", "float16")
+RUN = "a YAML file, or the folder of a run"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,29 +44,37 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_add_runs, _add_plan_and_export, _add_files, _add_sweeps):
+        add(commands)
+    return parser
 
-    def command(name: str, summary: str, what: str = "a YAML file", *further: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=summary, description=summary)
-        sub.add_argument("config", metavar="CONFIG", type=Path, help=what)
-        for word in further:
-            sub.add_argument(word, metavar=word.upper(), type=Path)
-        sub.add_argument("overrides", metavar="key=value", nargs="*", help="changes to the config, e.g. train.steps=50")
-        return sub
 
-    run = "a YAML file, or the folder of a run"
-    training = command(
-        "train", "cold start (if cold_start.steps > 0), then RL; on an existing run folder, resume it", run
+def _command(commands, name: str, summary: str, what: str = "a YAML file", *further: str) -> argparse.ArgumentParser:
+    """A command on a config."""
+    sub = commands.add_parser(name, help=summary, description=summary)
+    sub.add_argument("config", metavar="CONFIG", type=Path, help=what)
+    for word in further:
+        sub.add_argument(word, metavar=word.upper(), type=Path)
+    sub.add_argument("overrides", metavar="key=value", nargs="*", help="changes to the config, e.g. train.steps=50")
+    return sub
+
+
+def _add_runs(commands) -> None:
+    training = _command(
+        commands, "train", "cold start (if cold_start.steps > 0), then RL; on an existing run folder, resume it", RUN
     )
     training.add_argument(
         "--profile", type=_count, default=0, metavar="N", help="leave a trace of N RL steps in the run folder, trace/"
     )
-    together = [training, command("sft", "the cold start alone", run)]
-    command("config", "dry run: the resolved config, parameters, tokens, FLOPs, memory; compiles nothing", run)
+    together = [training, _command(commands, "sft", "the cold start alone", RUN)]
+    _command(
+        commands, "config", "dry run: the resolved config, parameters, tokens, FLOPs, memory; compiles nothing", RUN
+    )
     for name, summary in (
         ("eval", "avg@k and pass@k of a run's checkpoint on its held-out problems"),
         ("sample", "look at completions of a run's checkpoint"),
     ):
-        sub = command(name, summary, run)
+        sub = _command(commands, name, summary, RUN)
         sub.add_argument("--step", type=int, help="RL step of the checkpoint (default: the newest)")
         together += [sub] * (name == "eval")
         if name == "sample":
@@ -77,18 +86,23 @@ def build_parser() -> argparse.ArgumentParser:
             "--processes", metavar="HOW", help="one of several processes that are one job, each started with the same "
             "command: `auto` (TPU pods, GKE, Slurm: found out), or HOST:PORT,N,I (process I of N; 0 listens there)"
         )  # fmt: skip
+
+
+def _add_plan_and_export(commands) -> None:
     summary = "compile the run's programs for a TPU topology that need not be here: what fits, what bounds it"
-    sub = command("plan", summary)
+    sub = _command(commands, "plan", summary)
     sub.add_argument("--topology", required=True, help="e.g. v5p:4x4x4, v5e:4x4, v6e:16x16; cpu: check the model here")
     sub.add_argument("--json", type=Path, metavar="FILE", help="write the whole report there")
     sub.add_argument("--functions", default="update,score,prefill,decode", help="some of them, with commas (all)")
     sub.add_argument("--mean-tokens", type=float, help="mean length of completions (default: rollout.max_new_tokens)")
     sub.add_argument("--at-once", type=int, help="sequences that are sampled at once (default: the whole rollout)")
     sub.add_argument("--sweep-mesh", action="store_true", help="try every mesh that divides, rank them")
-    sub = command("export", "write a run's policy as a Hugging Face model directory", run, "directory")
+    sub = _command(commands, "export", "write a run's policy as a Hugging Face model directory", RUN, "directory")
     sub.add_argument("--step", type=int, help="RL step of the checkpoint (default: the newest)")
     sub.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (float32: nothing is rounded)")
 
+
+def _add_files(commands) -> None:
     summary = "a GGUF file (llama.cpp) into a Hugging Face model directory"
     sub = commands.add_parser("convert", help=summary, description=summary)
     sub.add_argument("source", metavar="FILE.gguf", type=Path, help="architecture llama, qwen3 or qwen3moe")
@@ -100,6 +114,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("run", metavar="RUN", type=Path, help="the folder of a run; nothing else of it is needed")
     sub.add_argument("--out", type=Path, help="folder of phases.csv and the plots (default: RUN/analysis)")
 
+
+def _add_sweeps(commands) -> None:
     summary = "train the runs of a sweep file (arms x seeds) that are not finished; writes results.csv"
     sub = commands.add_parser("sweep", help=summary, description=summary, epilog=THREADS)
     sub.add_argument("file", metavar="FILE", type=Path, help="a sweep file, e.g. configs/sweeps/temperature.yaml")
@@ -114,7 +130,6 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("paths", metavar="FOLDER", type=Path, nargs="+", help="folders of sweeps or runs")
     sub.add_argument("--metric", metavar="NAME,...", help="metrics to show (held_out/avg,reward/mean,entropy/mean)")
     sub.add_argument("--out", type=Path, help="folder to write to (default: report/ in FOLDER, or where all lie)")
-    return parser
 
 
 def _count(text: str) -> int:

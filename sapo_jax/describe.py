@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from sapo_jax.columns import widths
 from sapo_jax.config import Config, Model, dump, warnings
 
 GiB = 2**30
@@ -190,10 +191,8 @@ def memory(cfg: Config, vocab_size: int) -> Memory:
 def _columns(cfg: Config, n: int) -> int:
     """Of the KV cache, for n completions: in all slots, and of prompts that wait for one (see rollout.decode)."""
     S, C, slots = cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens, min(cfg.rollout.slots or n, n)
-    if slots == n:
-        return n * (S + C - 1)
-    spare = max(min(C, 64), -(-C // 4))
-    return slots * (S + C - 1 + spare) + -(-n // cfg.rollout.group_size) * S
+    waiting = -(-n // cfg.rollout.group_size) * S if n > slots else 0
+    return slots * widths(S, C, waits=n > slots)[-1] + waiting
 
 
 def _decode_weights(cfg: Config, vocab_size: int, itemsize: int) -> float:

@@ -48,13 +48,13 @@ def _whole(q_BTHh: Array, k_BSKh: Array, v_BSKh: Array, queries: Queries, keys: 
 
 
 def decode_attention(q_BKGh, k_BKhT, v_BKTh, first_B, last) -> Array:
-    """`attention` of one query per row and head, over the slots first_B <= t <= last of a cache. Returns BKGh.
+    """`attention` of one query per row and head, over the columns first_B <= t <= last of a cache. Returns BKGh.
 
     The G query heads of a key head stand together. Scores and softmax are float32.
     """
-    h, slot_T = q_BKGh.shape[-1], jnp.arange(k_BKhT.shape[-1])
+    h, column_T = q_BKGh.shape[-1], jnp.arange(k_BKhT.shape[-1])
     scores = jnp.einsum("bkgh,bkht->bkgt", q_BKGh, k_BKhT, preferred_element_type=jnp.float32) * h**-0.5
-    live_BT = (slot_T >= first_B[:, None]) & (slot_T <= last)
+    live_BT = (column_T >= first_B[:, None]) & (column_T <= last)
     probs = jax.nn.softmax(jnp.where(live_BT[:, None, None], scores, NEGATIVE), axis=-1)
     return jnp.einsum("bkgt,bkth->bkgh", probs.astype(v_BKTh.dtype), v_BKTh)
 

@@ -4,6 +4,7 @@ Shape legend (a suffix on a name is its shape, e.g. `logp_BT`, `reward_PG`, `exp
 
     P  distinct prompts in a rollout      G  completions per prompt (group size)
     B  sequences; P * G in a rollout, in group order: sequence b belongs to prompt b // G
+    R  slots of the sampler: sequences that are decoded at a time
     S  prompt tokens (padded)             C  completion tokens (padded)
     T  tokens of a row (prompt + completion, padded; several sequences when packed)
     L  layers (those with experts, where experts are meant)

@@ -22,8 +22,8 @@ from sapo_jax.types import Array
 class KVCache:
     """Keys and values of all layers, one array per layer (a stacked one is copied at each decode step on CPU).
 
-    Slots first_B[b] <= t < used of row b hold its tokens, the newest last: all rows write to the same slot. Keys lie
-    along the slots, values across: so both products of a step of decoding read memory in order.
+    Columns first_B[b] <= t < used of row b hold its tokens, the newest last: all rows write to the same column. Keys
+    lie along the columns, values across: so both products of a step of decoding read memory in order.
     """
 
     k: tuple[Array, ...]  # L arrays BKhT
@@ -39,7 +39,7 @@ class KVCache:
 
     @property
     def width(self) -> int:
-        """Slots of a row, T."""
+        """Columns, T."""
         return self.v[0].shape[2]
 
 
@@ -81,7 +81,7 @@ class Attention(nnx.Module):
 
     def decoder(self, dtype) -> Callable:
         """What `__call__` does, for one more token in each row: a function of (x_BD, its rotations, the layer's keys
-        and values in a KVCache, first_B, the slot to write to) that returns the output BD, and keys and values.
+        and values in a KVCache, first_B, the column to write to) that returns the output BD, and keys and values.
 
         The projections are cast and put side by side here, once for a decode loop.
         """
@@ -94,16 +94,16 @@ class Attention(nnx.Module):
         output = kernels.few_rows_product(self.o[...].reshape(H * h, D).astype(dtype), "heads", None)
         bias_Knh = joined(self.q_bias, self.k_bias, self.v_bias) if self.biased else None
 
-        def attend(x_BD, rotations, k_BKhT, v_BKTh, first_B, slot):
+        def attend(x_BD, rotations, k_BKhT, v_BKTh, first_B, column):
             qkv_BKnh = constrain(project(x_BD), "batch", "kv_heads", None, None)
             qkv_BKnh = qkv_BKnh + bias_Knh if self.biased else qkv_BKnh
             q, k, v = jnp.split(qkv_BKnh, [G, G + 1], axis=2)
             if self.q_norm is not None:
                 q, k = self.q_norm(q), self.k_norm(k)
             q, k = rotate(q, *rotations), rotate(k, *rotations)
-            k_BKhT = jax.lax.dynamic_update_slice_in_dim(k_BKhT, k.swapaxes(2, 3), slot, axis=3)
-            v_BKTh = jax.lax.dynamic_update_slice_in_dim(v_BKTh, v, slot, axis=2)
-            out_BKGh = kernels.decode_attention(q, k_BKhT, v_BKTh, first_B, slot)
+            k_BKhT = jax.lax.dynamic_update_slice_in_dim(k_BKhT, k.swapaxes(2, 3), column, axis=3)
+            v_BKTh = jax.lax.dynamic_update_slice_in_dim(v_BKTh, v, column, axis=2)
+            out_BKGh = kernels.decode_attention(q, k_BKhT, v_BKTh, first_B, column)
             out_BD = output(out_BKGh.reshape(-1, H * h))
             return out_BD + self.o_bias[...].astype(dtype) if self.biased else out_BD, k_BKhT, v_BKTh
 

@@ -4,7 +4,8 @@ On a mesh every device holds some tokens (logical dim `batch`) and a share of th
 axis, their D split over `fsdp`, their F over `tensor`. D is gathered for the layer. The tokens are gathered over the
 `expert` axis; each device computes what its own experts add to each of them, and the sums are scattered back. A token
 passes a link once each way whatever k is: for e <= k that is no more than sending it to each of its experts
-(a ragged all-to-all moves k (e - 1) / e copies each way, this e - 1).
+(a ragged all-to-all moves k (e - 1) / e copies each way, this e - 1). While decoding, the experts are split over `fsdp`
+too, where their number divides: tokens are few, so no weight moves.
 """
 
 from __future__ import annotations
@@ -28,9 +29,13 @@ def to_experts(x_BTD, ids_BTk, gate_BTk, gate_EDF, up_EDF, down_EFD) -> Array:
     """sum over k of gate_k * SwiGLU_{ids_k}(x), BTD."""
     if alone():
         return _mix(x_BTD, ids_BTk, gate_BTk, gate_EDF, up_EDF, down_EFD)
-    weights = ((gate_EDF, ("experts", "embed", "mlp")), (up_EDF, ("experts", "embed", "mlp")),
-               (down_EFD, ("experts", "mlp", "embed")))  # fmt: skip
-    return _on_mesh(x_BTD, ids_BTk, gate_BTk, weights, over=(EXPERT,), gather=FSDP)
+    weights = gate_EDF, up_EDF, down_EFD
+    return _on_mesh(x_BTD, ids_BTk, gate_BTk, weights, _dims("experts", "embed"), over=(EXPERT,), gather=FSDP)
+
+
+def _dims(experts: str, embed: str | None) -> tuple[tuple[str | None, ...], ...]:
+    """Logical dims of gate, up and down."""
+    return (experts, embed, "mlp"), (experts, embed, "mlp"), (experts, "mlp", embed)
 
 
 def decoding_experts(gate_EDF, up_EDF, down_EFD) -> Callable:
@@ -44,9 +49,9 @@ def decoding_experts(gate_EDF, up_EDF, down_EFD) -> Callable:
         over = RULES["decode_experts"]
         if E % math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in over):
             return lambda *tokens: to_experts(*tokens, gate_EDF, up_EDF, down_EFD)
-        wide, tall = ("decode_experts", None, "mlp"), ("decode_experts", "mlp", None)
-        weights = [(lay_out(w, *dims), dims) for w, dims in ((gate_EDF, wide), (up_EDF, wide), (down_EFD, tall))]
-        return lambda *tokens: _on_mesh(*tokens, weights, over=over)
+        dims = _dims("decode_experts", None)
+        weights = [lay_out(w, *names) for w, names in zip((gate_EDF, up_EDF, down_EFD), dims, strict=True)]
+        return lambda *tokens: _on_mesh(*tokens, weights, dims, over=over)
     if on_tpu():
         return lambda *tokens: to_experts(*tokens, gate_EDF, up_EDF, down_EFD)
     joined_DcEF = jnp.stack([gate_EDF, up_EDF], axis=1).transpose(2, 1, 0, 3)  # no work if it is not used
@@ -64,16 +69,14 @@ def decoding_experts(gate_EDF, up_EDF, down_EFD) -> Callable:
     return mix
 
 
-def _on_mesh(x_BTD, ids_BTk, gate_BTk, weights, *, over: tuple[str, ...], gather: str = "") -> Array:
-    """weights: three pairs of array and logical dims. over: the axes that split the experts; gather: the axis that
-    splits D, if any."""
+def _on_mesh(x_BTD, ids_BTk, gate_BTk, weights, dims, *, over: tuple[str, ...], gather: str = "") -> Array:
+    """dims: of the weights. over: the axes that split the experts; gather: the axis that splits D, if any."""
     rows = spec("batch", None, None)
-    arrays, dims = zip(*weights, strict=True)
     shards = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in over)
     exchange = functools.partial(_exchange, over=over, shards=shards, gather=gather)
     in_specs = (rows, rows, rows, *(spec(*names) for names in dims))
     exchange = jax.shard_map(exchange, in_specs=in_specs, out_specs=rows, check_vma=False)
-    return exchange(x_BTD, ids_BTk, gate_BTk, *arrays)
+    return exchange(x_BTD, ids_BTk, gate_BTk, *weights)
 
 
 def _exchange(x_BTD, ids_BTk, gate_BTk, gate_EDF, up_EDF, down_EFD, *, over, shards: int, gather: str) -> Array:

@@ -183,7 +183,7 @@ class Qwen3(nnx.Module):
         )
 
     def decode(self, decoder: Decoder, tokens_B: Array, positions_B: Array, cache: KVCache):
-        """Pass one token per row, writing its keys and values to slot `cache.used`.
+        """Pass one token per row, writing its keys and values to column `cache.used`.
 
         Returns the hidden state BD, the new cache, and expert_ids_BLk (None when dense).
         """

@@ -18,9 +18,9 @@ from sapo_jax.learner import init_state, make_optimizer, make_update, policy_los
 from sapo_jax.models import Policy, make_policy
 from sapo_jax.plan.chips import GiB, PlanError
 from sapo_jax.rollout import Rule, Sampler
-from sapo_jax.rollout.decode import decode, first_slots, phases
+from sapo_jax.rollout.decode import decode, phases
 from sapo_jax.rollout.packing import bucket
-from sapo_jax.rollout.sampler import prefill
+from sapo_jax.rollout.sampler import fill_slots, prefill
 from sapo_jax.scoring import make_scorer
 from sapo_jax.types import Batch
 
@@ -50,8 +50,6 @@ class Workload:
         T = cfg.train.row_tokens or bucket(S + C)
         per_row = T // (S + C)
         rows = -(-P * G // cfg.train.mini_batches // per_row)
-        if cfg.rollout.slots:
-            raise PlanError("rollout.slots: the plan is of completions that start together; set 0, and use --at-once")
         at_once = sampled_at_once or P * G
         if at_once % G or P * G % at_once:
             raise PlanError(f"sampling {at_once} sequences at once: take a multiple of {G} that divides {P * G}")
@@ -63,7 +61,7 @@ def open_trips(name: str, work: Workload) -> float:
     attention in blocks (not on TPU) counts as if it saw every block of keys."""
     if name == "decode":
         B = work.sampled_at_once
-        return work.new_tokens / len(phases(bucket(work.prompt_tokens), work.new_tokens, B, B, narrow=False)[0])
+        return work.new_tokens / len(phases(bucket(work.prompt_tokens), work.new_tokens, B, B, narrow=False))
     return -(-(bucket(work.prompt_tokens) if name == "prefill" else work.row_tokens) // BLOCK)
 
 
@@ -155,6 +153,9 @@ class Programs:
     @functools.cached_property
     def sampler(self) -> Sampler:
         cfg = self.cfg
+        if cfg.rollout.slots:
+            raise PlanError("rollout.slots: prefill and decode are planned for completions that start together; set 0, "
+                            "and use --at-once")  # fmt: skip
         rule = Rule(cfg.rollout.temperature, cfg.rollout.top_k, cfg.rollout.top_p, cfg.rollout.min_p)
         record = cfg.train.routing_replay == "r3"
         return Sampler(self.policy, rule, cfg.rollout.group_size, cfg.rollout.max_new_tokens, NO_STOP, 0, record)
@@ -179,18 +180,14 @@ class Programs:
 
     def _decode(self):
         """The decode loop over B sequences of full length, from what prefill leaves."""
-        sampler, B = self.sampler, self.work.sampled_at_once
+        sampler = self.sampler
         placed = sharding.batch_sharding(self.mesh)
         rows = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed if x.ndim else None)
         by_head = sharding.shardings(self.mesh, ("batch", "kv_heads", None, None))
 
         def start(params, *prompts):
-            model = self.policy.bind(params)
-            requests, ids_PSLk = prefill(sampler, model, *prompts)
-            ids_NCLk = None
-            if ids_PSLk is not None:
-                ids_NCLk = jnp.full((B, sampler.max_new_tokens, *ids_PSLk.shape[2:]), sampler.no_expert)
-            return requests, first_slots(requests, B, sampler.max_new_tokens, sampler.pad_id, ids_NCLk)
+            requests, _ = prefill(sampler, self.policy.bind(params), *prompts)
+            return requests, fill_slots(sampler, requests)
 
         def run(params, requests, slots):
             return decode(self.policy.bind(params), requests, slots, sampler.rule, NO_STOP, narrow=False)

@@ -10,19 +10,17 @@ slot needs any more are shifted out; once no request waits and most slots are do
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
+from sapo_jax.columns import LEAST, growth, widths
 from sapo_jax.models import KVCache, Qwen3
 from sapo_jax.models.qwen3 import Decoder
 from sapo_jax.rollout.choice import Rule, choose
 from sapo_jax.sharding import alone, constrain
 from sapo_jax.types import Array
-
-PARTS = 4  # in so many steps at most the cache is widened to all new tokens ...
-LEAST = 64  # ... each of no fewer columns
 
 
 @jax.tree_util.register_dataclass
@@ -49,7 +47,6 @@ class Slots:
     request_R: Array  # int32
     n_R: Array  # int32, tokens drawn for it
     token_R: Array  # int32, the newest, of prompt or completion; it is not in the cache yet
-    position_R: Array  # int32, of that token
     cache: KVCache
     tokens_NC: Array
     logp_NC: Array
@@ -57,15 +54,15 @@ class Slots:
     expert_ids_NCLk: Array | None  # at n: of the token that token n was drawn from
 
 
-def phases(S: int, C: int, N: int, R: int, narrow: bool = True) -> tuple[list[tuple[int, int]], int]:
-    """(slots, columns) of each phase, and by how much columns grow: for S prompt tokens (the last one is passed by the
-    loop) and C new ones at most. With refills, N > R, there is room beyond, so that columns are not shifted out at
-    every step. Phases of fewer slots come last, with all columns; few completions, few tokens, and a mesh have none.
-    narrow: False leaves them out, for completions that end together."""
-    step = -(-C // max(1, min(PARTS, C // LEAST)))
-    last = S + C - 1 + (step if N > R else 0)
+def phases(S: int, C: int, N: int, R: int, narrow: bool = True) -> list[tuple[int, int]]:
+    """(slots, columns) of each phase, for N completions of at most C tokens in R slots.
+
+    Phases of fewer slots come last, with all columns; few completions, few tokens, and a mesh have none. narrow: False
+    leaves them out, for completions that end together.
+    """
+    columns = widths(S, C, waits=N > R)
     fewer = [R // 2, R // 4] if narrow and alone() and C > LEAST and R >= 8 else []
-    return [(R, columns) for columns in [*range(S - 1 + step, last, step), last]] + [(n, last) for n in fewer], step
+    return [(R, width) for width in columns] + [(n, columns[-1]) for n in fewer]
 
 
 def first_slots(requests: Requests, R: int, C: int, pad_id: int, expert_ids_NCLk: Array | None = None) -> Slots:
@@ -82,7 +79,6 @@ def first_slots(requests: Requests, R: int, C: int, pad_id: int, expert_ids_NCLk
         request_R=jnp.arange(R, dtype=jnp.int32),
         n_R=jnp.zeros(R, jnp.int32),
         token_R=requests.last_token_P[prompt_R],
-        position_R=requests.length_P[prompt_R] - 1,
         cache=cache,
         tokens_NC=jnp.full((N, C), pad_id, jnp.int32),
         logp_NC=jnp.zeros((N, C), jnp.float32),
@@ -98,40 +94,43 @@ def decode(
     (N, C), R, S = slots.tokens_NC.shape, len(slots.live_R), requests.cache.width
     decoder = model.decoder(positions=S + C)
     step = lambda slots: _step(model, decoder, requests, slots, rule, stop_ids)
-    in_turn, more = phases(S, C, N, R, narrow)
+    in_turn = phases(S, C, N, R, narrow)
     for n, width in in_turn:
         enough = max((fewer for fewer, _ in in_turn if fewer < n), default=0)
         slots = _narrowed(dataclasses.replace(slots, cache=_widened(slots.cache, width)), n)
-        slots = _phase(requests, slots, step, enough, refill=n == R < N, shift=N > R, more=more)
+        slots = _phase(requests, slots, step, enough, waits=N > R)
     return slots
 
 
-def _phase(requests: Requests, slots: Slots, step, enough: int, *, refill: bool, shift: bool, more: int) -> Slots:
-    """Until no request waits and no more than `enough` slots are live, or most columns are needed."""
-    N, S, width = len(requests.limit_N), requests.cache.width, slots.cache.width
+def _phase(requests: Requests, slots: Slots, step: Callable[[Slots], Slots], enough: int, waits: bool) -> Slots:
+    """Until no request waits and no more than `enough` slots are live, or most columns are needed.
+
+    waits: requests have waited for a slot; only then are there columns to shift out.
+    """
+    (N, C), S, width = slots.tokens_NC.shape, requests.cache.width, slots.cache.width
     here = lambda slots: (slots.live_R.sum() > enough) | (slots.started < N)
     room = lambda slots: here(slots) & (slots.cache.used < width)
     free = lambda slots: ~slots.live_R.all() & (slots.started < N)
-    if not shift:
+    if not waits:
         return jax.lax.while_loop(room, step, slots)
 
     def turn(slots: Slots) -> Slots:
         """Free slots get the next requests; then steps, until a slot is free again."""
-        slots = _refilled(requests, slots) if refill else slots
-        return jax.lax.while_loop(lambda slots: room(slots) & ~free(slots), step, slots)
+        return jax.lax.while_loop(lambda slots: room(slots) & ~free(slots), step, _refilled(requests, slots))
 
     def fill(slots: Slots) -> Slots:
         """To the last column, from the first one that is needed."""
         slots = dataclasses.replace(slots, cache=_shifted(slots.cache, slots.live_R, S))
         return jax.lax.while_loop(room, turn, slots)
 
-    spacious = lambda slots: slots.cache.used - _first(slots.cache, slots.live_R, S) <= width - more // 2
+    spacious = lambda slots: slots.cache.used - _first(slots.cache, slots.live_R, S) <= width - growth(C) // 2
     return jax.lax.while_loop(lambda slots: here(slots) & spacious(slots), fill, slots)
 
 
 def _step(model: Qwen3, decoder: Decoder, requests: Requests, slots: Slots, rule: Rule, stop_ids) -> Slots:
     """One token of every slot passes the model, and the next one is drawn."""
-    hidden_RD, cache, ids_RLk = model.decode(decoder, slots.token_R, slots.position_R, slots.cache)
+    position_R = requests.length_P[requests.prompt_N[slots.request_R]] - 1 + slots.n_R
+    hidden_RD, cache, ids_RLk = model.decode(decoder, slots.token_R, position_R, slots.cache)
     uniform_R = requests.uniform_NC[slots.request_R, jnp.minimum(slots.n_R, requests.uniform_NC.shape[1] - 1)]
     token_R, logp_R = choose(uniform_R, decoder.logits(hidden_RD), rule)
     request_R = jnp.where(slots.live_R, slots.request_R, len(slots.length_N))  # out of bounds: dropped
@@ -143,7 +142,6 @@ def _step(model: Qwen3, decoder: Decoder, requests: Requests, slots: Slots, rule
         live_R=slots.live_R & more_R,
         n_R=n_R,
         token_R=token_R,
-        position_R=slots.position_R + slots.live_R,
         cache=cache,
         tokens_NC=write(slots.tokens_NC, token_R),
         logp_NC=write(slots.logp_NC, logp_R),
@@ -165,7 +163,7 @@ def _narrowed(slots: Slots, n: int) -> Slots:
         return slots
     kept_n = jnp.argsort(~slots.live_R, stable=True)[:n]
     take = lambda x: x[kept_n]
-    names = "live_R", "request_R", "n_R", "token_R", "position_R"
+    names = "live_R", "request_R", "n_R", "token_R"
     cache = KVCache(
         tuple(map(take, slots.cache.k)), tuple(map(take, slots.cache.v)), take(slots.cache.first_B), slots.cache.used
     )
@@ -225,6 +223,5 @@ def _refilled(requests: Requests, slots: Slots) -> Slots:
         request_R=request_R,
         n_R=pick(0, slots.n_R),
         token_R=pick(requests.last_token_P[prompt_R], slots.token_R),
-        position_R=pick(requests.length_P[prompt_R] - 1, slots.position_R),
         cache=cache,
     )

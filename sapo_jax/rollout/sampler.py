@@ -15,7 +15,7 @@ import numpy as np
 
 from sapo_jax.models import KVCache, Policy, Qwen3
 from sapo_jax.rollout.choice import Rule
-from sapo_jax.rollout.decode import Requests, decode, first_slots, is_stop
+from sapo_jax.rollout.decode import Requests, Slots, decode, first_slots, is_stop
 from sapo_jax.rollout.rows import left_padded
 from sapo_jax.sharding import constrain, host_rows, put_batch
 from sapo_jax.types import FINISH_REASONS, Array, Params, Prompt, Rollout
@@ -46,10 +46,6 @@ class Sampler:
         E = self.policy.cfg.num_experts
         return np.min_scalar_type(E).type(E)
 
-    def slots_of(self, N: int) -> int:
-        """Slots for N completions."""
-        return min(self.slots or N, N)
-
     def __call__(
         self,
         params: Params,
@@ -65,18 +61,24 @@ class Sampler:
         program. Of several processes each passes its team's prompts, all the same number once padded, and gets their
         completions.
         """
+        mesh, B = jax.sharding.get_mesh(), len(prompts) * self.group_size
+        inputs = self.inputs(prompts, batch_prompts, limit_B)
+        rollout = _sample(self, params, *(inputs if mesh.empty else put_batch(inputs, mesh)), key)
+        return jax.tree.map(lambda x: x[:B], host_rows(rollout, mesh))
+
+    def inputs(
+        self, prompts: Sequence[Prompt], batch_prompts: int = 0, limit_B: Sequence[int] | None = None
+    ) -> tuple[np.ndarray, ...]:
+        """What the program takes: tokens PS (right-aligned), lengths and indices P, limits N (0: not wanted)."""
         if not prompts and not batch_prompts:
             raise ValueError("no prompts to sample from")
-        mesh = jax.sharding.get_mesh()
         padding = max(0, batch_prompts - len(prompts))
         filler = prompts[-1:] or [Prompt(0, "", (self.pad_id,), "", "", "", "")]
         tokens_PS, length_P = left_padded([*prompts, *filler * padding], self.pad_id)
         index_P = np.array([p.index & 0xFFFFFFFF for p in [*prompts, *filler * padding]], np.uint32)
         limit_N = np.zeros(len(index_P) * self.group_size, np.int32)
         limit_N[: len(prompts) * self.group_size] = self._limits(len(prompts), limit_B)
-        inputs = (tokens_PS, length_P, index_P, limit_N)
-        rollout = _sample(self, params, *(inputs if mesh.empty else put_batch(inputs, mesh)), key)
-        return jax.tree.map(lambda x: x[: len(prompts) * self.group_size], host_rows(rollout, mesh))
+        return tokens_PS, length_P, index_P, limit_N
 
     def _limits(self, prompts: int, limit_B: Sequence[int] | None) -> np.ndarray:
         B, C = prompts * self.group_size, self.max_new_tokens
@@ -88,22 +90,27 @@ class Sampler:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _sample(sampler: Sampler, params: Params, tokens_PS, length_P, index_P, limit_N, key) -> Rollout:
-    model, G, C = sampler.policy.bind(params), sampler.group_size, sampler.max_new_tokens
+    model = sampler.policy.bind(params)
     requests, prompt_ids_PSLk = prefill(sampler, model, tokens_PS, length_P, index_P, limit_N, key)
-    ids_NCLk = None
-    if sampler.record_routing:
-        ids_NCLk = jnp.full((len(limit_N), C, *prompt_ids_PSLk.shape[2:]), sampler.no_expert)
-    slots = first_slots(requests, sampler.slots_of(len(limit_N)), C, sampler.pad_id, ids_NCLk)
+    slots = fill_slots(sampler, requests)
     slots = decode(model, requests, slots, sampler.rule, sampler.stop_ids)
 
     last_N = jnp.take_along_axis(slots.tokens_NC, jnp.maximum(slots.length_N - 1, 0)[:, None], axis=1)[:, 0]
     finish_N = jnp.where(is_stop(last_N, sampler.stop_ids), STOP, LENGTH).astype(jnp.int32)
     ids_NTLk = None
     if sampler.record_routing:  # the prompt's last token passed the decode loop, the completion's last none
-        before = jnp.repeat(prompt_ids_PSLk[:, :-1], G, axis=0)
-        after = jnp.full_like(ids_NCLk[:, :1], sampler.no_expert)
+        before = jnp.repeat(prompt_ids_PSLk[:, :-1], sampler.group_size, axis=0)
+        after = jnp.full_like(slots.expert_ids_NCLk[:, :1], sampler.no_expert)
         ids_NTLk = jnp.concatenate([before, slots.expert_ids_NCLk, after], axis=1)
     return Rollout(slots.tokens_NC, slots.logp_NC, slots.length_N, finish_N, ids_NTLk)
+
+
+def fill_slots(sampler: Sampler, requests: Requests) -> Slots:
+    """The slots before the first step of decoding."""
+    N, C, cfg, ids_NCLk = len(requests.limit_N), sampler.max_new_tokens, sampler.policy.cfg, None
+    if sampler.record_routing:
+        ids_NCLk = jnp.full((N, C, sum(cfg.sparse_layers), cfg.num_experts_per_tok), sampler.no_expert)
+    return first_slots(requests, min(sampler.slots or N, N), C, sampler.pad_id, ids_NCLk)
 
 
 def prefill(sampler: Sampler, model: Qwen3, tokens_PS, length_P, index_P, limit_N, key):

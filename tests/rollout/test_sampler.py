@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from sapo_jax.columns import growth
 from sapo_jax.models import Qwen3
 from sapo_jax.rollout import Rule, Sampler
 from sapo_jax.rollout import sampler as sampler_module
@@ -318,10 +319,12 @@ def test_impossible_limits(limits):
 
 def test_phases():
     """(slots, columns): all new tokens have a column; fewer slots only for long completions, on one device."""
-    assert phases(16, 8, 6, 6) == ([(6, 23)], 8)
-    assert phases(16, 100, 6, 6) == ([(6, 115)], 100)
-    assert phases(16, 128, 6, 3) == ([(3, 79), (3, 143), (3, 207)], 64)
-    assert phases(64, 192, 16, 16) == ([(16, 127), (16, 191), (16, 255), (8, 255), (4, 255)], 64)
-    assert phases(64, 192, 16, 16, narrow=False) == ([(16, 127), (16, 191), (16, 255)], 64)
-    assert phases(64, 192, 64, 16)[0][-1] == (4, 319)
-    assert phases(64, 1000, 16, 16, narrow=False) == ([(16, 313), (16, 563), (16, 813), (16, 1063)], 250)
+    assert phases(16, 8, 6, 6) == [(6, 23)] and growth(8) == 8
+    assert phases(16, 100, 6, 6) == [(6, 115)] and growth(100) == 100
+    assert phases(16, 128, 6, 3) == [(3, 79), (3, 143), (3, 207)] and growth(128) == 64
+    assert phases(64, 192, 16, 16) == [(16, 127), (16, 191), (16, 255), (8, 255), (4, 255)]
+    assert phases(64, 192, 16, 16, narrow=False) == [(16, 127), (16, 191), (16, 255)] and growth(192) == 64
+    assert phases(64, 192, 64, 16)[-1] == (4, 319)
+    assert (
+        phases(64, 1000, 16, 16, narrow=False) == [(16, 313), (16, 563), (16, 813), (16, 1063)] and growth(1000) == 250
+    )

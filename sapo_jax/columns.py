@@ -1,0 +1,21 @@
+"""Columns of the sampler's KV cache: arithmetic for the decode loop, the dry run and the plan. Imports no JAX."""
+
+from __future__ import annotations
+
+PARTS = 4  # in so many steps at most the cache is widened to all new tokens ...
+LEAST = 64  # ... each of no fewer columns
+
+
+def growth(C: int) -> int:
+    """By how many columns the cache is widened, for completions of C tokens."""
+    return -(-C // max(1, min(PARTS, C // LEAST)))
+
+
+def widths(S: int, C: int, waits: bool) -> list[int]:
+    """Columns, ever more: for S prompt tokens, the last of which is passed by the loop, and C new ones.
+
+    waits: more completions than slots. Then there is room beyond, so that columns are not shifted out at every step.
+    """
+    step = growth(C)
+    last = S + C - 1 + (step if waits else 0)
+    return [*range(S - 1 + step, last, step), last]
