@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
+PIP := $(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c .ci/constraints.txt
+# pip would compile on one core
+COMPILE := $(BIN)/python -W ignore -m compileall -qq -j 0 $(VENV)/lib || true
 
 .PHONY: quickstart smollm2 test test-all lint notebooks bench clean
 SMOLLM2 := .cache/smollm2
@@ -46,8 +48,10 @@ clean:                                  ## remove the environment (not the runs)
 $(VENV)/.installed: pyproject.toml .ci/constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(PIP) -e .
+	$(COMPILE)
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) -e '.[test]'
+	$(COMPILE)
 	touch $@

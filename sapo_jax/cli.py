@@ -200,6 +200,7 @@ def _guarded(command, cfg: Config, args: argparse.Namespace) -> int:
     if command in (describe_command, plan_command):
         return command(cfg, args)
     from sapo_jax.checkpoint import CheckpointError
+    from sapo_jax.data import DataError
     from sapo_jax.folder import FolderError
     from sapo_jax.rewards import WorkerError
     from sapo_jax.run import STOPPED, RunError, Stopped
@@ -210,7 +211,7 @@ def _guarded(command, cfg: Config, args: argparse.Namespace) -> int:
     except Stopped:
         print("stopped as told; the state is saved, and the same command goes on from here", file=sys.stderr)
         return STOPPED
-    except (CheckpointError, ConfigError, FolderError, RunError, WorkerError) as error:
+    except (CheckpointError, ConfigError, DataError, FolderError, RunError, WorkerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

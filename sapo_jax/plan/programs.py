@@ -19,7 +19,7 @@ from sapo_jax.models import Policy, make_policy
 from sapo_jax.plan.chips import GiB, PlanError
 from sapo_jax.rollout import Rule, Sampler
 from sapo_jax.rollout.decode import decode, phases
-from sapo_jax.rollout.packing import bucket
+from sapo_jax.rollout.packing import FEWEST_PICKED, bucket
 from sapo_jax.rollout.sampler import fill_slots, prefill
 from sapo_jax.scoring import make_scorer
 from sapo_jax.types import Batch
@@ -53,7 +53,7 @@ class Workload:
         at_once = sampled_at_once or P * G
         if at_once % G or P * G % at_once:
             raise PlanError(f"sampling {at_once} sequences at once: take a multiple of {G} that divides {P * G}")
-        return cls(P, P * G, at_once, S, C, T, min(bucket(per_row * C, 1), T), rows, cfg.train.mini_batches)
+        return cls(P, P * G, at_once, S, C, T, min(bucket(per_row * C, FEWEST_PICKED), T), rows, cfg.train.mini_batches)
 
 
 def open_trips(name: str, work: Workload) -> float:

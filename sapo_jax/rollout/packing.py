@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 LONGER = 3  # how many row lengths are tried for each way of sharing
+FEWEST_PICKED = 8  # smallest bucket of a row's completion tokens, M: answers of 2, 3 and 4 tokens are one program
 
 
 @dataclasses.dataclass(frozen=True)

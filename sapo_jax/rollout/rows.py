@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from sapo_jax.processes import ALONE, Share, gather
-from sapo_jax.rollout.packing import Piece, Rows, bucket, plan_rows
+from sapo_jax.rollout.packing import FEWEST_PICKED, Piece, Rows, bucket, plan_rows
 from sapo_jax.types import Prompt, Rollout
 
 
@@ -54,7 +54,7 @@ class _Sheet:
     def rows(self, most: int = 0) -> Rows:
         """most: completion tokens of a row, if other rows than these may hold more."""
         mask_BT = self.source >= 0
-        T, M = mask_BT.shape[1], bucket(max(most, int(mask_BT.sum(axis=1).max())), 1)
+        T, M = mask_BT.shape[1], bucket(max(most, int(mask_BT.sum(axis=1).max())), FEWEST_PICKED)
         picked_BM = np.full((len(mask_BT), min(M, T)), T, np.int32)
         source_BM = np.zeros_like(picked_BM)
         for b, mask_T in enumerate(mask_BT):

@@ -43,8 +43,8 @@ def test_token_rows_by_hand():
     assert rows["segment_ids_BT"].tolist() == [[1, 1, 2, 2] + [0] * 12, [1] + [0] * 15]
     assert rows["prefix_ids_BT"].tolist() == [[1] * 4 + [0] * 12, [1] + [0] * 15]
     assert rows["mask_BT"].tolist() == [[False] * 2 + [True] * 2 + [False] * 12, [False] * 16]
-    assert rows["picked_BM"].tolist() == [[2, 3], [16, 16]]  # 16: none
-    assert rows["source_BM"].tolist() == [[1, 2], [0, 0]]
+    assert rows["picked_BM"].tolist() == [[2, 3] + [16] * 6, [16] * 8]  # 16: none
+    assert rows["source_BM"].tolist() == [[1, 2] + [0] * 6, [0] * 8]
 
 
 # Two groups of two: prompts 5 6 and 8, completions 4 9 2 | 1 2 and 2 | 7 7 7; a sampled pad id is a token like others.
@@ -65,8 +65,8 @@ def test_rollout_rows_by_hand():
     assert rows.arrays["segment_ids_BT"].tolist() == [[1, 1, 2, 2, 2, 3, 3] + [0] * 9, [1, 2, 3, 3, 3] + [0] * 11]
     assert rows.arrays["prefix_ids_BT"].tolist() == [[1] * 7 + [0] * 9, [1] * 5 + [0] * 11]
     assert rows.mask_BT.astype(int).tolist() == [[0, 0, 1, 1, 1, 1, 1] + [0] * 9, [0, 1, 1, 1, 1] + [0] * 11]
-    assert rows.arrays["picked_BM"].tolist() == [[2, 3, 4, 5, 6, 16], [1, 2, 3, 4, 16, 16]]
-    assert rows.arrays["source_BM"].tolist() == [[1, 2, 3, 1, 5, 0], [0, 0, 2, 3, 0, 0]]
+    assert rows.arrays["picked_BM"].tolist() == [[2, 3, 4, 5, 6, 16, 16, 16], [1, 2, 3, 4, 16, 16, 16, 16]]
+    assert rows.arrays["source_BM"].tolist() == [[1, 2, 3, 1, 5, 0, 0, 0], [0, 0, 2, 3, 0, 0, 0, 0]]
     assert rows.sequence_BT[:, :7].tolist() == [[0, 0, 0, 0, 0, 1, 1], [2, 2, 3, 3, 3, -1, -1]]
     logps = [[0, 0, -0.1, -0.2, -0.3, -0.4, -0.5], [0, -0.6, -0.7, -0.8, -0.9, 0, 0]]
     placed = rows.place(ROLLOUT.logp_BC)
@@ -137,3 +137,9 @@ def test_a_sequence_longer_than_the_row_is_refused():
 def test_rows_are_as_long_as_the_bucket_of_the_longest(lengths):
     rows = token_rows([(range(n), 1) for n in lengths], pad_id=0)
     assert rows["tokens_BT"].shape == (len(lengths), bucket(max(lengths)))
+
+
+def test_short_answers_of_different_lengths_are_one_shape():
+    """Otherwise a cold start on answers of 2 to 4 tokens compiles a program for each."""
+    shapes = {token_rows([(range(20), 20 - n)], pad_id=0)["picked_BM"].shape for n in range(1, 9)}
+    assert shapes == {(1, 8)}

@@ -135,3 +135,11 @@ def test_an_unreachable_learning_rate_stops_the_run(tiny_config, tmp_path, capsy
     settings = ["cold_start.optimizer.learning_rate=1e38", "train.max_nonfinite=2", f"run_dir={tmp_path}/run"]
     assert main(["train", str(tiny_config), *settings]) == 1
     assert "learning_rate" in capsys.readouterr().err
+
+
+def test_more_prompts_a_step_than_problems_is_one_clear_message(tiny_config, tmp_path, capsys):
+    """56 problems remain for training, a step wants 64."""
+    settings = ["rollout.prompts_per_step=64", "evaluate.every=0", f"run_dir={tmp_path}/run"]
+    assert main(["train", str(tiny_config), *settings]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "56" in error and "64" in error

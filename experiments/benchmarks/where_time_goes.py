@@ -1,0 +1,127 @@
+"""Where the time of a rollout and of an update goes, by the kind of operation, beside what the machine can do.
+
+    python experiments/benchmarks/where_time_goes.py [small|mid|vocab|moe] [rollout,update]     a minute for small
+
+One traced run of the package's own compiled program on a workload of the comparison with the peers (workloads.py), on a
+quiet CPU. Events of JAX's trace are summed by instruction, and instructions by what the program's text says of them:
+products of attention, of weights, and all the rest (norms, softmax, copies, the optimiser). A trace slows a program
+down; the first line says by how much. GFLOP/s counts what the model needs, not what padding or recomputing adds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import gzip
+import json
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parent / "peers")]
+import sapo_jobs  # noqa: E402
+import work as work_files  # noqa: E402
+import workloads  # noqa: E402
+from worker import Work  # noqa: E402
+
+from sapo_jax import sharding  # noqa: E402
+from sapo_jax.config import Diagnostics  # noqa: E402
+from sapo_jax.describe import layer_flops  # noqa: E402
+from sapo_jax.learner import init_state, make_optimizer, make_update, policy_loss  # noqa: E402
+from sapo_jax.plan.measure import calibrate  # noqa: E402
+from sapo_jax.rollout import Rule, Sampler  # noqa: E402
+from sapo_jax.rollout.sampler import _sample  # noqa: E402
+
+ATTENTION = re.compile(r"bkgh,bkht|bkgt,bkth|bkrh,bksh|bkrs,bk[sr]h")  # their einsums: decode, blocked
+INSTRUCTION = re.compile(r'^ *(?:ROOT )?%([\w.\-]+) = \S+ (\w[\w\-]*)\(.*?op_name="([^"]*)"', re.MULTILINE)
+NESTING = re.compile(r"(while|call|conditional)[.\d]*$")  # events that contain others
+ATTENTIONS, WEIGHTS, REST = "attention's products", "products of weights", "the rest"
+Program = tuple[str, Callable[[], object]]  # its text, and one run
+
+
+def rollout_program(at: sapo_jobs.Setting, work: Work) -> Program:
+    sampler = Sampler(at.policy, Rule(), work.group, len(work.completions[0]), (), sapo_jobs.PAD)
+    inputs = sharding.put_batch(sampler.inputs(sapo_jobs.prompts_of(work.prompts)), at.mesh)
+    compiled = _sample.lower(sampler, at.params, *inputs, jax.random.key(0)).compile()
+    return compiled.as_text(), lambda: compiled(at.params, *inputs, jax.random.key(0))
+
+
+def update_program(at: sapo_jobs.Setting, work: Work) -> Program:
+    cfg = dataclasses.replace(at.cfg, diagnostics=Diagnostics(every=0))
+    tx = make_optimizer(cfg.optimizer, 1000)
+    state = [init_state(at.params, tx)]
+    batch = sharding.put_batch(sapo_jobs.given_rows(work, cfg)[1], at.mesh)
+    compiled = make_update(at.policy, tx, policy_loss(cfg), cfg.train.micro_batch).lower(state[0], batch).compile()
+
+    def run():
+        state[0], aux = compiled(state[0], batch)
+        return state[0], aux
+
+    return compiled.as_text(), run
+
+
+def kinds(text: str) -> dict[str, str]:
+    """Of each instruction of a program."""
+    found = {}
+    for name, op, source in INSTRUCTION.findall(text):
+        product = op == "dot" or (op == "fusion" and source.endswith("dot_general"))
+        product = product or (op == "fusion" and name.startswith(("ynn", "dot")) and "reduce" not in source)
+        found[name] = ATTENTIONS if ATTENTION.search(source) else WEIGHTS if product else REST
+    return found
+
+
+def traced(run: Callable[[], object]) -> collections.Counter:
+    """Seconds of each instruction in one run."""
+    seconds: collections.Counter = collections.Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, create_perfetto_trace=True):
+            jax.block_until_ready(run())
+        events = json.load(gzip.open(next(Path(folder).rglob("perfetto_trace.json.gz"))))
+    for event in events["traceEvents"] if isinstance(events, dict) else events:
+        if event.get("ph") == "X" and not NESTING.match(event["name"]):
+            seconds[event["name"]] += event["dur"] / 1e6
+    return seconds
+
+
+def report(job: str, at: sapo_jobs.Setting, work: Work) -> None:
+    text, run = {"rollout": rollout_program, "update": update_program}[job](at, work)
+    jax.block_until_ready(run())
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    plain = time.perf_counter() - start
+    of, by_kind = kinds(text), collections.Counter()
+    for name, seconds in traced(run).items():
+        if name in of:
+            by_kind[of[name]] += seconds
+    model, B, S, C = at.cfg.model, len(work.completions), len(work.prompts[0]), len(work.completions[0])
+    prompts, passes = {"rollout": (len(work.prompts), 1), "update": (B, 3)}[job]  # backward: twice the forward
+    layers, head = layer_flops(model)[0], 2 * model.vocab_size * model.hidden_size
+    needed = passes * ((B * C + prompts * S) * layers + B * C * head)
+    print(f"{work.name}, {job}: {plain:.2f} s, {sum(by_kind.values()):.2f} s of operations when traced")
+    for kind, seconds in by_kind.most_common():
+        rate = f"{needed / seconds / 1e9:6.0f} GFLOP/s" if kind == WEIGHTS else ""
+        print(f"  {kind:22} {seconds:6.2f} s {seconds / sum(by_kind.values()):5.0%} {rate}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workload", nargs="?", default="small", choices=workloads.SHAPES)
+    parser.add_argument("jobs", nargs="?", default="rollout,update", type=lambda text: text.split(","))
+    parser.add_argument("--folder", type=Path, default=Path(".cache/peers/work"), help="of the workloads' models")
+    args = parser.parse_args()
+    speed = calibrate()
+    print(f"this machine: {speed['flops'] / 1e9:.0f} GFLOP/s (1024^3, float32), {speed['hbm'] / 1e9:.1f} GB/s (x + 1)")
+    work = Work.read(work_files.write_work(args.workload, args.folder))
+    at = sapo_jobs.Setting.of(work)
+    for job in args.jobs:
+        report(job, at, work)
+
+
+if __name__ == "__main__":
+    main()
