@@ -73,6 +73,19 @@ def test_experts_over_an_axis(tpu):
 
 
 @needs_libtpu
+@pytest.mark.parametrize("mesh", [{"fsdp": 4}, {"fsdp": 2, "tensor": 2}, {"fsdp": 2, "expert": 2}])
+def test_decoding_moves_tokens_to_the_weights(tpu, mesh):
+    """In a step nothing larger than the step's logits passes between chips: no weight does, the cache stays."""
+    sparse = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 1024} if "expert" in mesh else {}
+    model = dataclasses.replace(CFG.model, intermediate_size=1024, **sparse)
+    decode = plan(dataclasses.replace(CFG, model=model, mesh=Mesh(data=1, **mesh)), "v5e:2x2", ["decode"])
+    decode, B, steps = decode["functions"]["decode"], 32, CFG.rollout.max_new_tokens
+    each_step = [row["bytes"] / row["times"] for row in decode["collectives"] if row["times"] >= steps]
+    logits, weight = 4 * B * model.vocab_size, 2 * model.hidden_size * 1024  # bytes; of one MLP or expert matrix
+    assert decode["fits"] and each_step and max(each_step) <= logits < weight
+
+
+@needs_libtpu
 def test_what_does_not_fit_is_a_verdict(tpu):
     """12 billion parameters with their moments on four chips of 16 GB."""
     model = dataclasses.replace(CFG.model, hidden_size=8192, num_hidden_layers=32, intermediate_size=16384)
