@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c .ci/constraints.txt
-# pip would compile on one core
+# on all cores, pip would take one; a file of a package that does not compile fails where it is imported, not here
 COMPILE := $(BIN)/python -W ignore -m compileall -qq -j 0 $(VENV)/lib || true
 
 .PHONY: quickstart smollm2 test test-all lint notebooks bench clean

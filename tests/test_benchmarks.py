@@ -6,6 +6,8 @@ import importlib
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -190,3 +192,20 @@ def test_every_environment_is_pinned_and_nothing_in_it_is_for_gpus(module):
         lines = [line for line in (BENCHMARKS / "peers" / f"{name}.txt").read_text().splitlines() if line[0] != "#"]
         assert all(line.count("==") == 1 for line in lines)
         assert not any(line.startswith(("nvidia", "cuda")) for line in lines)
+
+
+# ---------------------------------------------------------------- where the time goes
+
+
+def test_instructions_are_told_apart(module):
+    """A product of attention by its einsum, one of weights by being another; neither is the rest."""
+    where = module("where_time_goes")
+
+    def program(q_bkgh, k_bkht, x, w):
+        return jnp.einsum("bkgh,bkht->bkgt", q_bkgh, k_bkht).sum(), jnp.sin(x @ w)
+
+    shapes = (4, 2, 2, 32), (4, 2, 32, 64), (128, 64), (64, 256)
+    text = jax.jit(program).lower(*(jnp.ones(shape) for shape in shapes)).compile().as_text()
+    entry = text[text.index("ENTRY") :]
+    found = [kind for name, kind in where.kinds(text).items() if f"%{name} = " in entry]
+    assert found.count(where.ATTENTIONS) == 1 and found.count(where.WEIGHTS) == 1 and where.REST in found

@@ -1,6 +1,6 @@
 """Where the time of a rollout and of an update goes, by the kind of operation, beside what the machine can do.
 
-    python experiments/benchmarks/where_time_goes.py [small|mid|vocab|moe] [rollout,update]     a minute for small
+    python experiments/benchmarks/where_time_goes.py [small|mid|vocab|moe] [rollout|update]     a minute for small
 
 One traced run of the package's own compiled program on a workload of the comparison with the peers (workloads.py), on a
 quiet CPU. Events of JAX's trace are summed by instruction, and instructions by what the program's text says of them:
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import dataclasses
 import gzip
 import json
 import re
@@ -31,15 +30,16 @@ import workloads  # noqa: E402
 from worker import Work  # noqa: E402
 
 from sapo_jax import sharding  # noqa: E402
-from sapo_jax.config import Diagnostics  # noqa: E402
 from sapo_jax.describe import layer_flops  # noqa: E402
-from sapo_jax.learner import init_state, make_optimizer, make_update, policy_loss  # noqa: E402
 from sapo_jax.plan.measure import calibrate  # noqa: E402
 from sapo_jax.rollout import Rule, Sampler  # noqa: E402
 from sapo_jax.rollout.sampler import _sample  # noqa: E402
 
-ATTENTION = re.compile(r"bkgh,bkht|bkgt,bkth|bkrh,bksh|bkrs,bk[sr]h")  # their einsums: decode, blocked
-INSTRUCTION = re.compile(r'^ *(?:ROOT )?%([\w.\-]+) = \S+ (\w[\w\-]*)\(.*?op_name="([^"]*)"', re.MULTILINE)
+# attention's einsums: decode_attention, _whole, blocked_attention
+ATTENTION = re.compile(r"bkgh,bkht|bkgt,bkth|btkgh,bskh|bkgts,bskh|bkrh,bksh|bkrs,bk[sr]h")
+COMPUTATION = re.compile(r"(?:ENTRY )?%([\w.\-]+) \(")
+INSTRUCTION = re.compile(r" +(?:ROOT )?%([\w.\-]+) = ")
+CALLED, SOURCE = re.compile(r"calls=%([\w.\-]+)"), re.compile(r'op_name="([^"]*)"')
 NESTING = re.compile(r"(while|call|conditional)[.\d]*$")  # events that contain others
 ATTENTIONS, WEIGHTS, REST = "attention's products", "products of weights", "the rest"
 Program = tuple[str, Callable[[], object]]  # its text, and one run
@@ -53,27 +53,35 @@ def rollout_program(at: sapo_jobs.Setting, work: Work) -> Program:
 
 
 def update_program(at: sapo_jobs.Setting, work: Work) -> Program:
-    cfg = dataclasses.replace(at.cfg, diagnostics=Diagnostics(every=0))
-    tx = make_optimizer(cfg.optimizer, 1000)
-    state = [init_state(at.params, tx)]
-    batch = sharding.put_batch(sapo_jobs.given_rows(work, cfg)[1], at.mesh)
-    compiled = make_update(at.policy, tx, policy_loss(cfg), cfg.train.micro_batch).lower(state[0], batch).compile()
+    update, state, batch = sapo_jobs.updating(at, work)
+    batch = sharding.put_batch(batch, at.mesh)
+    compiled = update.lower(state, batch).compile()
 
     def run():
-        state[0], aux = compiled(state[0], batch)
-        return state[0], aux
+        nonlocal state
+        state, aux = compiled(state, batch)
+        return state, aux
 
     return compiled.as_text(), run
 
 
+PROGRAMS = {"rollout": rollout_program, "update": update_program}
+
+
 def kinds(text: str) -> dict[str, str]:
-    """Of each instruction of a program."""
-    found = {}
-    for name, op, source in INSTRUCTION.findall(text):
-        product = op == "dot" or (op == "fusion" and source.endswith("dot_general"))
-        product = product or (op == "fusion" and name.startswith(("ynn", "dot")) and "reduce" not in source)
-        found[name] = ATTENTIONS if ATTENTION.search(source) else WEIGHTS if product else REST
-    return found
+    """Of each instruction of a program: what the product is of that it is, or that the fusion it calls holds."""
+    products, called, inside = collections.defaultdict(list), {}, ""
+    for line in text.splitlines():
+        if match := COMPUTATION.match(line):
+            inside = match[1]
+        elif match := INSTRUCTION.match(line):
+            source, fusion = SOURCE.search(line), CALLED.search(line)
+            called[match[1]] = fusion[1] if fusion else match[1]
+            if " dot(" in line:
+                for name in (match[1], inside):
+                    products[name].append(source[1] if source else "")
+    kind = lambda sources: ATTENTIONS if ATTENTION.search(" ".join(sources)) else WEIGHTS if sources else REST
+    return {name: kind(products.get(target, ())) for name, target in called.items()}
 
 
 def traced(run: Callable[[], object]) -> collections.Counter:
@@ -82,15 +90,16 @@ def traced(run: Callable[[], object]) -> collections.Counter:
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, create_perfetto_trace=True):
             jax.block_until_ready(run())
-        events = json.load(gzip.open(next(Path(folder).rglob("perfetto_trace.json.gz"))))
-    for event in events["traceEvents"] if isinstance(events, dict) else events:
+        with gzip.open(next(Path(folder).rglob("perfetto_trace.json.gz"))) as file:
+            events = json.load(file)["traceEvents"]
+    for event in events:
         if event.get("ph") == "X" and not NESTING.match(event["name"]):
             seconds[event["name"]] += event["dur"] / 1e6
     return seconds
 
 
 def report(job: str, at: sapo_jobs.Setting, work: Work) -> None:
-    text, run = {"rollout": rollout_program, "update": update_program}[job](at, work)
+    text, run = PROGRAMS[job](at, work)
     jax.block_until_ready(run())
     start = time.perf_counter()
     jax.block_until_ready(run())
@@ -112,14 +121,14 @@ def report(job: str, at: sapo_jobs.Setting, work: Work) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workload", nargs="?", default="small", choices=workloads.SHAPES)
-    parser.add_argument("jobs", nargs="?", default="rollout,update", type=lambda text: text.split(","))
+    parser.add_argument("job", nargs="?", choices=PROGRAMS, help="one of the two alone")
     parser.add_argument("--folder", type=Path, default=Path(".cache/peers/work"), help="of the workloads' models")
     args = parser.parse_args()
     speed = calibrate()
     print(f"this machine: {speed['flops'] / 1e9:.0f} GFLOP/s (1024^3, float32), {speed['hbm'] / 1e9:.1f} GB/s (x + 1)")
     work = Work.read(work_files.write_work(args.workload, args.folder))
     at = sapo_jobs.Setting.of(work)
-    for job in args.jobs:
+    for job in [args.job] if args.job else PROGRAMS:
         report(job, at, work)
 
 

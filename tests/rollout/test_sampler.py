@@ -325,6 +325,5 @@ def test_phases():
     assert phases(64, 192, 16, 16) == [(16, 127), (16, 191), (16, 255), (8, 255), (4, 255)]
     assert phases(64, 192, 16, 16, narrow=False) == [(16, 127), (16, 191), (16, 255)] and growth(192) == 64
     assert phases(64, 192, 64, 16)[-1] == (4, 319)
-    assert (
-        phases(64, 1000, 16, 16, narrow=False) == [(16, 313), (16, 563), (16, 813), (16, 1063)] and growth(1000) == 250
-    )
+    assert phases(64, 1000, 16, 16, narrow=False) == [(16, 313), (16, 563), (16, 813), (16, 1063)]
+    assert growth(1000) == 250

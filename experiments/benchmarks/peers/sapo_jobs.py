@@ -100,15 +100,21 @@ def score_job(work: Work) -> Job:
     return Job(run, evidence)
 
 
-def update_job(work: Work) -> Job:
-    at = Setting.of(work)
+def updating(at: Setting, work: Work) -> tuple:
+    """The jitted update, the state that it starts from, and its batch on the host."""
     tx = make_optimizer(at.cfg.optimizer, 1000)
     loss = policy_loss(dataclasses.replace(at.cfg, diagnostics=Diagnostics(every=0)))
-    update, state = make_update(at.policy, tx, loss, MICRO_BATCH), [init_state(at.params, tx)]
     _, batch = given_rows(work, at.cfg)
+    return make_update(at.policy, tx, loss, MICRO_BATCH), init_state(at.params, tx), batch
+
+
+def update_job(work: Work) -> Job:
+    at = Setting.of(work)
+    update, state, batch = updating(at, work)
 
     def run() -> dict:
-        state[0], aux = jax.block_until_ready(update(state[0], sharding.put_batch(batch, at.mesh)))
+        nonlocal state
+        state, aux = jax.block_until_ready(update(state, sharding.put_batch(batch, at.mesh)))
         return {name: float(aux[name]) for name in ("loss", "grad_norm")}
 
     return Job(run, lambda found: found)
