@@ -29,6 +29,7 @@ RULES: dict[str, str | tuple[str, ...]] = {
     "mlp": "tensor",
     "experts": "expert",
     "sequence": "context",
+    "between": ("context", "tensor"),  # the tokens of a row between layers: models.qwen3.between_layers
     "tokens": ("data", "fsdp", "expert", "context"),  # rows of tokens, put one behind the other
     # while decoding: weights stay where they are, the few tokens of a step go to them
     "decode_tokens": ("data", "expert"),
@@ -135,10 +136,11 @@ def lay_out(w: jax.Array, *dims: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(w, PartitionSpec(*split))
 
 
-def sequence(T: int) -> str | None:
-    """The logical name of a dim of T tokens: rows too short to be cut evenly over `context` stay whole."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or T % mesh.shape[RULES["sequence"]] else "sequence"
+def sequence(T: int, name: str = "sequence") -> str | None:
+    """The logical name of a dim of T tokens: rows too short to be cut evenly over its mesh axes stay whole."""
+    mesh, axes = jax.sharding.get_abstract_mesh(), RULES[name]
+    axes = (axes,) if isinstance(axes, str) else axes
+    return None if mesh.empty or T % math.prod(mesh.shape[axis] for axis in axes) else name
 
 
 def put_batch(tree, mesh: jax.sharding.Mesh):

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,11 +29,12 @@ from sapo_jax.rollout import Rule, Sampler
 from sapo_jax.scoring import make_scorer
 from tests.models import tiny
 
-# every dim divides by 2: V 40, D 24, H 4, K 2, F 40, E 4
+# every dim divides by 2: V 40, D 24, H 4, K 2, F 40 and 20, E 4; none is the 16 tokens of a row
 DENSE = dataclasses.replace(tiny.DENSE, vocab_size=40, initializer_range=0.1, tie_word_embeddings=False)
 MOE = dataclasses.replace(
-    DENSE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, router_aux_loss_coef=0.1
+    DENSE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=20, router_aux_loss_coef=0.1
 )
+ROWS = 8  # of a micro-batch
 CASES = {
     "dense data=8": (DENSE, Mesh(data=8)),
     "dense fsdp=4 tensor=2": (DENSE, Mesh(fsdp=4, tensor=2)),
@@ -177,7 +180,7 @@ def on_mesh(model, mesh_cfg: Mesh | None, replay: bool = False) -> dict:
         rollout = sampler(params, prompts, jax.random.key(1))
 
         state = jax.jit(lambda p: init_state(p, tx), out_shardings=placed)(params)
-        update = make_update(policy, tx, policy_loss(cfg), 8, placed)
+        update = make_update(policy, tx, policy_loss(cfg), ROWS, placed)
         compiled = update.lower(state, sharding.put_batch(batch, mesh)).compile()
         state, aux = compiled(state, sharding.put_batch(batch, mesh))
         same_place = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, placed)
@@ -204,7 +207,14 @@ def on_mesh(model, mesh_cfg: Mesh | None, replay: bool = False) -> dict:
             for path, x in jax.tree.leaves_with_path(state.params)
         },
         "temporaries": compiled.memory_analysis().temp_size_in_bytes,  # per device
+        "kept": stacked_inputs(compiled.as_text(), model),
     }
+
+
+def stacked_inputs(text: str, model) -> list[list[int]]:
+    """[rows, tokens] of the arrays that hold a number for each layer, row, token and dim of D: what backward keeps."""
+    L, D = model.num_hidden_layers, model.hidden_size
+    return [[int(b), int(t)] for b, t in set(re.findall(rf"f32\[{L},(\d+),(\d+),{D}\]", text))]
 
 
 def main() -> None:
@@ -224,6 +234,7 @@ def main() -> None:
             "lengths": many["lengths"],
             "placed": many["placed"],
             "specs": many["specs"],
+            "kept": many["kept"],
             "temporaries": many["temporaries"] / one["temporaries"],
         }
     print(json.dumps(found))
@@ -241,7 +252,12 @@ def eight_devices():
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.slow
+def on_eight(test):
+    """Marks a test that looks at what the process of eight devices found; the first one waits for it."""
+    return pytest.mark.slow(pytest.mark.timeout(2500)(test))
+
+
+@on_eight
 @pytest.mark.parametrize("case", CASES)
 def test_a_mesh_changes_no_number(case, eight_devices):
     """Scores, loss, gradients, statistics, and parameters after a step: 1e-5 from one device. The same sampled tokens,
@@ -254,7 +270,16 @@ def test_a_mesh_changes_no_number(case, eight_devices):
         assert found["temporaries"] < 0.35  # experts are not: kernels.expert_mlp sorts the rows of all devices together
 
 
-@pytest.mark.slow
+@on_eight
+@pytest.mark.parametrize("case", CASES)
+def test_what_backward_keeps_of_a_layer_is_split_over_all_axes(case, eight_devices):
+    (*batch, context, tensor), kept = sharding.axis_sizes(CASES[case][1], 8), eight_devices[case]["kept"]
+    rows, T = ROWS // math.prod(batch), 16
+    assert [rows, T // (context * tensor)] in kept
+    assert context * tensor == 1 or [rows, T] not in kept
+
+
+@on_eight
 def test_updated_parameters_are_split(eight_devices):
     dense, moe = (eight_devices[f"{kind} tensor=2"]["specs"] for kind in ("dense data=2 fsdp=2", "moe data=2 expert=2"))
     assert dense["embed"] == ["tensor", "fsdp"]

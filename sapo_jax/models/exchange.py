@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from sapo_jax import kernels
-from sapo_jax.sharding import RULES, alone, lay_out, on_tpu, spec
+from sapo_jax.sharding import RULES, alone, lay_out, on_tpu, sequence, spec
 from sapo_jax.types import Array
 
 EXPERT, FSDP, TENSOR = "expert", "fsdp", "tensor"
@@ -71,7 +71,7 @@ def decoding_experts(gate_EDF, up_EDF, down_EFD) -> Callable:
 
 def _on_mesh(x_BTD, ids_BTk, gate_BTk, weights, dims, *, over: tuple[str, ...], gather: str = "") -> Array:
     """dims: of the weights. over: the axes that split the experts; gather: the axis that splits D, if any."""
-    rows = spec("batch", None, None)
+    rows = spec("batch", sequence(x_BTD.shape[1]), None)
     shards = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in over)
     exchange = functools.partial(_exchange, over=over, shards=shards, gather=gather)
     in_specs = (rows, rows, rows, *(spec(*names) for names in dims))

@@ -37,6 +37,12 @@ def layer_runs(cfg: Model) -> list[tuple[bool, int]]:
     return [(sparse, len(list(group))) for sparse, group in itertools.groupby(cfg.sparse_layers)]
 
 
+def between_layers(x_BTD: Array) -> Array:
+    """Tokens are split over all axes where nothing mixes them: sums of layers, which backward keeps, and norms
+    (sequence parallelism, arXiv 2205.05198, section 4.2.2)."""
+    return constrain(x_BTD, "batch", sequence(x_BTD.shape[1], "between"), None)
+
+
 class Block(nnx.Module):
     """x + Attention(norm(x)), then x + MLP(norm(x)) or, if sparse, x + MoE(norm(x))."""
 
@@ -50,13 +56,13 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD, rotations, positions_BT, segment_ids_BT, prefix_ids_BT=None, replay_BTk=None):
         """Returns x BTD, keys and values BTKh, and the Routing (None for a dense block)."""
-        x_BTD = constrain(x_BTD, "batch", sequence(x_BTD.shape[1]), None)
+        x_BTD = between_layers(x_BTD)
         y = self.attention_norm(x_BTD)
         y, kv = self.attention(y, rotations, positions_BT, segment_ids_BT, prefix_ids_BT)
-        x_BTD += y
+        x_BTD = between_layers(x_BTD + y)
         y = self.mlp_norm(x_BTD)
         y, routing = self.mlp(y, segment_ids_BT, replay_BTk) if self.sparse else (self.mlp(y), None)
-        return constrain(x_BTD + y, "batch", sequence(x_BTD.shape[1]), None), kv, routing
+        return between_layers(x_BTD + y), kv, routing
 
     def decoder(self, dtype) -> Callable:
         """`__call__` for one more token in each row: a function of x_BD and of what `Attention.decoder` takes that
@@ -119,8 +125,7 @@ class Qwen3(nnx.Module):
         return jnp.einsum("...d,vd->...v", hidden, self.head_VD(), preferred_element_type=jnp.float32)
 
     def _start(self, tokens_BT: Array, positions_BT: Array):
-        x_BTD = self.embed[...].astype(self.dtype)[tokens_BT]
-        x_BTD = constrain(x_BTD, "batch", sequence(tokens_BT.shape[1]), None)
+        x_BTD = between_layers(self.embed[...].astype(self.dtype)[tokens_BT])
         return x_BTD, rotations(positions_BT, self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling)
 
     def forward(
