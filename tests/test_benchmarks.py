@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.models import tiny
+
 BENCHMARKS = Path(__file__).parents[1] / "experiments" / "benchmarks"
 
 
@@ -209,3 +211,20 @@ def test_instructions_are_told_apart(module):
     entry = text[text.index("ENTRY") :]
     found = [kind for name, kind in where.kinds(text).items() if f"%{name} = " in entry]
     assert found.count(where.ATTENTIONS) == 1 and found.count(where.WEIGHTS) == 1 and where.REST in found
+
+
+# ---------------------------------------------------------------- how the cost grows
+
+
+@pytest.mark.slow
+def test_cost_of_twice_the_sequences(module):
+    """Twice the micro-batches, in the same memory; the slopes in the picture are exponents."""
+    scaling = module("scaling")
+    points = {n: scaling.measure(tiny.DENSE, 128, n, repeats=1) for n in (8, 16)}
+    assert all(min(point.values()) > 0 and set(point) == set(scaling.QUANTITIES) for point in points.values())
+    assert points[16]["temporaries_mb"] < 1.2 * points[8]["temporaries_mb"]
+    assert scaling.slope(np.array([1, 2, 4]), np.array([3, 12, 48])) == pytest.approx(2)
+
+    figure = scaling.plot([{"axis": "sequences", "value": str(n)} | point for n, point in points.items()])
+    labels = [text.get_text() for axes in figure.axes for text in axes.get_legend().get_texts()]
+    assert len(figure.axes) == 3 and len(labels) == 5 and all("slope" in label for label in labels)
