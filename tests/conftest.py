@@ -13,6 +13,11 @@ from sapo_jax.export import write_model
 from sapo_jax.models import make_policy
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs come first, the longest tests: so that two workers (make test) end together."""
+    items.sort(key=lambda item: item.path.parent.name != "run")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def no_heap_of_programs():
     """Each compiled program keeps its memory maps; past vm.max_map_count (65530) of them the compiler crashes."""

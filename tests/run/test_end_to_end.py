@@ -28,7 +28,7 @@ def rows(folder: Path) -> list[dict]:
 
 
 # the others differ from them by their objective or their data; replay: see test_routing_replay
-QUICK = ("quickstart", "quickstart_moe", "smollm2")
+QUICK = ("quickstart", "smollm2")
 MARKED = [p if p.stem in QUICK else pytest.param(p, marks=pytest.mark.slow) for p in CONFIGS]
 
 
