@@ -119,6 +119,11 @@ def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(*dims))
 
 
+def _axes(dim: str) -> tuple[str, ...]:
+    names = RULES[dim]
+    return (names,) if isinstance(names, str) else names
+
+
 def lay_out(w: jax.Array, *dims: str | None) -> jax.Array:
     """`constrain` for the decode loop, whatever the sizes: a dim that all of its axes do not divide evenly is split
     over the first of them alone, or not at all."""
@@ -127,8 +132,7 @@ def lay_out(w: jax.Array, *dims: str | None) -> jax.Array:
         return w
 
     def axes(size: int, dim: str | None) -> tuple[str, ...]:
-        names = RULES[dim] if dim else ()
-        names = (names,) if isinstance(names, str) else names
+        names = _axes(dim) if dim else ()
         found = (names[:n] for n in range(len(names), 0, -1))
         return next((some for some in found if size % math.prod(mesh.shape[a] for a in some) == 0), ())
 
@@ -138,9 +142,8 @@ def lay_out(w: jax.Array, *dims: str | None) -> jax.Array:
 
 def sequence(T: int, name: str = "sequence") -> str | None:
     """The logical name of a dim of T tokens: rows too short to be cut evenly over its mesh axes stay whole."""
-    mesh, axes = jax.sharding.get_abstract_mesh(), RULES[name]
-    axes = (axes,) if isinstance(axes, str) else axes
-    return None if mesh.empty or T % math.prod(mesh.shape[axis] for axis in axes) else name
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or T % math.prod(mesh.shape[axis] for axis in _axes(name)) else name
 
 
 def put_batch(tree, mesh: jax.sharding.Mesh):

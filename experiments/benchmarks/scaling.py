@@ -24,17 +24,19 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import workloads
-from diagnostics_cost import random_batch
 from matplotlib.figure import Figure
 
-from sapo_jax.analyze import write_csv
-from sapo_jax.config import Config, Diagnostics, Model
-from sapo_jax.learner import init_state, make_optimizer, make_update, policy_loss
-from sapo_jax.models import make_policy
-from sapo_jax.plots import save
-from sapo_jax.rollout import Rule, Sampler
-from sapo_jax.types import Prompt
+sys.path.append(str(Path(__file__).parent / "peers"))
+import sapo_jobs  # noqa: E402
+import workloads  # noqa: E402
+from diagnostics_cost import random_batch  # noqa: E402
+
+from sapo_jax.analyze import write_csv  # noqa: E402
+from sapo_jax.config import Config, Diagnostics, Model  # noqa: E402
+from sapo_jax.learner import init_state, make_optimizer, make_update, policy_loss  # noqa: E402
+from sapo_jax.models import make_policy  # noqa: E402
+from sapo_jax.plots import save  # noqa: E402
+from sapo_jax.rollout import Rule, Sampler  # noqa: E402
 
 RESULTS = Path(__file__).parents[1] / "results"
 PROMPT, GROUP, MICRO_BATCH = workloads.PROMPT_TOKENS, workloads.GROUP, 4
@@ -53,6 +55,7 @@ QUANTITIES = {
 
 def measure(shape: Model, tokens: int, sequences: int, repeats: int) -> dict[str, float]:
     """QUANTITIES of one point."""
+    jax.clear_caches()  # axes share points: a program that is there already would compile in no time
     policy = make_policy(shape)
     params = jax.jit(policy.init)(jax.random.key(0))
     rollout_s, rollout_compile_s = sampling(policy, params, tokens - PROMPT, sequences, repeats)
@@ -70,16 +73,18 @@ def measure(shape: Model, tokens: int, sequences: int, repeats: int) -> dict[str
         state, _ = compiled(state, batch)
         return state
 
-    temporaries_mb = compiled.memory_analysis().temp_size_in_bytes / 1e6
-    return dict(zip(QUANTITIES, (seconds(update, repeats), rollout_s, temporaries_mb, compile_s, rollout_compile_s)))
+    return {
+        "update_s": seconds(update, repeats), "rollout_s": rollout_s,
+        "temporaries_mb": compiled.memory_analysis().temp_size_in_bytes / 1e6,
+        "update_compile_s": compile_s, "rollout_compile_s": rollout_compile_s,
+    }  # fmt: skip
 
 
 def sampling(policy, params, new_tokens: int, sequences: int, repeats: int) -> tuple[float, float]:
     """Median seconds of a rollout of equal lengths, and of its first one beyond that."""
     rng = np.random.default_rng(0)
     ids = rng.integers(1, policy.cfg.vocab_size, (sequences // GROUP, PROMPT)).tolist()
-    text = {"text": "", "question": "", "answer": "", "verifier": "exact", "task": "work"}
-    prompts = [Prompt(index=i, ids=tuple(p), **text) for i, p in enumerate(ids)]
+    prompts = sapo_jobs.prompts_of(ids)
     sampler = Sampler(policy, Rule(), GROUP, new_tokens, (), 0)
     keys = iter(jax.random.split(jax.random.key(0), repeats + 2))
     run = lambda: sampler(params, prompts, next(keys))
@@ -146,8 +151,10 @@ def main() -> None:
             )
             found = measure(shape, at["tokens"], at["sequences"], args.repeats)
             rows.append({"axis": axis, "value": value} | found)
-            print(f"{axis} {value}: " + ", ".join(f"{label} {found[q]:.3g}" for q, label in QUANTITIES.items()))
-            sys.stdout.flush()
+            print(
+                f"{axis} {value}: " + ", ".join(f"{label} {found[q]:.3g}" for q, label in QUANTITIES.items()),
+                flush=True,
+            )
         kept = rows
         write_csv(path, kept)
         save(plot(kept), RESULTS / "scaling.png")

@@ -1,11 +1,11 @@
 """Tokens to their experts and back, on one device or on a mesh. Dropless.
 
-On a mesh every device holds some tokens (logical dim `batch`) and a share of the weights: E/e experts of the `expert`
-axis, their D split over `fsdp`, their F over `tensor`. D is gathered for the layer. The tokens are gathered over the
-`expert` axis; each device computes what its own experts add to each of them, and the sums are scattered back. A token
-passes a link once each way whatever k is: for e <= k that is no more than sending it to each of its experts
-(a ragged all-to-all moves k (e - 1) / e copies each way, this e - 1). While decoding, the experts are split over `fsdp`
-too, where their number divides: tokens are few, so no weight moves.
+On a mesh every device holds some tokens (logical dims `batch`, `sequence`) and a share of the weights: E/e experts of
+the `expert` axis, their D split over `fsdp`, their F over `tensor`. D is gathered for the layer. The tokens are
+gathered over the `expert` axis; each device computes what its own experts add to each of them, and the sums are
+scattered back. A token passes a link once each way whatever k is: for e <= k that is no more than sending it to each of
+its experts (a ragged all-to-all moves k (e - 1) / e copies each way, this e - 1). While decoding, the experts are split
+over `fsdp` too, where their number divides: tokens are few, so no weight moves.
 """
 
 from __future__ import annotations
