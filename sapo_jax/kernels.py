@@ -1,4 +1,4 @@
-"""Attention and the experts' grouped matmul: plain XLA here; `kernels_tpu` on TPU (see `attention`, models.exchange).
+"""Attention, and products of few rows: plain XLA here; `kernels_tpu` on TPU (see `attention`).
 
 All functions are exact (no dropped token, no approximation) and are the numerical reference for any faster kernel.
 """
@@ -73,34 +73,3 @@ def few_rows_product(w: Array, *dims: str | None, rows: str = "batch", dtype=Non
     w_ND = jax.lax.optimization_barrier(w.reshape(len(w), -1).T)
     product = lambda x_BD: jnp.einsum("nd,bd->nb", w_ND, x_BD, preferred_element_type=dtype)
     return lambda x_BD: jax.lax.optimization_barrier(product(x_BD)).T.reshape(-1, *w.shape[1:])
-
-
-def expert_mlp(rows_ND, expert_N, gate_EDF, up_EDF, down_EFD, *, block: int = 32) -> Array:
-    """SwiGLU of each row through its own expert: y_n = (silu(x_n Wg[e_n]) * (x_n Wu[e_n])) Wd[e_n]. Dropless.
-
-    A row with e_n = E belongs to none of these experts and gives 0 (on a mesh: it is another device's).
-    Rows are sorted by expert into blocks that each belong to one expert (the last block of an expert is padded), then
-    one block is one small matmul: measured 10x faster than `jax.lax.ragged_dot` on CPU, which is dense over experts.
-    """
-    N, D = rows_ND.shape
-    E = gate_EDF.shape[0]
-    ours_N1 = expert_N[:, None] < E
-    expert_N = jnp.minimum(expert_N, E - 1)
-    order_N = jnp.argsort(expert_N, stable=True)
-    sorted_expert_N = expert_N[order_N]
-    count_E = jnp.bincount(expert_N, length=E)
-    padded_E = -(-count_E // block) * block
-    start_E, padded_start_E = (jnp.cumsum(n) - n for n in (count_E, padded_E))
-    slot_N = padded_start_E[sorted_expert_N] + jnp.arange(N) - start_E[sorted_expert_N]
-
-    n_blocks = -(-N // block) + min(E, N)  # each expert in use pads at most one block
-    x = jnp.zeros((n_blocks * block, D), rows_ND.dtype).at[slot_N].set(rows_ND[order_N], unique_indices=True)
-    block_expert = jnp.searchsorted(jnp.cumsum(padded_E), jnp.arange(n_blocks) * block, side="right")
-    block_expert = jnp.minimum(block_expert, E - 1)  # blocks beyond the last expert hold zeros
-
-    def one_block(args):
-        x_bD, e = args
-        return (jax.nn.silu(x_bD @ gate_EDF[e]) * (x_bD @ up_EDF[e])) @ down_EFD[e]
-
-    y = jax.lax.map(one_block, (x.reshape(n_blocks, block, D), block_expert)).reshape(n_blocks * block, D)
-    return jnp.where(ours_N1, jnp.zeros_like(rows_ND).at[order_N].set(y[slot_N], unique_indices=True), 0)

@@ -1,16 +1,13 @@
-"""The exact kernels against loops over heads, positions and experts in float64 numpy."""
+"""The exact kernels against loops over heads and positions in float64 numpy."""
 
 from __future__ import annotations
-
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sapo_jax.kernels import attention, decode_attention, expert_mlp, few_rows_product
-from sapo_jax.models.exchange import FEW, decoding_experts, to_experts
+from sapo_jax.kernels import attention, decode_attention, few_rows_product
 from sapo_jax.models.layers import LARGE, product
 from tests.models.tiny import quick_jit
 
@@ -78,74 +75,7 @@ def test_attention_scores_are_float32_in_bfloat16_compute():
     np.testing.assert_allclose(out[0, 0, 0].astype(np.float32), 1 / (1 + np.exp(-1)), rtol=0.01)
 
 
-# ---------------------------------------------------------------- experts
-
-D, F, E = 6, 10, 5
-ROUTES = {  # the expert of each row; most of them share one compiled program of 70 rows
-    "mixed": lambda rng: rng.integers(0, E, 70),
-    "whole-blocks": lambda rng: rng.permutation(np.repeat(np.arange(E), 32)),
-    "empty-experts": lambda rng: rng.choice([1, 3], 70),
-    "first-and-last-empty": lambda rng: rng.integers(1, E - 1, 70),
-    "all-to-one": lambda rng: np.full(70, 2),
-    "all-to-the-last": lambda rng: np.full(70, E - 1),
-    "fewer-rows-than-experts": lambda rng: np.array([4, 0, 4]),
-    "one-row": lambda rng: np.array([3]),
-}
-
-
-def dense_experts(x_ND, expert_N, gate, up, down, cotangent_ND):
-    """Values and gradients, one expert at a time on the rows that are its own, from the formula, in float64."""
-    y_ND, dx_ND = np.zeros((2, *x_ND.shape))
-    d_gate, d_up, d_down = np.zeros(gate.shape), np.zeros(up.shape), np.zeros(down.shape)
-    for e in np.unique(expert_N):
-        own = expert_N == e
-        x, g = x_ND[own].astype(np.float64), cotangent_ND[own].astype(np.float64)
-        a, b = x @ gate[e], x @ up[e]
-        sigmoid = 1 / (1 + np.exp(-a))
-        y_ND[own] = (a * sigmoid * b) @ down[e]
-        d_hidden = g @ down[e].T
-        d_a, d_b = d_hidden * b * sigmoid * (1 + a * (1 - sigmoid)), d_hidden * a * sigmoid
-        dx_ND[own] = d_a @ gate[e].T + d_b @ up[e].T
-        d_gate[e], d_up[e], d_down[e] = x.T @ d_a, x.T @ d_b, (a * sigmoid * b).T @ g
-    return y_ND, (dx_ND, d_gate, d_up, d_down)
-
-
-def expert_example(route: str):
-    rng = np.random.default_rng(4)
-    expert_N = ROUTES[route](rng).astype(np.int32)
-    shapes = ((len(expert_N), D), (E, D, F), (E, D, F), (E, F, D), (len(expert_N), D))
-    x, gate, up, down, cotangent = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
-    return expert_N, (x, gate, up, down), cotangent
-
-
-@functools.partial(quick_jit, static_argnums=3)
-def value_and_gradients(arrays, expert_N, cotangent, block):
-    y, pull = jax.vjp(lambda x, *weights: expert_mlp(x, expert_N, *weights, block=block), *arrays)
-    return y, pull(cotangent)
-
-
-@pytest.mark.parametrize(("route", "block"), [*((r, 32) for r in ROUTES), ("mixed", 1), ("mixed", 7), ("mixed", 128)])
-def test_expert_mlp(route, block):
-    """Values and all gradients; no row is dropped, however the rows fall."""
-    expert_N, arrays, cotangent = expert_example(route)
-    y, gradients = value_and_gradients(arrays, expert_N, cotangent, block)
-    expected_y, expected = dense_experts(arrays[0], expert_N, *arrays[1:], cotangent)
-    assert np.all(np.any(np.asarray(y) != 0, axis=1))  # a dropped row would be 0
-    names = ("y", "rows", "gate", "up", "down")
-    for name, ours, theirs in zip(names, (y, *gradients), (expected_y, *expected), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6 * np.abs(theirs).max(), err_msg=name)
-    idle = np.setdiff1d(np.arange(E), expert_N)
-    assert not any(np.any(np.asarray(g)[idle]) for g in gradients[1:])
-
-
-def test_expert_mlp_gives_rows_back_in_order():
-    """Expert e multiplies by e + 1, so that every row can be told from the others (silu(x) = x for large x)."""
-    expert_N = np.array([3, 0, 2, 0, 3, 1, 4, 0], np.int32)
-    x_ND = 100.0 + np.arange(8, dtype=np.float32)[:, None]
-    gate, down = np.ones((E, 1, 1), np.float32), np.ones((E, 1, 1), np.float32)
-    up = np.arange(1, E + 1, dtype=np.float32)[:, None, None] / 100
-    y_ND = jax.jit(expert_mlp)(x_ND, expert_N, gate, up, down)
-    np.testing.assert_allclose(y_ND, x_ND**2 * (expert_N[:, None] + 1) / 100, rtol=1e-6)
+# ---------------------------------------------------------------- decoding
 
 
 @pytest.mark.parametrize(("H", "K"), [(4, 4), (4, 2), (6, 1)])
@@ -181,15 +111,3 @@ def test_gradients_of_a_large_product():
     gradients = lambda f: quick_jit(lambda x, w: jax.vjp(f, x, w)[1](d_out))(x, w)
     for found, expected in zip(gradients(product), gradients(jnp.matmul), strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-5)
-
-
-@pytest.mark.parametrize("B", [3, FEW, FEW + 1])
-def test_decoding_experts(B):
-    """A few rows through all experts, more through their own: the same."""
-    rng, D, F, k = np.random.default_rng(5), 6, 10, 2
-    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
-    weights = normal(E, D, F), normal(E, D, F), normal(E, F, D)
-    ids = np.array([rng.permutation(E)[:k] for _ in range(B)])[:, None]
-    x, gate = normal(B, 1, D), np.abs(normal(B, 1, k))
-    found = quick_jit(lambda x, *w: decoding_experts(*w)(x, ids, gate))(x, *weights)
-    np.testing.assert_allclose(found, quick_jit(to_experts)(x, ids, gate, *weights), atol=2e-5, rtol=1e-5)

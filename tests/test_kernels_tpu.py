@@ -1,4 +1,4 @@
-"""The TPU kernels' own code, interpreted on CPU, against `kernels`: values and gradients."""
+"""The TPU kernels' own code, interpreted on CPU, against the functions in plain XLA: values and gradients."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from sapo_jax import kernels, kernels_tpu
+from sapo_jax.blocked_experts import mix_experts
 from sapo_jax.config import Mesh
 from sapo_jax.sharding import make_mesh, on_tpu
 
@@ -120,12 +121,6 @@ def test_the_platform_is_that_of_the_mesh_in_scope():
         assert not jax.jit(on_tpu)()
 
 
-def exact_mix(x_ND, ids_Nk, gate_Nk, *weights):
-    N, k = ids_Nk.shape
-    y = kernels.expert_mlp(jnp.repeat(x_ND, k, axis=0), ids_Nk.reshape(-1), *weights)
-    return jnp.einsum("nkd,nk->nd", y.reshape(N, k, -1), gate_Nk)
-
-
 @pytest.mark.parametrize(
     ("N", "strangers"), [(24, False), (25, False), (25, True)], ids=["whole", "padded", "strangers"]
 )
@@ -142,7 +137,7 @@ def test_experts(N, strangers, monkeypatch):
         return jax.jit(lambda ids, x, g, *w: _value_and_vjp(lambda x, g, *w: f(x, ids, g, *w), (x, g, *w), d_out))
 
     ours = compiled(lambda *a: kernels_tpu.mix_experts(*a, strangers=strangers, interpret=True))
-    exact = compiled(exact_mix)
+    exact = compiled(mix_experts)
     choices = [0, 2, 4, 5][: 2 + 2 * strangers]  # idle experts; 4 is none of these
     for ids in rng.integers(0, E, (N, k)), np.full((N, k), 2), np.minimum(rng.choice(choices, (N, k)), E):
         (out, gradient), (expected_out, expected) = ours(ids, x, gates, *weights), exact(ids, x, gates, *weights)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from sapo_jax import kernels
+from sapo_jax import blocked_experts, kernels
 from sapo_jax.sharding import RULES, alone, lay_out, on_tpu, sequence, spec
 from sapo_jax.types import Array
 
@@ -97,11 +97,9 @@ def _exchange(x_BTD, ids_BTk, gate_BTk, gate_EDF, up_EDF, down_EFD, *, over, sha
 def _mix(x_BTD, ids_BTk, gate_BTk, gate_EDF, up_EDF, down_EFD, *, strangers: bool = False) -> Array:
     """On one device. strangers: some ids are E, which adds nothing."""
     (B, T, D), k = x_BTD.shape, ids_BTk.shape[-1]
+    rows = x_BTD.reshape(-1, D), ids_BTk.reshape(-1, k), gate_BTk.reshape(-1, k), gate_EDF, up_EDF, down_EFD
     if on_tpu():
         from sapo_jax.kernels_tpu import mix_experts  # here: takes long to import
 
-        rows = x_BTD.reshape(-1, D), ids_BTk.reshape(-1, k), gate_BTk.reshape(-1, k)
-        return mix_experts(*rows, gate_EDF, up_EDF, down_EFD, strangers=strangers).reshape(B, T, D)
-    rows_ND = jnp.broadcast_to(x_BTD[:, :, None], (B, T, k, D)).reshape(-1, D)
-    y_ND = kernels.expert_mlp(rows_ND, ids_BTk.reshape(-1), gate_EDF, up_EDF, down_EFD)
-    return jnp.einsum("btkd,btk->btd", y_ND.reshape(B, T, k, D), gate_BTk)
+        return mix_experts(*rows, strangers=strangers).reshape(B, T, D)
+    return blocked_experts.mix_experts(*rows).reshape(B, T, D)

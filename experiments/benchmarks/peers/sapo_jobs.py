@@ -105,7 +105,8 @@ def updating(at: Setting, work: Work) -> tuple:
     tx = make_optimizer(at.cfg.optimizer, 1000)
     loss = policy_loss(dataclasses.replace(at.cfg, diagnostics=Diagnostics(every=0)))
     _, batch = given_rows(work, at.cfg)
-    return make_update(at.policy, tx, loss, MICRO_BATCH), init_state(at.params, tx), batch
+    state = jax.device_put(init_state(at.params, tx), sharding.replicated(at.mesh))  # as the next ones will be
+    return make_update(at.policy, tx, loss, MICRO_BATCH), state, batch
 
 
 def update_job(work: Work) -> Job:

@@ -1,0 +1,123 @@
+"""A mixture of experts over sorted blocks of tokens, in plain XLA: exact, for processors other than TPUs.
+
+The numerical reference for `kernels_tpu.mix_experts`, which does the same by a grouped matmul.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sapo_jax.types import Array
+
+BLOCK = 128  # rows of a matmul: larger ones waste more at the borders of experts, smaller ones are slower
+
+
+class Blocks(NamedTuple):
+    """The copies of tokens that go to experts, sorted by expert into n blocks of b, each of one expert; the last block
+    of an expert is filled up. m = N k stands for no copy, and n b for no place."""
+
+    copy_nb: Array  # which copy: token * k + choice
+    place_Nk: Array  # where it is among the n b
+    expert_n: Array
+    used: Array  # scalar: blocks from here on are empty
+
+
+def sort_into_blocks(ids_Nk: Array, E: int, block: int) -> Blocks:
+    """A copy with the id E belongs to none of these experts and gets no place (on a mesh: it is another device's)."""
+    id_m = jnp.ravel(ids_Nk)
+    m, order_m = id_m.size, jnp.argsort(id_m, stable=True)
+    sorted_id_m = id_m[order_m]
+    bound_E = jnp.searchsorted(sorted_id_m, jnp.arange(E + 1))
+    padded_E = -(-jnp.diff(bound_E) // block) * block
+    end_E = jnp.cumsum(padded_E)
+    n = -(-m // block) + min(E, m)  # each expert in use fills up one block at most
+    shift_E = end_E - padded_E - bound_E[:-1]
+    here_m = sorted_id_m < E
+    place_m = jnp.where(here_m, jnp.arange(m) + shift_E[jnp.minimum(sorted_id_m, E - 1)], n * block)
+    return Blocks(
+        copy_nb=jnp.full(n * block, m).at[place_m].set(order_m, mode="drop").reshape(n, block),
+        place_Nk=jnp.zeros(m, place_m.dtype).at[order_m].set(place_m, unique_indices=True).reshape(ids_Nk.shape),
+        expert_n=jnp.minimum(jnp.searchsorted(end_E, jnp.arange(n) * block, side="right"), E - 1),
+        used=end_E[-1] // block,
+    )
+
+
+def mix_experts(x_ND, ids_Nk, gate_Nk, gate_EDF, up_EDF, down_EFD, *, block: int = BLOCK) -> Array:
+    """sum over k of gate_k * SwiGLU_{ids_k}(x), ND; SwiGLU_e(x) = (silu(x Wg_e) * (x Wu_e)) Wd_e. Dropless.
+
+    An id of E is an expert that is not among these and adds nothing. One block of rows is one small matmul: measured
+    10x faster than `jax.lax.ragged_dot` on CPU, which is dense over experts. Rows are fetched block by block.
+    """
+    blocks = sort_into_blocks(ids_Nk, len(gate_EDF), block)
+    return _mix_blocks(x_ND, gate_Nk, jnp.concatenate([gate_EDF, up_EDF], axis=-1), down_EFD, blocks)
+
+
+@jax.custom_vjp
+def _mix_blocks(x_ND, gate_Nk, both_EDf, down_EFD, blocks: Blocks) -> Array:
+    """f = 2F: gate beside up. Differentiated by hand: JAX would keep its expert's weights for each block."""
+    return _mix_blocks_fwd(x_ND, gate_Nk, both_EDf, down_EFD, blocks)[0]
+
+
+def _rows(x_ND: Array, copy_b: Array, k: int) -> Array:
+    return jnp.take(x_ND, copy_b // k, axis=0, mode="fill", fill_value=0)
+
+
+def _put(array: Array, part: Array, i: Array) -> Array:
+    return jax.lax.dynamic_update_index_in_dim(array, part, i, 0)
+
+
+def _back(y_nbD: Array, place_Nk: Array) -> Array:
+    """Each copy's part, N k ..., from where it was."""
+    return jnp.take(y_nbD.reshape(-1, *y_nbD.shape[2:]), place_Nk, axis=0, mode="fill", fill_value=0)
+
+
+def _mix_blocks_fwd(x_ND, gate_Nk, both_EDf, down_EFD, blocks: Blocks):
+    (n, b), k = blocks.copy_nb.shape, gate_Nk.shape[1]
+    gate_nb = gate_Nk.ravel().at[blocks.copy_nb].get(mode="fill", fill_value=0)
+
+    def one_block(i, written):
+        y_nbD, hidden_nbf = written
+        e = blocks.expert_n[i]
+        hidden_bf = _rows(x_ND, blocks.copy_nb[i], k) @ both_EDf[e]
+        gate_bF, up_bF = jnp.split(hidden_bf, 2, axis=-1)
+        y_bD = (jax.nn.silu(gate_bF) * up_bF * gate_nb[i][:, None]) @ down_EFD[e]
+        return _put(y_nbD, y_bD, i), _put(hidden_nbf, hidden_bf, i)
+
+    zeros = lambda width: jnp.zeros((n, b, width), x_ND.dtype)
+    y_nbD, hidden_nbf = jax.lax.fori_loop(0, blocks.used, one_block, (zeros(x_ND.shape[1]), zeros(both_EDf.shape[2])))
+    saved = x_ND, gate_nb, both_EDf, down_EFD, blocks, hidden_nbf
+    return _back(y_nbD, blocks.place_Nk).sum(axis=1), saved
+
+
+def _mix_blocks_bwd(saved, dy_ND):
+    x_ND, gate_nb, both_EDf, down_EFD, blocks, hidden_nbf = saved
+    k = blocks.place_Nk.shape[1]
+
+    def one_block(i, sums):
+        dx_nbD, d_gate_nb, d_both_EDf, d_down_EFD = sums
+        e, copy_b, g_b1 = blocks.expert_n[i], blocks.copy_nb[i], gate_nb[i][:, None]
+        x_bD, dy_bD = _rows(x_ND, copy_b, k), _rows(dy_ND, copy_b, k)
+        gate_bF, up_bF = jnp.split(hidden_nbf[i], 2, axis=-1)
+        sigmoid_bF = jax.nn.sigmoid(gate_bF)
+        mixed_bF = gate_bF * sigmoid_bF * up_bF
+        d_gated_bF = dy_bD @ down_EFD[e].T
+        d_mixed_bF = d_gated_bF * g_b1
+        d_gate_bF = d_mixed_bF * up_bF * sigmoid_bF * (1 + gate_bF * (1 - sigmoid_bF))
+        d_hidden_bf = jnp.concatenate([d_gate_bF, d_mixed_bF * gate_bF * sigmoid_bF], axis=-1)
+        return (
+            _put(dx_nbD, d_hidden_bf @ both_EDf[e].T, i),
+            _put(d_gate_nb, (d_gated_bF * mixed_bF).sum(axis=-1), i),
+            _put(d_both_EDf, d_both_EDf[e] + x_bD.T @ d_hidden_bf, e),
+            _put(d_down_EFD, d_down_EFD[e] + (mixed_bF * g_b1).T @ dy_bD, e),
+        )
+
+    zeros = jnp.zeros((*gate_nb.shape, x_ND.shape[1]), x_ND.dtype), *map(jnp.zeros_like, (gate_nb, both_EDf, down_EFD))
+    dx_nbD, d_gate_nb, d_both_EDf, d_down_EFD = jax.lax.fori_loop(0, blocks.used, one_block, zeros)
+    dx_ND = _back(dx_nbD, blocks.place_Nk).sum(axis=1)
+    return dx_ND, _back(d_gate_nb, blocks.place_Nk), d_both_EDf, d_down_EFD, None
+
+
+_mix_blocks.defvjp(_mix_blocks_fwd, _mix_blocks_bwd)
