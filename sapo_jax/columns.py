@@ -11,11 +11,13 @@ def growth(C: int) -> int:
     return -(-C // max(1, min(PARTS, C // LEAST)))
 
 
-def widths(S: int, C: int, waits: bool) -> list[int]:
+def widths(S: int, C: int, waits: bool, page: int = 1) -> list[int]:
     """Columns, ever more: for S prompt tokens, the last of which is passed by the loop, and C new ones.
 
     waits: more completions than slots. Then there is room beyond, so that columns are not shifted out at every step.
+    page: a row starts at a multiple of it (kernels.page), up to page - 1 columns early; widths are multiples too.
     """
     step = growth(C)
-    last = S + C - 1 + (step if waits else 0)
-    return [*range(S - 1 + step, last, step), last]
+    last = S + C - 1 + (step + page - 1 if waits else 0)
+    whole = lambda columns: -(-(columns + page - 1) // page) * page
+    return sorted({whole(columns) for columns in (*range(S - 1 + step, last, step), last)})

@@ -15,6 +15,7 @@ from sapo_jax.sharding import alone, lay_out, on_tpu
 from sapo_jax.types import Array
 
 ATTENTION = "attention"  # name of attention's output and normaliser, for `jax.checkpoint` policies that keep them
+PAGE, LANES = 64, 128  # columns that decoding on TPU fetches at a time; what the size of a head must be a multiple of
 SHORT = 32  # tokens of a row that is not worth blocks: on CPU forward and backward then take half the time
 NEGATIVE = -1e30  # finite, so that a row with nothing to attend to (padding) gives finite, ignored numbers
 
@@ -47,12 +48,38 @@ def _whole(q_BTHh: Array, k_BSKh: Array, v_BSKh: Array, queries: Queries, keys: 
     return jnp.einsum("bkgts,bskh->btkgh", probs.astype(v_BSKh.dtype), v_BSKh).reshape(B, T, H, h)
 
 
-def decode_attention(q_BKGh, k_BKhT, v_BKTh, first_B, last) -> Array:
+def page(h: int, dtype) -> int:
+    """Rows of a cache of heads of size h start at multiples of this: so many columns decoding fetches at a time.
+
+    1 where the kernel of decoding is not used: it wants whole registers, and computes in bfloat16.
+    """
+    return PAGE if on_tpu() and h % LANES == 0 and dtype == jnp.bfloat16 else 1
+
+
+def write_column(cache: Array, new: Array, column, behind_B: Array | None, *, axis: int, page: int) -> Array:
+    """The cache, B ..., with the column `new` at `column` of `axis`; that of row b behind_B[b] < page before it."""
+    if behind_B is None:
+        return jax.lax.dynamic_update_slice_in_dim(cache, new, column, axis)
+    first = column - (page - 1)  # a window in which each row has its column: no scatter
+    there = jax.lax.dynamic_slice_in_dim(cache, first, page, axis)
+    here_Bp = jnp.arange(page) == page - 1 - behind_B[:, None]
+    here = here_Bp.reshape(len(here_Bp), *(page if dim == axis else 1 for dim in range(1, cache.ndim)))
+    return jax.lax.dynamic_update_slice_in_dim(cache, jnp.where(here, new, there), first, axis)
+
+
+def decode_attention(q_BKGh, k_BKhT, v_BKTh, first_B, last, live_B) -> Array:
     """`attention` of one query per row and head, over the columns first_B <= t <= last of a cache. Returns BKGh.
 
-    The G query heads of a key head stand together. Scores and softmax are float32.
+    last: a number, or one for each row. The G query heads of a key head stand together. Scores and softmax are float32.
+    A row that is not live gives anything finite. On TPU, where rows start at pages, only pages are read that hold keys
+    of a live row.
     """
     h, column_T = q_BKGh.shape[-1], jnp.arange(k_BKhT.shape[-1])
+    if on_tpu() and page(h, v_BKTh.dtype) > 1:
+        from sapo_jax.kernels_tpu import sharded_decode_attention  # here: takes long to import
+
+        return sharded_decode_attention(q_BKGh, k_BKhT, v_BKTh, first_B, jnp.where(live_B, last, first_B - 1))
+    last = jnp.reshape(last, (-1, 1))
     scores = jnp.einsum("bkgh,bkht->bkgt", q_BKGh, k_BKhT, preferred_element_type=jnp.float32) * h**-0.5
     live_BT = (column_T >= first_B[:, None]) & (column_T <= last)
     probs = jax.nn.softmax(jnp.where(live_BT[:, None, None], scores, NEGATIVE), axis=-1)

@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.megablox import ops as megablox
+from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-from sapo_jax.kernels import ATTENTION
+from sapo_jax.kernels import ATTENTION, LANES, PAGE
 from sapo_jax.sharding import spec
 from sapo_jax.types import Array
 
-LANES = 128  # of a TPU register: the kernels want multiples of it
 BLOCKS = 1024, 512, 256, 128  # tokens of a block of scores; see _kernel
 ROWS = (
     256  # of a tile of the grouped matmul; smaller tiles waste less at the borders of experts, larger ones are faster
@@ -139,6 +139,47 @@ def _attend_bwd(interpret: bool, residuals, d_out):
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+# ---------------------------------------------------------------- decoding
+
+
+def sharded_decode_attention(q_BKGh, k_BKhT, v_BKTh, first_B, last_B) -> Array:
+    """`decode_attention` on the mesh in scope: each device has the rows and key heads that `sharding.RULES` give it."""
+    local = decode_attention
+    if not jax.sharding.get_abstract_mesh().empty:
+        heads, rows = spec("batch", "kv_heads", None, None), spec("batch")
+        local = jax.shard_map(local, in_specs=(heads, heads, heads, rows, rows), out_specs=heads, check_vma=False)
+    return local(q_BKGh, k_BKhT, v_BKTh, first_B, last_B)
+
+
+def decode_attention(q_BKGh, k_BKhT, v_BKTh, first_B, last_B) -> Array:
+    """As `kernels.decode_attention`, of rows that start at a page: first_B are multiples of PAGE. A row whose last
+    column is before its first gives 0.
+
+    Paged attention fetches the pages that hold a row's tokens, a few at a time (the last ones again, to make up their
+    number). To it each key head of each row is a sequence of its own, whose pages follow each other: nothing is copied.
+    """
+    (B, K, G, h), T = q_BKGh.shape, v_BKTh.shape[2]
+    n = T // PAGE
+    pages = lambda x_BKTh: x_BKTh.reshape(1, B * K * n, PAGE, h)
+    first_R, last_R = (jnp.repeat(x, K) for x in (first_B, last_B))  # R = B K sequences
+    page_Rn = jnp.minimum(first_R[:, None] // PAGE + jnp.arange(n), jnp.maximum(last_R, 0)[:, None] // PAGE)
+    page_Rn += jnp.arange(B * K)[:, None] * n
+    q_RGh = (q_BKGh * h**-0.5).astype(q_BKGh.dtype).reshape(B * K, G, h)
+    at_a_time = next(size for size in (8, 4, 2, 1) if n % size == 0)
+    out_RGh = paged_attention(
+        q_RGh, pages(k_BKhT.swapaxes(2, 3)), pages(v_BKTh), (last_R - first_R + 1).astype(jnp.int32),
+        page_Rn.astype(jnp.int32), pages_per_compute_block=at_a_time,
+        megacore_mode="batch" if _two_cores() and B * K % 2 == 0 else None,
+    )  # fmt: skip
+    return out_RGh.reshape(q_BKGh.shape)
+
+
+def _two_cores() -> bool:
+    """Whether a device is two TensorCores that share its memory."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return getattr(device, "num_cores", 1) == 2
 
 
 # ---------------------------------------------------------------- experts

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sapo_jax.kernels import attention, decode_attention, few_rows_product
+from sapo_jax.kernels import attention, decode_attention, few_rows_product, write_column
 from sapo_jax.models.layers import LARGE, product
 from tests.models.tiny import quick_jit
 
@@ -85,12 +85,25 @@ def test_decode_attention(H, K):
     q = rng.normal(size=(3, K, G, h)).astype(np.float32)
     k, v = rng.normal(size=(2, 3, T, K, h)).astype(np.float32)
     first_B, last = np.array([0, 4, 6]), 6
-    found = quick_jit(decode_attention)(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), first_B, last)
+    live_B = np.ones(3, bool)
+    found = quick_jit(decode_attention)(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), first_B, last, live_B)
     slot_T = np.arange(T)
     live = ((slot_T >= first_B[:, None]) & (slot_T <= last)).astype(int)
     ones = np.ones((3, 1), int)
     expected = slow_attention(q.reshape(3, 1, H, h), k, v, ones * T, np.tile(slot_T, (3, 1)), ones, live)
     np.testing.assert_allclose(found.reshape(3, 1, H, h), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("axis", [2, 3])
+def test_write_column(axis):
+    """Each row's new column before the given one, and nothing else."""
+    cache = np.random.default_rng(5).normal(size=(3, 2, 16, 16)).astype(np.float32)
+    new = np.ones((3, 2, 1, 16) if axis == 2 else (3, 2, 16, 1), np.float32)
+    write = quick_jit(lambda behind_B: write_column(cache, new, 9, behind_B, axis=axis, page=4))
+    for behind_B in (None, np.array([0, 3, 1])):
+        expected = np.moveaxis(cache.copy(), axis, 2)
+        expected[range(3), :, 9 - (0 if behind_B is None else behind_B)] = 1
+        np.testing.assert_array_equal(write(behind_B), np.moveaxis(expected, 2, axis))
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 5), (16, 24, 40)])

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from sapo_jax import kernels, kernels_tpu
 from sapo_jax.blocked_experts import mix_experts
@@ -75,7 +76,8 @@ def test_without_prefixes_segments_are_attended_to_alone():
 
 @pytest.mark.slow
 def test_attention_on_a_mesh_of_eight(tmp_path):
-    """Rows over data, heads over tensor: values and gradients as on one device. In a process with eight devices."""
+    """Rows over data, heads over tensor: values and gradients as on one device, and decoding. In a process with eight
+    devices."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
@@ -97,10 +99,55 @@ def on_mesh() -> float:
         f = lambda q, k, v: kernels_tpu.sharded_attention(q, k, v, segments, prefixes, interpret=True) * real
         return _value_and_vjp(f, (q, k, v), d_out)
 
-    one = jax.jit(run)(q, k, v)
+    decoding = cached(2, 2, 128, B=8)[:5]
+    one = jax.jit(run)(q, k, v), paged(*decoding)
     with jax.set_mesh(make_mesh(Mesh(data=4, tensor=2))):
-        many = jax.jit(run)(q, k, v)
+        many = jax.jit(run)(q, k, v), paged(*decoding)
     return max(float(np.abs(a - b).max()) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True))
+
+
+def cached(K: int, G: int, T: int, B: int = 5, h: int = 128):
+    """Queries, keys and values of a cache whose rows start at pages and end anywhere; one is not live."""
+    rng = np.random.default_rng(4)
+    shapes = (B, K, G, h), (B, K, h, T), (B, K, T, h)
+    q, k, v = (jnp.array(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes)
+    first_B = rng.integers(0, T // kernels.PAGE, B).astype(np.int32) * kernels.PAGE
+    last_B = (first_B + rng.integers(0, T - first_B)).astype(np.int32)
+    live_B = np.arange(B) != B // 2
+    return q, k, v, first_B, np.where(live_B, last_B, first_B - 1).astype(np.int32), live_B
+
+
+def paged(*args):
+    with pltpu.force_tpu_interpret_mode():
+        return np.asarray(jax.jit(kernels_tpu.sharded_decode_attention)(*args).astype(jnp.float32))
+
+
+@pytest.mark.parametrize(("K", "G", "T"), [(2, 2, 320), (1, 8, 512)], ids=["few-queries", "whole-tiles"])
+def test_decode_attention(K, G, T):
+    """Of random numbers; and of a query that sees all alike, where each value tells its column: just those columns."""
+    q, k, v, first_B, last_B, live_B = cached(K, G, T)
+    scaled = (q * 128**-0.5).astype(q.dtype).astype(jnp.float32) * 128**0.5  # rounded as the kernel's queries are
+    expected = kernels.decode_attention(scaled, *(x.astype(jnp.float32) for x in (k, v)), first_B, last_B, live_B)
+    np.testing.assert_allclose(paged(q, k, v, first_B, last_B)[live_B], expected[live_B], rtol=2**-8, atol=1e-6)
+    column_T = np.arange(T)
+    seen_BT = (column_T >= first_B[:, None]) & (column_T <= last_B[:, None])
+    for block in range(0, T, 128):
+        tells_Th = jnp.array(column_T[:, None] == block + np.arange(128), jnp.bfloat16)
+        weight_BKGh = paged(q * 0, k, jnp.broadcast_to(tells_Th, v.shape), first_B, last_B)
+        times = weight_BKGh * np.maximum(seen_BT.sum(axis=1), 1)[:, None, None, None]
+        here_BT = np.pad(seen_BT, [(0, 0), (0, 128)])[:, block : block + 128]
+        np.testing.assert_allclose(times, np.broadcast_to(here_BT[:, None, None], times.shape), atol=0.01)
+
+
+def test_decode_attention_reads_live_pages_alone():
+    """Not a number wherever nothing live is: nobody sees it."""
+    q, k, v, first_B, last_B, live_B = cached(2, 2, 512)
+    page_T = np.arange(512) // kernels.PAGE
+    dead_BT = (page_T < first_B[:, None] // kernels.PAGE) | (page_T > last_B[:, None] // kernels.PAGE)
+    dead_BT |= ~live_B[:, None]
+    assert dead_BT.mean() > 0.3
+    spoilt = jnp.where(dead_BT[:, None, None], jnp.nan, k), jnp.where(dead_BT[:, None, :, None], jnp.nan, v)
+    np.testing.assert_array_equal(paged(q, *spoilt, first_B, last_B), paged(q, k, v, first_B, last_B))
 
 
 def test_on_tpu_attention_is_the_kernel(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -24,12 +25,16 @@ class KVCache:
 
     Columns first_B[b] <= t < used of row b hold its tokens, the newest last: all rows write to the same column. Keys
     lie along the columns, values across: so both products of a step of decoding read memory in order.
+
+    With behind_B a row ends that many columns before `used`, less than a page, so that it starts at a page: what the
+    TPU kernel of decoding needs (kernels.page).
     """
 
     k: tuple[Array, ...]  # L arrays BKhT
     v: tuple[Array, ...]  # L arrays BKTh
     first_B: Array  # int32
     used: Array  # int32 scalar
+    behind_B: Array | None = None  # int32
 
     @classmethod
     def of_rows(cls, kv: tuple[Array, Array], first_B: Array) -> KVCache:
@@ -81,12 +86,12 @@ class Attention(nnx.Module):
 
     def decoder(self, dtype) -> Callable:
         """What `__call__` does, for one more token in each row: a function of (x_BD, its rotations, the layer's keys
-        and values in a KVCache, first_B, the column to write to) that returns the output BD, and keys and values.
+        and values, the KVCache that they are of, live_B) that returns the output BD, and keys and values.
 
         The projections are cast and put side by side here, once for a decode loop.
         """
         (D, H, h), K = self.q.shape, self.k.shape[1]
-        G = H // K
+        G, page = H // K, kernels.page(h, dtype)
         grouped = lambda p: p[...].reshape(*p.shape[:-2], K, -1, h)  # by key head, so that `tensor` splits all alike
         joined = lambda *parts: jnp.concatenate([grouped(p) for p in parts], axis=-2).astype(dtype)
         qkv_DKnh = joined(self.q, self.k, self.v)
@@ -94,16 +99,17 @@ class Attention(nnx.Module):
         output = kernels.few_rows_product(self.o[...].reshape(H * h, D).astype(dtype), "heads", None)
         bias_Knh = joined(self.q_bias, self.k_bias, self.v_bias) if self.biased else None
 
-        def attend(x_BD, rotations, k_BKhT, v_BKTh, first_B, column):
+        def attend(x_BD, rotations, k_BKhT, v_BKTh, cache, live_B):
             qkv_BKnh = constrain(project(x_BD), "batch", "kv_heads", None, None)
             qkv_BKnh = qkv_BKnh + bias_Knh if self.biased else qkv_BKnh
             q, k, v = jnp.split(qkv_BKnh, [G, G + 1], axis=2)
             if self.q_norm is not None:
                 q, k = self.q_norm(q), self.k_norm(k)
             q, k = rotate(q, *rotations), rotate(k, *rotations)
-            k_BKhT = jax.lax.dynamic_update_slice_in_dim(k_BKhT, k.swapaxes(2, 3), column, axis=3)
-            v_BKTh = jax.lax.dynamic_update_slice_in_dim(v_BKTh, v, column, axis=2)
-            out_BKGh = kernels.decode_attention(q, k_BKhT, v_BKTh, first_B, column)
+            write = functools.partial(kernels.write_column, column=cache.used, behind_B=cache.behind_B, page=page)
+            k_BKhT, v_BKTh = write(k_BKhT, k.swapaxes(2, 3), axis=3), write(v_BKTh, v, axis=2)
+            last = cache.used if cache.behind_B is None else cache.used - cache.behind_B
+            out_BKGh = kernels.decode_attention(q, k_BKhT, v_BKTh, cache.first_B, last, live_B)
             out_BD = output(out_BKGh.reshape(-1, H * h))
             return out_BD + self.o_bias[...].astype(dtype) if self.biased else out_BD, k_BKhT, v_BKTh
 

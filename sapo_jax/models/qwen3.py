@@ -187,15 +187,16 @@ class Qwen3(nnx.Module):
             rotations(table, self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling),
         )
 
-    def decode(self, decoder: Decoder, tokens_B: Array, positions_B: Array, cache: KVCache):
-        """Pass one token per row, writing its keys and values to column `cache.used`.
+    def decode(self, decoder: Decoder, tokens_B: Array, positions_B: Array, cache: KVCache, live_B: Array):
+        """Pass one token per row, writing its keys and values to column `cache.used` (or before it: KVCache).
 
+        live_B: whether a row matters; what comes out of others may be anything finite.
         Returns the hidden state BD, the new cache, and expert_ids_BLk (None when dense).
         """
         x_BD = constrain(self.embed[...].astype(self.dtype)[tokens_B], "batch", None)
         rotation, kvs, ids = tuple(table[positions_B] for table in decoder.rotations), [], []
         for block, k_BKhT, v_BKTh in zip(decoder.blocks, cache.k, cache.v, strict=True):
-            x_BD, *kv, ids_Bk = block(x_BD, rotation, k_BKhT, v_BKTh, cache.first_B, cache.used)
+            x_BD, *kv, ids_Bk = block(x_BD, rotation, k_BKhT, v_BKTh, cache, live_B)
             kvs.append(kv)
             ids += [] if ids_Bk is None else [ids_Bk]
         k, v = (tuple(x) for x in zip(*kvs, strict=True))

@@ -186,17 +186,16 @@ class Programs:
         by_head = sharding.shardings(self.mesh, ("batch", "kv_heads", None, None))
 
         def start(params, *prompts):
-            requests, _ = prefill(sampler, self.policy.bind(params), *prompts)
-            return requests, fill_slots(sampler, requests)
+            return prefill(sampler, self.policy.bind(params), *prompts)[0]
 
-        def run(params, requests, slots):
+        def run(params, requests):
+            slots = fill_slots(sampler, requests)
             return decode(self.policy.bind(params), requests, slots, sampler.rule, NO_STOP, narrow=False)
 
-        requests, slots = jax.tree.map(rows, jax.eval_shape(start, self.params, *self._prompts()))
+        requests = jax.tree.map(rows, jax.eval_shape(start, self.params, *self._prompts()))
         cached = lambda layers: tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_head) for x in layers)
-        place = lambda cache: dataclasses.replace(cache, k=cached(cache.k), v=cached(cache.v))
-        requests, slots = (dataclasses.replace(x, cache=place(x.cache)) for x in (requests, slots))
-        return jax.jit(run), self.params, requests, slots
+        cache = dataclasses.replace(requests.cache, k=cached(requests.cache.k), v=cached(requests.cache.v))
+        return jax.jit(run), self.params, dataclasses.replace(requests, cache=cache)
 
 
 def _local_bytes(x: jax.ShapeDtypeStruct) -> int:

@@ -2,9 +2,10 @@
 
 A slot starts with the last token of its prompt, whose keys and values are not yet among the prompt's in the cache: so
 each step passes one token of every slot and draws the next one, the first tokens of completions as all others. All
-slots write to the same column of the cache, so a request's prompt is put right before it. Shapes follow the need in a
-few phases (`phases`): the cache is widened as it fills, so that attention reads few empty columns, and columns that no
-slot needs any more are shifted out; once no request waits and most slots are done, the others go on in fewer slots.
+slots write to the same column of the cache, so a request's prompt is put right before it (on TPU up to a page further
+ahead: models.KVCache). Shapes follow the need in a few phases (`phases`): the cache is widened as it fills, so that
+attention reads few empty columns, and columns that no slot needs any more are shifted out; once no request waits and
+most slots are done, the others go on in fewer slots.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from sapo_jax import kernels
 from sapo_jax.columns import LEAST, growth, widths
 from sapo_jax.models import KVCache, Qwen3
 from sapo_jax.models.qwen3 import Decoder
@@ -54,13 +56,13 @@ class Slots:
     expert_ids_NCLk: Array | None  # at n: of the token that token n was drawn from
 
 
-def phases(S: int, C: int, N: int, R: int, narrow: bool = True) -> list[tuple[int, int]]:
-    """(slots, columns) of each phase, for N completions of at most C tokens in R slots.
+def phases(S: int, C: int, N: int, R: int, narrow: bool = True, page: int = 1) -> list[tuple[int, int]]:
+    """(slots, columns) of each phase, for N completions of at most C tokens in R slots. page: see kernels.page.
 
     Phases of fewer slots come last, with all columns; few completions, few tokens, and a mesh have none. narrow: False
     leaves them out, for completions that end together.
     """
-    columns = widths(S, C, waits=N > R)
+    columns = widths(S, C, N > R, page)
     fewer = [R // 2, R // 4] if narrow and alone() and C > LEAST and R >= 8 else []
     return [(R, width) for width in columns] + [(n, columns[-1]) for n in fewer]
 
@@ -68,11 +70,8 @@ def phases(S: int, C: int, N: int, R: int, narrow: bool = True) -> list[tuple[in
 def first_slots(requests: Requests, R: int, C: int, pad_id: int, expert_ids_NCLk: Array | None = None) -> Slots:
     """R slots with the first R requests; expert_ids_NCLk: what to fill in, if routing is to be recorded."""
     N, prompt_R = len(requests.limit_N), requests.prompt_N[:R]
-    prompts = requests.cache
-    rows = lambda x: constrain(x[prompt_R], "batch", "kv_heads", None, None)
-    first_R = constrain(prompts.first_B[prompt_R], "batch")
-    # the prompt's last token is passed by the first step
-    cache = KVCache(tuple(map(rows, prompts.k)), tuple(map(rows, prompts.v)), first_R, prompts.used - 1)
+    start = _page(requests.cache) - 1  # room for prompts that are put further ahead
+    cache = _before(requests.cache, prompt_R, jnp.int32(start + requests.cache.width - 1))
     return Slots(
         started=jnp.int32(R),
         live_R=requests.limit_N[:R] > 0,
@@ -94,7 +93,7 @@ def decode(
     (N, C), R, S = slots.tokens_NC.shape, len(slots.live_R), requests.cache.width
     decoder = model.decoder(positions=S + C)
     step = lambda slots: _step(model, decoder, requests, slots, rule, stop_ids)
-    in_turn = phases(S, C, N, R, narrow)
+    in_turn = phases(S, C, N, R, narrow, _page(slots.cache))
     for n, width in in_turn:
         enough = max((fewer for fewer, _ in in_turn if fewer < n), default=0)
         slots = _narrowed(dataclasses.replace(slots, cache=_widened(slots.cache, width)), n)
@@ -130,7 +129,7 @@ def _phase(requests: Requests, slots: Slots, step: Callable[[Slots], Slots], eno
 def _step(model: Qwen3, decoder: Decoder, requests: Requests, slots: Slots, rule: Rule, stop_ids) -> Slots:
     """One token of every slot passes the model, and the next one is drawn."""
     position_R = requests.length_P[requests.prompt_N[slots.request_R]] - 1 + slots.n_R
-    hidden_RD, cache, ids_RLk = model.decode(decoder, slots.token_R, position_R, slots.cache)
+    hidden_RD, cache, ids_RLk = model.decode(decoder, slots.token_R, position_R, slots.cache, slots.live_R)
     uniform_R = requests.uniform_NC[slots.request_R, jnp.minimum(slots.n_R, requests.uniform_NC.shape[1] - 1)]
     token_R, logp_R = choose(uniform_R, decoder.logits(hidden_RD), rule)
     request_R = jnp.where(slots.live_R, slots.request_R, len(slots.length_N))  # out of bounds: dropped
@@ -164,9 +163,7 @@ def _narrowed(slots: Slots, n: int) -> Slots:
     kept_n = jnp.argsort(~slots.live_R, stable=True)[:n]
     take = lambda x: x[kept_n]
     names = "live_R", "request_R", "n_R", "token_R"
-    cache = KVCache(
-        tuple(map(take, slots.cache.k)), tuple(map(take, slots.cache.v)), take(slots.cache.first_B), slots.cache.used
-    )
+    cache = dataclasses.replace(jax.tree.map(take, dataclasses.replace(slots.cache, used=None)), used=slots.cache.used)
     return dataclasses.replace(slots, cache=cache, **{name: take(getattr(slots, name)) for name in names})
 
 
@@ -177,44 +174,73 @@ def _widened(cache: KVCache, width: int) -> KVCache:
     return dataclasses.replace(cache, k=tuple(pad(k, 3) for k in cache.k), v=tuple(pad(v, 2) for v in cache.v))
 
 
+def _page(cache: KVCache) -> int:
+    return kernels.page(cache.v[0].shape[-1], cache.v[0].dtype)
+
+
+def _before(prompts: KVCache, prompt_R: Array, used: Array) -> KVCache:
+    """A cache of R rows: these prompts as they stand before the column `used`, which is the last one that it holds. The
+    first step overwrites their last tokens."""
+    S, page = prompts.width, _page(prompts)
+    first_R = used - (S - 1) + prompts.first_B[prompt_R]
+    behind_R = first_R % page if page > 1 else None
+    t_T = jnp.arange(S + page - 1) - (page - 1)
+
+    def place(x: Array, dim: int) -> Array:
+        rows = x[prompt_R]
+        if page > 1:
+            t_RT = jnp.clip(t_T + behind_R[:, None], 0, S - 1)
+            rows = jnp.take_along_axis(rows, jnp.expand_dims(t_RT, (1, 5 - dim)), axis=dim)
+        return constrain(rows, "batch", "kv_heads", None, None)
+
+    first_R = constrain(first_R if behind_R is None else first_R - behind_R, "batch")
+    return KVCache(
+        tuple(place(k, 3) for k in prompts.k), tuple(place(v, 2) for v in prompts.v), first_R, used, behind_R
+    )
+
+
 def _first(cache: KVCache, live_R: Array, S: int) -> Array:
-    """The first column that is needed: by a live slot, or for a prompt that is put before the next column."""
-    return jnp.minimum(jnp.where(live_R, cache.first_B, cache.used).min(), cache.used - (S - 1))
+    """The first column that is needed, or the page that it is in: by a live slot, or for a prompt that is put before
+    the next column."""
+    page = _page(cache)
+    first = jnp.minimum(jnp.where(live_R, cache.first_B, cache.used).min(), cache.used - (S - 1) - (page - 1))
+    return first // page * page
 
 
 def _shifted(cache: KVCache, live_R: Array, S: int) -> KVCache:
     """With the columns before the first one that is needed shifted out."""
     by = _first(cache, live_R, S)
-    return KVCache(
-        tuple(jnp.roll(k, -by, axis=3) for k in cache.k),
-        tuple(jnp.roll(v, -by, axis=2) for v in cache.v),
-        jnp.maximum(cache.first_B - by, 0),
-        cache.used - by,
+    return dataclasses.replace(
+        cache,
+        k=tuple(jnp.roll(k, -by, axis=3) for k in cache.k),
+        v=tuple(jnp.roll(v, -by, axis=2) for v in cache.v),
+        first_B=jnp.maximum(cache.first_B - by, 0),
+        used=cache.used - by,
     )
 
 
 def _refilled(requests: Requests, slots: Slots) -> Slots:
     """With the next requests in the slots that are free, as far as there are some left."""
-    N, S, cache = len(requests.limit_N), requests.cache.width, slots.cache
+    N, cache = len(requests.limit_N), slots.cache
     free_R = ~slots.live_R
     next_R = slots.started + jnp.cumsum(free_R) - 1
     taken_R = free_R & (next_R < N)
     request_R = jnp.where(taken_R, next_R, slots.request_R)
-    prompt_R, start = requests.prompt_N[request_R], cache.used - (S - 1)
+    prompts = _before(requests.cache, requests.prompt_N[request_R], cache.used)
+    start = cache.used + 1 - prompts.width
 
-    def put(old, prompts, dim: int) -> Array:
-        new = jax.lax.slice_in_dim(prompts, 0, S - 1, axis=dim)[prompt_R]
-        new = constrain(new, "batch", "kv_heads", None, None)
-        there = jax.lax.dynamic_slice_in_dim(old, start, S - 1, axis=dim)
+    def put(old, new, dim: int) -> Array:
+        there = jax.lax.dynamic_slice_in_dim(old, start, prompts.width, axis=dim)
         new = jnp.where(taken_R[:, None, None, None], new, there)
         return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=dim)
 
-    pick = lambda new, old: jnp.where(taken_R, new, old)
+    pick = lambda new, old: None if old is None else jnp.where(taken_R, new, old)
     cache = dataclasses.replace(
         cache,
-        k=tuple(put(old, new, 3) for old, new in zip(cache.k, requests.cache.k, strict=True)),
-        v=tuple(put(old, new, 2) for old, new in zip(cache.v, requests.cache.v, strict=True)),
-        first_B=pick(start + requests.cache.first_B[prompt_R], cache.first_B),
+        k=tuple(put(old, new, 3) for old, new in zip(cache.k, prompts.k, strict=True)),
+        v=tuple(put(old, new, 2) for old, new in zip(cache.v, prompts.v, strict=True)),
+        first_B=pick(prompts.first_B, cache.first_B),
+        behind_B=pick(prompts.behind_B, cache.behind_B),
     )
     return dataclasses.replace(
         slots,
@@ -222,6 +248,6 @@ def _refilled(requests: Requests, slots: Slots) -> Slots:
         live_R=slots.live_R | (taken_R & (requests.limit_N[request_R] > 0)),
         request_R=request_R,
         n_R=pick(0, slots.n_R),
-        token_R=pick(requests.last_token_P[prompt_R], slots.token_R),
+        token_R=pick(requests.last_token_P[requests.prompt_N[request_R]], slots.token_R),
         cache=cache,
     )

@@ -109,7 +109,7 @@ def test_prefill_equals_decode(kind):
         requests, _ = prefill(made, model, tokens_PS, length_P, unused_P, unused_P, KEY)
         slots = first_slots(requests, len(tokens_PS), C, tiny.PAD)
         decoder = model.decoder(positions=tokens_PS.shape[1])
-        return decoder.logits(model.decode(decoder, slots.token_R, length_P - 1, slots.cache)[0])
+        return decoder.logits(model.decode(decoder, slots.token_R, length_P - 1, slots.cache, slots.live_R)[0])
 
     logits_PV = next_logits(tiny.params(made.policy.cfg), *left_padded(prefixes, tiny.PAD))
     logp_PV = np.asarray(jax.nn.log_softmax(logits_PV / TEMPERATURE))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from sapo_jax import kernels
 from sapo_jax.columns import growth
 from sapo_jax.models import Qwen3
 from sapo_jax.rollout import Rule, Sampler
@@ -304,6 +305,30 @@ def test_completions_that_wait_for_a_slot_are_the_same(kind, slots):
         np.testing.assert_array_equal(together.tokens_BC[b, :n], free.tokens_BC[b, :n])
 
 
+@pytest.mark.parametrize("slots", [0, 4])
+def test_rows_that_start_at_pages(slots, monkeypatch):
+    """The columns of a cache on TPU, here without its kernel: the same completions, waiting or not."""
+    common = dict(rule=Rule(0.8), group_size=4, max_new_tokens=130, stop_ids=(1,), slots=slots)
+    limits, starts = [130, 3, 1, 130, 64, 100, 2, 9, 80, 130, 5, 33], []
+    expected = sample(make(**common), limit_B=limits)
+    attend = kernels.decode_attention
+
+    def spied(q, k, v, first_B, last_B, live_B):
+        jax.debug.callback(lambda *x: starts.append(jax.tree.map(np.asarray, x)), first_B, last_B, live_B)
+        return attend(q, k, v, first_B, last_B, live_B)
+
+    monkeypatch.setattr(kernels, "decode_attention", spied)
+    monkeypatch.setattr(kernels, "page", lambda h, dtype: 8)
+    sampler_module._sample.clear_cache()
+    found = sample(make(**common), limit_B=limits)
+    jax.effects_barrier()
+    sampler_module._sample.clear_cache()
+    chex.assert_trees_all_close(found, expected, atol=2e-5, rtol=1e-5)
+    assert all(np.all(first_B[live_B] % 8 == 0) for first_B, _, live_B in starts)
+    assert len({int(b) for _, last_B, _ in starts for b in last_B.max() - last_B}) >= 3  # rows that end
+    # at different columns
+
+
 def test_filled_up_batches_and_slots():
     """Prompts that nobody wants take a slot for no step."""
     common = dict(rule=Rule(0.8), group_size=4, max_new_tokens=10, stop_ids=(1, 2, 3))
@@ -327,3 +352,4 @@ def test_phases():
     assert phases(64, 192, 64, 16)[-1] == (4, 319)
     assert phases(64, 1000, 16, 16, narrow=False) == [(16, 313), (16, 563), (16, 813), (16, 1063)]
     assert growth(1000) == 250
+    assert phases(64, 1000, 16, 16, narrow=False, page=64) == [(16, 384), (16, 640), (16, 896), (16, 1152)]
