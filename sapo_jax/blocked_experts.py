@@ -5,14 +5,17 @@ The numerical reference for `kernels_tpu.mix_experts`, which does the same by a 
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from sapo_jax.types import Array
 
-BLOCK = 128  # rows of a matmul: larger ones waste more at the borders of experts, smaller ones are slower
+BLOCKS = 16, 128  # rows of a matmul, least and most: large ones waste more at the borders of experts, small are slower
+HIDDEN = "experts"  # name of the hidden units, for `jax.checkpoint` policies that keep them
 
 
 class Blocks(NamedTuple):
@@ -45,20 +48,22 @@ def sort_into_blocks(ids_Nk: Array, E: int, block: int) -> Blocks:
     )
 
 
-def mix_experts(x_ND, ids_Nk, gate_Nk, gate_EDF, up_EDF, down_EFD, *, block: int = BLOCK) -> Array:
+def mix_experts(x_ND, ids_Nk, gate_Nk, gate_EDF, up_EDF, down_EFD, *, block: int = 0) -> Array:
     """sum over k of gate_k * SwiGLU_{ids_k}(x), ND; SwiGLU_e(x) = (silu(x Wg_e) * (x Wu_e)) Wd_e. Dropless.
 
     An id of E is an expert that is not among these and adds nothing. One block of rows is one small matmul: measured
     10x faster than `jax.lax.ragged_dot` on CPU, which is dense over experts. Rows are fetched block by block.
+    block: rows of one; 0: about as many as an expert gets on average.
     """
-    blocks = sort_into_blocks(ids_Nk, len(gate_EDF), block)
-    return _mix_blocks(x_ND, gate_Nk, jnp.concatenate([gate_EDF, up_EDF], axis=-1), down_EFD, blocks)
+    E, (least, most) = len(gate_EDF), BLOCKS
+    block = block or min(most, max(least, 1 << (ids_Nk.size // E).bit_length()))
+    return _mix_blocks(x_ND, gate_Nk, gate_EDF, up_EDF, down_EFD, sort_into_blocks(ids_Nk, E, block))
 
 
 @jax.custom_vjp
-def _mix_blocks(x_ND, gate_Nk, both_EDf, down_EFD, blocks: Blocks) -> Array:
-    """f = 2F: gate beside up. Differentiated by hand: JAX would keep its expert's weights for each block."""
-    return _mix_blocks_fwd(x_ND, gate_Nk, both_EDf, down_EFD, blocks)[0]
+def _mix_blocks(x_ND, gate_Nk, gate_EDF, up_EDF, down_EFD, blocks: Blocks) -> Array:
+    """Differentiated by hand: JAX would keep its expert's weights for each block."""
+    return _mix_blocks_fwd(x_ND, gate_Nk, gate_EDF, up_EDF, down_EFD, blocks)[0]
 
 
 def _rows(x_ND: Array, copy_b: Array, k: int) -> Array:
@@ -74,8 +79,9 @@ def _back(y_nbD: Array, place_Nk: Array) -> Array:
     return jnp.take(y_nbD.reshape(-1, *y_nbD.shape[2:]), place_Nk, axis=0, mode="fill", fill_value=0)
 
 
-def _mix_blocks_fwd(x_ND, gate_Nk, both_EDf, down_EFD, blocks: Blocks):
+def _mix_blocks_fwd(x_ND, gate_Nk, gate_EDF, up_EDF, down_EFD, blocks: Blocks):
     (n, b), k = blocks.copy_nb.shape, gate_Nk.shape[1]
+    both_EDf = jnp.concatenate([gate_EDF, up_EDF], axis=-1)  # f = 2F
     gate_nb = gate_Nk.ravel().at[blocks.copy_nb].get(mode="fill", fill_value=0)
 
     def one_block(i, written):
@@ -88,13 +94,15 @@ def _mix_blocks_fwd(x_ND, gate_Nk, both_EDf, down_EFD, blocks: Blocks):
 
     zeros = lambda width: jnp.zeros((n, b, width), x_ND.dtype)
     y_nbD, hidden_nbf = jax.lax.fori_loop(0, blocks.used, one_block, (zeros(x_ND.shape[1]), zeros(both_EDf.shape[2])))
-    saved = x_ND, gate_nb, both_EDf, down_EFD, blocks, hidden_nbf
+    hidden_nbf = checkpoint_name(hidden_nbf, HIDDEN)
+    saved = x_ND, gate_nb, gate_EDF, up_EDF, down_EFD, blocks, hidden_nbf
     return _back(y_nbD, blocks.place_Nk).sum(axis=1), saved
 
 
 def _mix_blocks_bwd(saved, dy_ND):
-    x_ND, gate_nb, both_EDf, down_EFD, blocks, hidden_nbf = saved
-    k = blocks.place_Nk.shape[1]
+    x_ND, gate_nb, gate_EDF, up_EDF, down_EFD, blocks, hidden_nbf = saved
+    both_EDf, k = jnp.concatenate([gate_EDF, up_EDF], axis=-1), blocks.place_Nk.shape[1]
+    product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)  # summed over blocks
 
     def one_block(i, sums):
         dx_nbD, d_gate_nb, d_both_EDf, d_down_EFD = sums
@@ -110,14 +118,16 @@ def _mix_blocks_bwd(saved, dy_ND):
         return (
             _put(dx_nbD, d_hidden_bf @ both_EDf[e].T, i),
             _put(d_gate_nb, (d_gated_bF * mixed_bF).sum(axis=-1), i),
-            _put(d_both_EDf, d_both_EDf[e] + x_bD.T @ d_hidden_bf, e),
-            _put(d_down_EFD, d_down_EFD[e] + (mixed_bF * g_b1).T @ dy_bD, e),
+            _put(d_both_EDf, d_both_EDf[e] + product(x_bD.T, d_hidden_bf), e),
+            _put(d_down_EFD, d_down_EFD[e] + product((mixed_bF * g_b1).T, dy_bD), e),
         )
 
-    zeros = jnp.zeros((*gate_nb.shape, x_ND.shape[1]), x_ND.dtype), *map(jnp.zeros_like, (gate_nb, both_EDf, down_EFD))
+    of_weights = (jnp.zeros(w.shape, jnp.float32) for w in (both_EDf, down_EFD))
+    zeros = jnp.zeros((*gate_nb.shape, x_ND.shape[1]), x_ND.dtype), jnp.zeros_like(gate_nb), *of_weights
     dx_nbD, d_gate_nb, d_both_EDf, d_down_EFD = jax.lax.fori_loop(0, blocks.used, one_block, zeros)
     dx_ND = _back(dx_nbD, blocks.place_Nk).sum(axis=1)
-    return dx_ND, _back(d_gate_nb, blocks.place_Nk), d_both_EDf, d_down_EFD, None
+    d_weights = (d.astype(down_EFD.dtype) for d in (*jnp.split(d_both_EDf, 2, axis=-1), d_down_EFD))
+    return dx_ND, _back(d_gate_nb, blocks.place_Nk), *d_weights, None
 
 
 _mix_blocks.defvjp(_mix_blocks_fwd, _mix_blocks_bwd)

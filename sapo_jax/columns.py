@@ -4,6 +4,7 @@ from __future__ import annotations
 
 PARTS = 4  # in so many steps at most the cache is widened to all new tokens ...
 LEAST = 64  # ... each of no fewer columns
+PAGE, LANES = 64, 128  # columns that decoding on TPU fetches at a time, for heads whose size is a multiple of LANES
 
 
 def growth(C: int) -> int:
@@ -20,4 +21,4 @@ def widths(S: int, C: int, waits: bool, page: int = 1) -> list[int]:
     step = growth(C)
     last = S + C - 1 + (step + page - 1 if waits else 0)
     whole = lambda columns: -(-(columns + page - 1) // page) * page
-    return sorted({whole(columns) for columns in (*range(S - 1 + step, last, step), last)})
+    return [whole(columns) for columns in (*range(S - 1 + step, last, step), last)]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from sapo_jax.columns import widths
+from sapo_jax.columns import LANES, PAGE, widths
 from sapo_jax.config import Config, Model, dump, warnings
 
 GiB = 2**30
@@ -192,7 +192,8 @@ def _columns(cfg: Config, n: int) -> int:
     """Of the KV cache, for n completions: in all slots, and of prompts that wait for one (see rollout.decode)."""
     S, C, slots = cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens, min(cfg.rollout.slots or n, n)
     waiting = -(-n // cfg.rollout.group_size) * S if n > slots else 0
-    return slots * widths(S, C, waits=n > slots)[-1] + waiting
+    paged = cfg.model.compute_dtype == "bfloat16" and cfg.model.head_dim % LANES == 0  # on TPU, see kernels.page
+    return slots * widths(S, C, n > slots, PAGE if paged else 1)[-1] + waiting
 
 
 def _decode_weights(cfg: Config, vocab_size: int, itemsize: int) -> float:

@@ -1,7 +1,8 @@
-"""The same functions as `kernels`, on TPU: splash attention and the grouped matmul megablox, both of jax.experimental.
+"""What `kernels` and `blocked_experts` do, on TPU: splash attention, paged attention and the grouped matmul megablox,
+all three of jax.experimental.
 
-`attention` and `mix_experts` run on one device's share of the arrays: a Pallas kernel is not split by the compiler.
-`interpret=True` runs the kernels' own code on any platform, which is how they are tested.
+`attention`, `decode_attention` and `mix_experts` run on one device's share of the arrays: a Pallas kernel is not split
+by the compiler. Tests run the kernels' own code, interpreted: `interpret=True`, or pltpu.force_tpu_interpret_mode.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-from sapo_jax.kernels import ATTENTION, LANES, PAGE
+from sapo_jax.columns import LANES, PAGE
+from sapo_jax.kernels import ATTENTION
 from sapo_jax.sharding import spec
 from sapo_jax.types import Array
 
@@ -157,23 +159,25 @@ def decode_attention(q_BKGh, k_BKhT, v_BKTh, first_B, last_B) -> Array:
     """As `kernels.decode_attention`, of rows that start at a page: first_B are multiples of PAGE. A row whose last
     column is before its first gives 0.
 
-    Paged attention fetches the pages that hold a row's tokens, a few at a time (the last ones again, to make up their
+    Paged attention fetches the pages that hold a row's tokens, a few at a time (the last one again, to make up their
     number). To it each key head of each row is a sequence of its own, whose pages follow each other: nothing is copied.
+    It keeps its sums in the dtype of the queries: float32.
     """
     (B, K, G, h), T = q_BKGh.shape, v_BKTh.shape[2]
     n = T // PAGE
+    at_a_time = min(8, 1 << (n - 1).bit_length())
     pages = lambda x_BKTh: x_BKTh.reshape(1, B * K * n, PAGE, h)
     first_R, last_R = (jnp.repeat(x, K) for x in (first_B, last_B))  # R = B K sequences
-    page_Rn = jnp.minimum(first_R[:, None] // PAGE + jnp.arange(n), jnp.maximum(last_R, 0)[:, None] // PAGE)
+    listed = jnp.arange(-(-n // at_a_time) * at_a_time)
+    page_Rn = jnp.minimum(first_R[:, None] // PAGE + listed, jnp.maximum(last_R, 0)[:, None] // PAGE)
     page_Rn += jnp.arange(B * K)[:, None] * n
-    q_RGh = (q_BKGh * h**-0.5).astype(q_BKGh.dtype).reshape(B * K, G, h)
-    at_a_time = next(size for size in (8, 4, 2, 1) if n % size == 0)
+    q_RGh = q_BKGh.astype(jnp.float32).reshape(B * K, G, h) * h**-0.5
     out_RGh = paged_attention(
         q_RGh, pages(k_BKhT.swapaxes(2, 3)), pages(v_BKTh), (last_R - first_R + 1).astype(jnp.int32),
         page_Rn.astype(jnp.int32), pages_per_compute_block=at_a_time,
         megacore_mode="batch" if _two_cores() and B * K % 2 == 0 else None,
     )  # fmt: skip
-    return out_RGh.reshape(q_BKGh.shape)
+    return out_RGh.reshape(q_BKGh.shape).astype(q_BKGh.dtype)
 
 
 def _two_cores() -> bool:

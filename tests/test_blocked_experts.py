@@ -105,11 +105,20 @@ def test_tokens_come_back_in_order():
 
 def test_backward_keeps_no_weight_for_each_block():
     """What a backward pass needs is as large as the hidden units, not as weights times blocks."""
-    x, ids = jnp.ones((512, 8)), jnp.zeros((512, 1), jnp.int32)
-    weights = jnp.ones((2, 8, 64)), jnp.ones((2, 8, 64)), jnp.ones((2, 64, 8))
+    x, ids = jnp.ones((512, 32)), jnp.zeros((512, 1), jnp.int32)
+    weights = jnp.ones((2, 32, 64)), jnp.ones((2, 32, 64)), jnp.ones((2, 64, 32))
     _, pull = jax.vjp(lambda x, *w: mix_experts(x, ids, jnp.ones((512, 1)), *w, block=8), x, *weights)
     largest = max(leaf.size for leaf in jax.tree.leaves(pull))
-    assert largest == (512 // 8 + 2) * 8 * 2 * 64  # gate and up of each place
+    assert largest == (512 // 8 + 2) * 8 * 2 * 64  # gate and up of each place; weights for each block: 4 times that
+
+
+def test_gradients_of_bfloat16_weights_are_summed_in_float32():
+    """512 equal parts of one sum: in bfloat16 it stays at 256 of them."""
+    x, ids, gate = jnp.ones((512, 1), jnp.bfloat16), jnp.zeros((512, 1), jnp.int32), jnp.ones((512, 1), jnp.bfloat16)
+    weights = (jnp.ones((1, 1, 1), jnp.bfloat16),) * 3
+    y, pull = jax.vjp(lambda *w: mix_experts(x, ids, gate, *w, block=1), *weights)
+    expected = 512 * float(jax.nn.silu(1.0))
+    assert float(pull(jnp.ones_like(y))[2].astype(jnp.float32)[0, 0, 0]) == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("B", [3, FEW, FEW + 1])

@@ -23,11 +23,10 @@ from sapo_jax.types import Array
 class KVCache:
     """Keys and values of all layers, one array per layer (a stacked one is copied at each decode step on CPU).
 
-    Columns first_B[b] <= t < used of row b hold its tokens, the newest last: all rows write to the same column. Keys
-    lie along the columns, values across: so both products of a step of decoding read memory in order.
-
-    With behind_B a row ends that many columns before `used`, less than a page, so that it starts at a page: what the
-    TPU kernel of decoding needs (kernels.page).
+    Columns first_B[b] <= t < used of row b hold its tokens, the newest last: all rows write to the same column; with
+    behind_B each that many columns, less than a page, before it, so that rows start at pages, which the TPU kernel of
+    decoding needs (kernels.page). Keys lie along the columns, values across: so both products of a step read memory in
+    order.
     """
 
     k: tuple[Array, ...]  # L arrays BKhT

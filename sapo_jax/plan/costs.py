@@ -13,6 +13,7 @@ import functools
 import re
 from collections import Counter
 
+from sapo_jax.columns import PAGE
 from sapo_jax.kernels_tpu import ROWS
 from sapo_jax.plan.hlo import Computation, Instruction, Module, Shape, shapes
 
@@ -209,6 +210,8 @@ def kernel_flops(i: Instruction) -> tuple[str, float]:
     gmm, tgmm: their own estimate 2 m k n, times tiles visited / tiles of m: every group may end within a tile.
     splash attention, which states none: the blocks on and under the diagonal of the T x T scores, 2 matmuls forward and
     5 backward (scores, their gradient, and the gradients of q, k and v).
+    paged attention, which states none either: 2 matmuls over all columns of the cache. That is the most there can be,
+    and so are its HBM bytes: the kernel passes over pages without a live row's keys, of which a program says nothing.
     """
     name = re.sub(r"[.\d]+$", "", i.name)
     operands = shapes(i.attribute(r"operand_layout_constraints=\{((?:[^{}]|\{[^{}]*\})*)\}") or "")
@@ -217,6 +220,10 @@ def kernel_flops(i: Instruction) -> tuple[str, float]:
         key = "block_kv_dkv" if "dkv" in name else "block_kv"
         T, block = q.dims[-2], int(i.attribute(key + r"\W+(\d+)") or 0)
         return name, (5 if "dkv" in name else 2) * 2 * q.elements * (T + block) / 2
+    if name.startswith("paged_attention"):
+        q = next(s for s in operands if s.dtype in ("bf16", "f32"))  # a row and key head, its queries, 1 or none, h
+        pages = next(s for s in operands if s.dims[-2:] == (PAGE, q.dims[-1]) and s is not q)
+        return name, 2 * 2 * q.elements * pages.dims[1] * PAGE / q.dims[0]
     flops = float(i.attribute(r'"flops":"?(\d+)') or 0)
     if name in ("gmm", "tgmm"):
         rows, (tiles,) = _grouped(operands)

@@ -122,7 +122,7 @@ def _phase(requests: Requests, slots: Slots, step: Callable[[Slots], Slots], eno
         slots = dataclasses.replace(slots, cache=_shifted(slots.cache, slots.live_R, S))
         return jax.lax.while_loop(room, turn, slots)
 
-    spacious = lambda slots: slots.cache.used - _first(slots.cache, slots.live_R, S) <= width - growth(C) // 2
+    spacious = lambda slots: slots.cache.used - _first(slots.cache, slots.live_R, S) <= width - max(1, growth(C) // 2)
     return jax.lax.while_loop(lambda slots: here(slots) & spacious(slots), fill, slots)
 
 
@@ -184,13 +184,13 @@ def _before(prompts: KVCache, prompt_R: Array, used: Array) -> KVCache:
     S, page = prompts.width, _page(prompts)
     first_R = used - (S - 1) + prompts.first_B[prompt_R]
     behind_R = first_R % page if page > 1 else None
-    t_T = jnp.arange(S + page - 1) - (page - 1)
+    shift = jax.vmap(lambda row, by, dim: jax.lax.dynamic_slice_in_dim(row, by, S + page - 1, dim), (0, 0, None))
 
     def place(x: Array, dim: int) -> Array:
         rows = x[prompt_R]
-        if page > 1:
-            t_RT = jnp.clip(t_T + behind_R[:, None], 0, S - 1)
-            rows = jnp.take_along_axis(rows, jnp.expand_dims(t_RT, (1, 5 - dim)), axis=dim)
+        if page > 1:  # by behind_R to the left, with room on both sides
+            wide = jnp.pad(rows, [(0, 0) if d != dim else (page - 1, page - 1) for d in range(4)])
+            rows = shift(wide, behind_R, dim - 1)
         return constrain(rows, "batch", "kv_heads", None, None)
 
     first_R = constrain(first_R if behind_R is None else first_R - behind_R, "batch")

@@ -201,3 +201,13 @@ def test_programs_compiled_for_cpu_count_loops():
         costs = program_costs(parse(jax.jit(function).lower(w, x).compile().as_text()))
         assert costs.matmul_flops == flops and costs.open_loops == 0
         assert costs.hbm_bytes > w.nbytes
+
+
+def test_flops_of_paged_attention():
+    """16 rows and key heads of 2 queries, 48 pages of 64 columns: 192 columns each."""
+    line = (
+        '%paged_attention.2 = (f32[16,2,1,128]) custom-call(), custom_call_target="tpu_custom_call", '
+        "operand_layout_constraints={s32[16]{0}, s32[48]{0}, s32[1]{0}, s32[1]{0}, f32[16,2,1,128]{3,2,1,0}, "
+        "bf16[1,48,64,128]{3,2,1,0}, bf16[1,48,64,128]{3,2,1,0}}, frontend_attributes={kernel_metadata={}}"
+    )
+    assert kernel_flops(_instruction(line)) == ("paged_attention", 2 * 2 * 16 * 2 * 128 * 192)

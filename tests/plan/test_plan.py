@@ -16,8 +16,10 @@ from sapo_jax.config import Config, Data, Mesh, Model, ReasoningGymTask, Rollout
 from sapo_jax.plan import TPU_ENV, plan, sweep
 from sapo_jax.plan.chips import PlanError, parse_topology, tpu_devices
 from sapo_jax.plan.compile import Compiled, compile_cached, largest_refused
-from sapo_jax.plan.programs import mesh_of
+from sapo_jax.plan.hlo import parse
+from sapo_jax.plan.programs import Programs, mesh_of
 from sapo_jax.plan.report import show_ranking
+from sapo_jax.rollout.sampler import _sample
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -c .ci/constraints.txt -e '.[plan]'"
@@ -83,6 +85,33 @@ def test_decoding_moves_tokens_to_the_weights(tpu, mesh):
     each_step = [row["bytes"] / row["times"] for row in decode["collectives"] if row["times"] >= steps]
     logits, weight = 4 * B * model.vocab_size, 2 * model.hidden_size * 1024  # bytes; of one MLP or expert matrix
     assert decode["fits"] and each_step and max(each_step) <= logits < weight
+
+
+@needs_libtpu
+@pytest.mark.parametrize("slots", [0, 16])
+def test_decoding_reads_pages_and_copies_no_cache(tpu, slots):
+    """Heads of 128 in bfloat16: a step runs the kernel of paged attention in each layer, and no copy or other fusion of
+    the cache than the one that writes a page, of keys neither. Also where completions wait for slots."""
+    cfg = dataclasses.replace(CFG, model=dataclasses.replace(CFG.model, head_dim=128))
+    programs = Programs(cfg, mesh_of(cfg, tpu_devices(parse_topology("v5e:2x2"))))
+    sampler = dataclasses.replace(programs.sampler, slots=slots)
+    with jax.set_mesh(programs.mesh):
+        traced = _sample.trace(sampler, programs.params, *programs.arguments("prefill")[1:])
+    module = parse(traced.lower(lowering_platforms=("tpu",)).compile().as_text())
+    rows, columns = (16 // 4, 320) if slots else (32 // 4, 192)
+    cache = rows * 2 * columns * 128  # elements of a device's keys in a layer: rows, heads, columns, head size
+    steps = [c for c in module.computations.values() if any("paged_attention" in name for name in c.instructions)]
+    assert len(steps) == 1
+    found = list(steps[0].instructions.values())
+    assert sum(i.name.startswith("paged_attention") for i in found) == CFG.model.num_hidden_layers
+    whole = [i for i in found if i.shapes and max(s.elements for s in i.shapes) >= cache]
+    free = ("parameter", "tuple", "get-tuple-element", "bitcast", "dynamic-update-slice")
+    moved = [i.name for i in whole if i.op not in free and not _writes_a_part(module, i)]
+    assert len(whole) >= 6 and not moved
+
+
+def _writes_a_part(module, i) -> bool:
+    return i.op == "fusion" and module.computations[i.called["calls"]].root.op == "dynamic-update-slice"
 
 
 @needs_libtpu

@@ -329,6 +329,16 @@ def test_rows_that_start_at_pages(slots, monkeypatch):
     # at different columns
 
 
+def test_pages_and_completions_of_one_token(monkeypatch):
+    """A page is more columns than they need: the cache is full before one can be shifted out."""
+    expected = sample(make(group_size=4, max_new_tokens=1, slots=2))
+    monkeypatch.setattr(kernels, "page", lambda h, dtype: 8)
+    sampler_module._sample.clear_cache()
+    found = sample(make(group_size=4, max_new_tokens=1, slots=2))
+    sampler_module._sample.clear_cache()
+    chex.assert_trees_all_close(found, expected, atol=1e-5)
+
+
 def test_filled_up_batches_and_slots():
     """Prompts that nobody wants take a slot for no step."""
     common = dict(rule=Rule(0.8), group_size=4, max_new_tokens=10, stop_ids=(1, 2, 3))
