@@ -169,6 +169,11 @@ class Programs:
         work, placed = self.work, sharding.batch_sharding(self.mesh)
         make = lambda dtype, n, *shape: jax.ShapeDtypeStruct((n, *shape), dtype, sharding=placed)
         P, key = self.prompts_at_once, jax.eval_shape(lambda: jax.random.key(0))
+        if P % (shards := sharding.batch_shards(self.mesh)):
+            raise PlanError(
+                f"{work.sampled_at_once} sequences at once are {P} prompts, which do not divide over {shards} devices "
+                "(mesh.data x fsdp x expert): sample more, or raise mesh.tensor"
+            )
         tokens_PS = make(jnp.int32, P, bucket(work.prompt_tokens))
         return tokens_PS, make(jnp.int32, P), make(jnp.uint32, P), make(jnp.int32, work.sampled_at_once), key
 

@@ -20,6 +20,7 @@ from sapo_jax.plan.hlo import parse
 from sapo_jax.plan.programs import Programs, mesh_of
 from sapo_jax.plan.report import show_ranking
 from sapo_jax.rollout.sampler import _sample
+from sapo_jax.sharding import make_mesh
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -c .ci/constraints.txt -e '.[plan]'"
@@ -208,3 +209,10 @@ def test_compiles_are_kept_by_text(tmp_path):
     assert compile_cached(lowered, "here", tmp_path) == first and len(list(tmp_path.iterdir())) == 1
     compile_cached(lowered, "there", tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_prompts_at_once_that_do_not_divide_over_the_mesh(monkeypatch):
+    programs = Programs(CFG, make_mesh(Mesh(data=1), jax.devices()[:1]), sampled_at_once=8)
+    monkeypatch.setattr("sapo_jax.sharding.batch_shards", lambda mesh: 4)
+    with pytest.raises(PlanError, match="8 sequences at once are 2 prompts, which do not divide over 4 devices"):
+        programs.lower("prefill")
