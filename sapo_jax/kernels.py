@@ -56,14 +56,14 @@ def page(h: int, dtype) -> int:
     return PAGE if on_tpu() and h % LANES == 0 and dtype == jnp.bfloat16 else 1
 
 
-def write_column(cache: Array, new: Array, column, behind_B: Array | None, *, axis: int, page: int) -> Array:
-    """The cache, B ..., with the column `new` at `column` of `axis`; that of row b behind_B[b] < page before it."""
+def write_column(cache: Array, new: Array, column, behind_B: Array | None, *, axis: int, window: int) -> Array:
+    """The cache, B ..., with the column `new` at `column` of `axis`; that of row b behind_B[b] < window before it."""
     if behind_B is None:
         return jax.lax.dynamic_update_slice_in_dim(cache, new, column, axis)
-    first = column - (page - 1)  # a window in which each row has its column: no scatter
-    there = jax.lax.dynamic_slice_in_dim(cache, first, page, axis)
-    here_Bp = jnp.arange(page) == page - 1 - behind_B[:, None]
-    here = here_Bp.reshape(len(here_Bp), *(page if dim == axis else 1 for dim in range(1, cache.ndim)))
+    first = column - (window - 1)  # all rows have their column between here and `column`: no scatter
+    there = jax.lax.dynamic_slice_in_dim(cache, first, window, axis)
+    here_Bw = jnp.arange(window) == window - 1 - behind_B[:, None]
+    here = here_Bw.reshape(len(here_Bw), *(window if dim == axis else 1 for dim in range(1, cache.ndim)))
     return jax.lax.dynamic_update_slice_in_dim(cache, jnp.where(here, new, there), first, axis)
 
 

@@ -46,6 +46,16 @@ class KVCache:
         """Columns, T."""
         return self.v[0].shape[2]
 
+    @property
+    def page(self) -> int:
+        """Rows start at multiples of it."""
+        return kernels.page(self.v[0].shape[-1], self.v[0].dtype)
+
+    @property
+    def newest(self) -> Array:
+        """The column that the next token is written to: a number, or one for each row."""
+        return self.used if self.behind_B is None else self.used - self.behind_B
+
 
 class Attention(nnx.Module):
     def __init__(self, cfg: Model, *, rngs: nnx.Rngs):
@@ -90,7 +100,7 @@ class Attention(nnx.Module):
         The projections are cast and put side by side here, once for a decode loop.
         """
         (D, H, h), K = self.q.shape, self.k.shape[1]
-        G, page = H // K, kernels.page(h, dtype)
+        G = H // K
         grouped = lambda p: p[...].reshape(*p.shape[:-2], K, -1, h)  # by key head, so that `tensor` splits all alike
         joined = lambda *parts: jnp.concatenate([grouped(p) for p in parts], axis=-2).astype(dtype)
         qkv_DKnh = joined(self.q, self.k, self.v)
@@ -105,10 +115,11 @@ class Attention(nnx.Module):
             if self.q_norm is not None:
                 q, k = self.q_norm(q), self.k_norm(k)
             q, k = rotate(q, *rotations), rotate(k, *rotations)
-            write = functools.partial(kernels.write_column, column=cache.used, behind_B=cache.behind_B, page=page)
+            write = functools.partial(
+                kernels.write_column, column=cache.used, behind_B=cache.behind_B, window=cache.page
+            )
             k_BKhT, v_BKTh = write(k_BKhT, k.swapaxes(2, 3), axis=3), write(v_BKTh, v, axis=2)
-            last = cache.used if cache.behind_B is None else cache.used - cache.behind_B
-            out_BKGh = kernels.decode_attention(q, k_BKhT, v_BKTh, cache.first_B, last, live_B)
+            out_BKGh = kernels.decode_attention(q, k_BKhT, v_BKTh, cache.first_B, cache.newest, live_B)
             out_BD = output(out_BKGh.reshape(-1, H * h))
             return out_BD + self.o_bias[...].astype(dtype) if self.biased else out_BD, k_BKhT, v_BKTh
 

@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from sapo_jax import kernels
 from sapo_jax.columns import LEAST, growth, widths
 from sapo_jax.models import KVCache, Qwen3
 from sapo_jax.models.qwen3 import Decoder
@@ -70,7 +69,7 @@ def phases(S: int, C: int, N: int, R: int, narrow: bool = True, page: int = 1) -
 def first_slots(requests: Requests, R: int, C: int, pad_id: int, expert_ids_NCLk: Array | None = None) -> Slots:
     """R slots with the first R requests; expert_ids_NCLk: what to fill in, if routing is to be recorded."""
     N, prompt_R = len(requests.limit_N), requests.prompt_N[:R]
-    start = _page(requests.cache) - 1  # room for prompts that are put further ahead
+    start = requests.cache.page - 1  # room for prompts that are put further ahead
     cache = _before(requests.cache, prompt_R, jnp.int32(start + requests.cache.width - 1))
     return Slots(
         started=jnp.int32(R),
@@ -93,7 +92,7 @@ def decode(
     (N, C), R, S = slots.tokens_NC.shape, len(slots.live_R), requests.cache.width
     decoder = model.decoder(positions=S + C)
     step = lambda slots: _step(model, decoder, requests, slots, rule, stop_ids)
-    in_turn = phases(S, C, N, R, narrow, _page(slots.cache))
+    in_turn = phases(S, C, N, R, narrow, slots.cache.page)
     for n, width in in_turn:
         enough = max((fewer for fewer, _ in in_turn if fewer < n), default=0)
         slots = _narrowed(dataclasses.replace(slots, cache=_widened(slots.cache, width)), n)
@@ -174,14 +173,10 @@ def _widened(cache: KVCache, width: int) -> KVCache:
     return dataclasses.replace(cache, k=tuple(pad(k, 3) for k in cache.k), v=tuple(pad(v, 2) for v in cache.v))
 
 
-def _page(cache: KVCache) -> int:
-    return kernels.page(cache.v[0].shape[-1], cache.v[0].dtype)
-
-
 def _before(prompts: KVCache, prompt_R: Array, used: Array) -> KVCache:
     """A cache of R rows: these prompts as they stand before the column `used`, which is the last one that it holds. The
     first step overwrites their last tokens."""
-    S, page = prompts.width, _page(prompts)
+    S, page = prompts.width, prompts.page
     first_R = used - (S - 1) + prompts.first_B[prompt_R]
     behind_R = first_R % page if page > 1 else None
     shift = jax.vmap(lambda row, by, dim: jax.lax.dynamic_slice_in_dim(row, by, S + page - 1, dim), (0, 0, None))
@@ -202,7 +197,7 @@ def _before(prompts: KVCache, prompt_R: Array, used: Array) -> KVCache:
 def _first(cache: KVCache, live_R: Array, S: int) -> Array:
     """The first column that is needed, or the page that it is in: by a live slot, or for a prompt that is put before
     the next column."""
-    page = _page(cache)
+    page = cache.page
     first = jnp.minimum(jnp.where(live_R, cache.first_B, cache.used).min(), cache.used - (S - 1) - (page - 1))
     return first // page * page
 

@@ -325,8 +325,8 @@ def test_rows_that_start_at_pages(slots, monkeypatch):
     sampler_module._sample.clear_cache()
     chex.assert_trees_all_close(found, expected, atol=2e-5, rtol=1e-5)
     assert all(np.all(first_B[live_B] % 8 == 0) for first_B, _, live_B in starts)
-    assert len({int(b) for _, last_B, _ in starts for b in last_B.max() - last_B}) >= 3  # rows that end
-    # at different columns
+    ends = {int(behind) for _, last_B, _ in starts for behind in last_B.max() - last_B}
+    assert len(ends) >= 3  # prompts have three lengths
 
 
 def test_pages_and_completions_of_one_token(monkeypatch):
