@@ -25,10 +25,13 @@ from sapo_jax.plan.roofline import useful_flops
 RUNS = 3  # timed runs of each program, after one that is not; the median counts
 
 
-def median_seconds(run: Callable[[], Any], runs: int = RUNS) -> float:
+def median_seconds(run: Callable[..., Any], runs: int = RUNS, arguments: Callable[[], Sequence[Any]] = tuple) -> float:
+    """Seconds of run(*arguments()), the arguments made before the clock starts: donated ones serve one run."""
+
     def once() -> float:
+        inputs = jax.block_until_ready(arguments())
         start = time.perf_counter()
-        jax.block_until_ready(run())
+        jax.block_until_ready(run(*inputs))
         return time.perf_counter() - start
 
     once()
@@ -55,9 +58,7 @@ def measure(cfg: Config, functions: Sequence[str]) -> dict[str, Any]:
         costs = program_costs(parse(compiled.as_text()), open_trips=open_trips(name, work))
         predicted = devices * (costs.flops / speed["flops"] + costs.hbm_bytes / speed["hbm"])
         arguments = lambda name=name: jax.tree.map(_array, programs.arguments(name))
-        measured = median_seconds(lambda compiled=compiled, arguments=arguments: compiled(*arguments()))
-        making = median_seconds(arguments)  # donated arguments are made anew for each run
-        measured -= making
+        measured = median_seconds(compiled, arguments=arguments)
         useful = useful_flops(cfg, work)[name]
         reports[name] = {
             "flops": costs.flops * devices,
