@@ -262,6 +262,11 @@ def hbm_bytes(module: Module, computation: Computation, i: Instruction) -> int:
         return 2 * in_hbm(computation.instructions[i.operands[1]].shapes)
     if i.op.endswith(("-done", "-update")):
         return 0
+    if i.op in ("slice-start", "dynamic-slice-start", "copy-start"):  # the whole array, the part that moves, a token
+        ends = [s for s in i.shapes if s.dims]
+        return min(s.bytes for s in ends) * sum(s.space == 0 for s in ends)
+    if i.op.endswith("-start") and i.op != "all-reduce-start":  # operands are among the results
+        return in_hbm(i.shapes)
     if i.op != "fusion":
         return in_hbm(i.shapes) + sum(in_hbm(s) for s in computation.operand_shapes(i))
     inner, total = module.computations[i.called["calls"]], 0

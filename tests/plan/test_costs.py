@@ -132,6 +132,26 @@ def test_hbm_bytes_of_a_fusion_count_slices_and_only_hbm(module):
     assert hbm_bytes(module, body, body.instructions["scattered"]) == 32 * 4 + 8 * 4
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        # a quarter of an array in HBM is brought on chip, beside other work
+        ("((bf16[8,4,16]{2,1,0}), bf16[8,1,16]{2,1,0:S(1)}, s32[]{:S(2)}) slice-start(%x)", 8 * 16 * 2),
+        ("(f32[8]{0:S(1)}, f32[8]{0}, u32[]{:S(2)}) copy-start(%x)", 8 * 4),  # onto the chip
+        ("(f32[8]{0}, f32[8]{0}, u32[]{:S(2)}) copy-start(%x)", 2 * 8 * 4),  # from HBM to HBM
+        ("(bf16[8]{0}, bf16[32]{0}) all-gather-start(%x)", (8 + 32) * 2),
+    ],
+)
+def test_hbm_bytes_of_asynchronous_copies(line, expected):
+    from sapo_jax.plan.costs import hbm_bytes
+
+    module = parse(
+        f"HloModule m\n\nENTRY %main () -> f32[8] {{\n  %x = f32[8]{{0}} parameter(0)\n  ROOT %s = {line}\n}}\n"
+    )
+    computation = module.computations[module.entry]
+    assert hbm_bytes(module, computation, computation.instructions["s"]) == expected
+
+
 def test_a_loop_that_ends_on_data_runs_as_often_as_told():
     open_ended = parse(MODULE.replace("s32[] constant(7)", "s32[] negate(%i)"))
     assert program_costs(open_ended, open_trips=3).cycles == 3 * 5100
