@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import jax
@@ -16,6 +17,17 @@ from sapo_jax.models import make_policy
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whole runs come first, the longest tests: so that two workers (make test) end together."""
     items.sort(key=lambda item: item.path.parent.name != "run")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_programs(tmp_path_factory, request):
+    """What one test compiled, the others and the processes that they start read."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if hasattr(request.config, "workerinput") else base) / "programs"
+    options = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    for name, value in options.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
 
 
 @pytest.fixture(scope="module", autouse=True)

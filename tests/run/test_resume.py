@@ -15,16 +15,13 @@ import pytest
 
 from sapo_jax.run import STOPPED
 
-ENVIRONMENT = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONUNBUFFERED="1")
-
 
 def start(config: Path, folder: Path, *overrides: str) -> subprocess.Popen:
-    ENVIRONMENT["JAX_COMPILATION_CACHE_DIR"] = str(config.parent / "compiled")  # all processes run the same programs
-    ENVIRONMENT["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     command = [sys.executable, "-m", "sapo_jax.cli", "train", str(config), f"run_dir={folder}", *overrides]
     return subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
+        command, env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, errors="replace",
+    )  # fmt: skip
 
 
 def finish(config: Path, folder: Path, *overrides: str) -> str:

@@ -26,8 +26,6 @@ SETTINGS = [*SMALL, "checkpoint.every=1"]
 def file(tmp_path, monkeypatch) -> Path:
     """Two arms of configs/sweeps/temperature.yaml, one seed."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))  # all processes run the same programs
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     whole = yaml.safe_load((ROOT / "configs/sweeps/temperature.yaml").read_text())
     whole |= {"base": str(ROOT / "configs/quickstart.yaml"), "seeds": [0]}
     whole["zip"] = {key: values[:2] for key, values in whole["zip"].items()}
