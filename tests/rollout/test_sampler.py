@@ -305,7 +305,7 @@ def test_completions_that_wait_for_a_slot_are_the_same(kind, slots):
         np.testing.assert_array_equal(together.tokens_BC[b, :n], free.tokens_BC[b, :n])
 
 
-@pytest.mark.parametrize("slots", [0, 4])
+@pytest.mark.parametrize("slots", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_rows_that_start_at_pages(slots, monkeypatch):
     """The columns of a cache on TPU, here without its kernel: the same completions, waiting or not."""
     common = dict(rule=Rule(0.8), group_size=4, max_new_tokens=130, stop_ids=(1,), slots=slots)

@@ -27,9 +27,8 @@ def rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-# the others differ from them by their objective or their data; replay: see test_routing_replay
-QUICK = ("quickstart", "smollm2")
-MARKED = [p if p.stem in QUICK else pytest.param(p, marks=pytest.mark.slow) for p in CONFIGS]
+# the others differ from it by their objective, model or data; replay: see test_routing_replay
+MARKED = [p if p.stem == "quickstart" else pytest.param(p, marks=pytest.mark.slow) for p in CONFIGS]
 
 
 @pytest.mark.parametrize("path", MARKED, ids=[path.stem for path in CONFIGS])
@@ -67,12 +66,8 @@ SETTINGS = {
 }  # fmt: skip
 
 
-SLOW = [name for name in SETTINGS if name != "gspo_token_correction_epochs"]
-
-
-@pytest.mark.parametrize(
-    "name", ["gspo_token_correction_epochs", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETTINGS)
 def test_settings_run(name, tiny_config, tmp_path):
     overrides = SETTINGS[name]
     summary = train(load(tiny_config, [*overrides, "train.steps=2", f"run_dir={tmp_path}/run"]))
@@ -87,6 +82,7 @@ def test_settings_run(name, tiny_config, tmp_path):
         assert [row["step"] for row in rows(tmp_path / "run") if row["stage"] == "cold_start"] == list(range(1, 21))
 
 
+@pytest.mark.slow
 def test_diagnostics_are_written_as_often_as_asked_for(tiny_config, tmp_path):
     """What is written is what the metrics say; with 0 there is neither. A resumed run may change it: the parameters are
     the same, bit for bit, with and without."""
