@@ -19,12 +19,12 @@ from sapo_jax.cli import main
 
 HERE = Path(__file__).parent
 PLANS = {  # config -> options
-    "qwen3_4b_v5e_16": "--topology v5e:4x4 --at-once 128 --mean-tokens 1500",
-    "qwen3_4b_v6e_8": "--topology v6e:2x4 --functions update",
-    "qwen3_30b_a3b_v5p_64_4k": "--topology v5p:4x4x4 --functions update,score",
-    "qwen3_30b_a3b_v5p_64": "--topology v5p:4x4x4 --functions update,score",
-    "qwen3_30b_a3b_v6e_256": "--topology v6e:16x16 --functions update",
-    "qwen3_235b_a22b_v5p_512": "--topology v5p:8x8x8 --functions update",
+    "qwen3_4b_v5e_16": "--topology v5e:4x4 --mean-tokens 1500",
+    "qwen3_4b_v6e_8": "--topology v6e:2x4 --mean-tokens 1500",
+    "qwen3_30b_a3b_v5p_64_4k": "--topology v5p:4x4x4 --mean-tokens 1500",
+    "qwen3_30b_a3b_v5p_64": "--topology v5p:4x4x4 --mean-tokens 8000",
+    "qwen3_30b_a3b_v6e_256": "--topology v6e:16x16 --mean-tokens 8000",
+    "qwen3_235b_a22b_v5p_512": "--topology v5p:8x8x8 --mean-tokens 8000",
 }
 
 

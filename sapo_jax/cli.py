@@ -95,7 +95,6 @@ def _add_plan_and_export(commands) -> None:
     sub.add_argument("--json", type=Path, metavar="FILE", help="write the whole report there")
     sub.add_argument("--functions", default="update,score,prefill,decode", help="some of them, with commas (all)")
     sub.add_argument("--mean-tokens", type=float, help="mean length of completions (default: rollout.max_new_tokens)")
-    sub.add_argument("--at-once", type=int, help="sequences that are sampled at once (default: the whole rollout)")
     sub.add_argument("--sweep-mesh", action="store_true", help="try every mesh that divides, rank them")
     sub = _command(commands, "export", "write a run's policy as a Hugging Face model directory", RUN, "directory")
     sub.add_argument("--step", type=int, help="RL step of the checkpoint (default: the newest)")
@@ -248,7 +247,7 @@ def plan_command(cfg: Config, args: argparse.Namespace) -> int:
         size = load_tokenizer(cfg.data.tokenizer).vocab_size
         cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=size))
     functions = args.functions.split(",")
-    return run_plan(cfg, args.topology, functions, args.json, args.mean_tokens, args.at_once, args.sweep_mesh)
+    return run_plan(cfg, args.topology, functions, args.json, args.mean_tokens, args.sweep_mesh)
 
 
 def eval_command(cfg: Config, args: argparse.Namespace) -> None:

@@ -26,12 +26,10 @@ def plan(
     topology_name: str,
     functions: Sequence[str] | None = None,
     mean_tokens: float | None = None,
-    sampled_at_once: int | None = None,
 ) -> dict[str, Any]:
     """The plan of a config (model.vocab_size filled in) on a topology, as JSON values; see `report.function_report`.
 
-    mean_tokens: of the completions of an RL iteration; None: all have rollout.max_new_tokens. sampled_at_once:
-    sequences that prefill and decode hold; None: the whole rollout. Raises PlanError.
+    mean_tokens: of the completions of an RL iteration; None: all have rollout.max_new_tokens. Raises PlanError.
     """
     os.environ |= TPU_ENV
     from sapo_jax.plan.chips import PlanError, parse_topology, tpu_devices
@@ -44,12 +42,13 @@ def plan(
         raise PlanError(f"no function {', '.join(unknown)}; there are {', '.join(FUNCTIONS)}")
     topology = parse_topology(topology_name)
     mesh = mesh_of(cfg, tpu_devices(topology))
-    programs, fabric = Programs(cfg, mesh, sampled_at_once), Fabric.of(topology, mesh)
+    programs, fabric = Programs(cfg, mesh), Fabric.of(topology, mesh)
     work, reports = programs.work, {}
     for name in functions or FUNCTIONS:
         compiled = compile_cached(programs.lower(name), topology.name)
         resident = 0 if name == "update" else programs.moment_bytes
-        reports[name] = function_report(name, compiled, cfg, work, topology, fabric, resident)
+        trips = programs.open_trips(name)
+        reports[name] = function_report(name, compiled, cfg, work, trips, topology, fabric, resident)
         if not reports[name]["largest_buffers"]:  # refused, and the compiler names none
             reports[name]["largest_buffers"] = programs.largest_arguments(name)
     mean = work.new_tokens if mean_tokens is None else mean_tokens

@@ -21,7 +21,6 @@ def run_plan(
     functions: Sequence[str],
     out: Path | None,
     mean_tokens: float | None = None,
-    sampled_at_once: int | None = None,
     sweep_mesh: bool = False,
 ) -> int:
     """Print the plan, with sweep_mesh a ranking of the meshes and the plan of the best, and write it."""
@@ -37,7 +36,7 @@ def run_plan(
         if sweep_mesh:
             found = sweep(cfg, topology, functions)
         else:
-            found = [plan(cfg, topology, functions, mean_tokens, sampled_at_once)]
+            found = [plan(cfg, topology, functions, mean_tokens)]
     except PlanError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

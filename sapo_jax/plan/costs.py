@@ -1,7 +1,7 @@
 """What a compiled program does once, on one device: cycles, matmul FLOPs, kernels, HBM bytes, collectives.
 
 The compiler's own `cost_analysis()` counts the body of a loop once; here bodies are counted as often as they run. The
-trip count is the constant in a loop's condition; loops that end on data are counted `open_trips` times. Of a
+trip count is the constant in a loop's condition; of loops that end on data it must be given (`OpenTrips`). Of a
 conditional the dearer branch counts (the optimiser's: the update is finite), but of one that runs kernels the cheaper:
 that is attention, whose second pass is for completions that share a prompt, and a planned row holds one sequence.
 """
@@ -19,6 +19,11 @@ from sapo_jax.plan.hlo import Computation, Instruction, Module, Shape, shapes
 
 COLLECTIVES = "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute"
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "partition-id", "after-all"}
+
+
+# How often loops run whose end depends on data: a number for all of them; or for each that a computation has, in turn,
+# (trips, the same for the loops of its body)
+OpenTrips = float | tuple[tuple[float, "OpenTrips"], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,32 +57,40 @@ class Costs:
         return self.matmul_flops + sum(self.kernels.values())
 
 
-def program_costs(module: Module, open_trips: float = 1) -> Costs:
-    return _Reader(module, open_trips).computation(module.entry)
+def program_costs(module: Module, open_trips: OpenTrips = 1) -> Costs:
+    """Raises ValueError where open_trips names other loops than there are."""
+    return _Reader(module).computation(module.entry, open_trips)
 
 
 class _Reader:
-    def __init__(self, module: Module, open_trips: float):
-        self.module, self.open_trips = module, open_trips
-        self.computation = functools.cache(self._computation)
+    def __init__(self, module: Module):
+        self.module, self.computation = module, functools.cache(self._computation)
 
-    def _computation(self, name: str) -> Costs:
+    def _computation(self, name: str, open_trips: OpenTrips) -> Costs:
         total, seen = Costs(), set()
         computation = self.module.computations[name]
-        for instruction in computation.instructions.values():
-            self._instruction(total, computation, instruction, seen)
+        is_open = lambda i: i.op == "while" and trip_count(self.module, computation, i) is None
+        loops = [i.name for i in computation.instructions.values() if is_open(i)]
+        everywhere = 1 if isinstance(open_trips, tuple) else open_trips
+        in_turn = open_trips if isinstance(open_trips, tuple) else ((open_trips, open_trips),) * len(loops)
+        if len(loops) != len(in_turn):
+            raise ValueError(f"{name} has {len(loops)} loops that end on data, expected {len(in_turn)}")
+        total.open_loops, given = len(loops), dict(zip(loops, in_turn, strict=True))
+        for i in computation.instructions.values():
+            if i.op == "while":
+                trips, inner = given.get(i.name) or (trip_count(self.module, computation, i), everywhere)
+                total.add(self.computation(i.called["body"], inner), trips)
+            else:
+                self._instruction(total, computation, i, seen, everywhere)
         return total
 
-    def _instruction(self, total: Costs, computation: Computation, i: Instruction, seen: set) -> None:
-        if i.op == "while":
-            trips = trip_count(self.module, computation, i)
-            total.open_loops += trips is None
-            total.add(self.computation(i.called["body"]), self.open_trips if trips is None else trips)
-        elif i.op == "conditional":
-            branches = sorted(map(self.computation, i.branches), key=lambda c: (c.flops, c.cycles, c.hbm_bytes))
+    def _instruction(self, total: Costs, computation: Computation, i: Instruction, seen: set, trips: float) -> None:
+        inside = lambda name: self.computation(name, trips)
+        if i.op == "conditional":
+            branches = sorted(map(inside, i.branches), key=lambda c: (c.flops, c.cycles, c.hbm_bytes))
             total.add(branches[0 if any(branch.kernels for branch in branches) else -1])
         elif i.op == "call" or (i.op == "async-start" and "calls" in i.called):
-            total.add(self.computation(i.called.get("to_apply") or i.called["calls"]))
+            total.add(inside(i.called.get("to_apply") or i.called["calls"]))
         elif i.op not in FREE:
             total.cycles += float(i.attribute(r'"estimated_cycles":"(\d+)"') or 0)
             total.hbm_bytes += hbm_bytes(self.module, computation, i)

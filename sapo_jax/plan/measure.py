@@ -7,6 +7,7 @@ add up. What the prediction leaves out (exponentials, gathers, sorting, dispatch
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from sapo_jax import sharding
 from sapo_jax.config import Config
 from sapo_jax.plan.costs import program_costs
 from sapo_jax.plan.hlo import parse
-from sapo_jax.plan.programs import Programs, open_trips
+from sapo_jax.plan.programs import Programs
 from sapo_jax.plan.roofline import useful_flops
 
 RUNS = 3  # timed runs of each program, after one that is not; the median counts
@@ -55,9 +56,9 @@ def measure(cfg: Config, functions: Sequence[str]) -> dict[str, Any]:
     work, devices = programs.work, programs.mesh.size
     for name in functions:
         compiled = programs.lower(name).compile()
-        costs = program_costs(parse(compiled.as_text()), open_trips=open_trips(name, work))
+        costs = program_costs(parse(compiled.as_text()), open_trips=programs.open_trips(name))
         predicted = devices * (costs.flops / speed["flops"] + costs.hbm_bytes / speed["hbm"])
-        arguments = lambda name=name: jax.tree.map(_array, programs.arguments(name))
+        arguments = lambda name=name: _arguments(programs, name)
         measured = median_seconds(compiled, arguments=arguments)
         useful = useful_flops(cfg, work)[name]
         reports[name] = {
@@ -70,6 +71,19 @@ def measure(cfg: Config, functions: Sequence[str]) -> dict[str, Any]:
         }
     return {"config": cfg.name, "topology": "cpu", "mesh": dict(programs.mesh.shape), "calibration": speed,
             "functions": reports}  # fmt: skip
+
+
+def _arguments(programs: Programs, name: str) -> list:
+    """Of prompts and completions that have their full lengths."""
+    found, work = jax.tree.map(_array, programs.arguments(name)), programs.work
+    if name == "prefill":
+        found[2], found[4] = (
+            jnp.full_like(x, n) for x, n in ((found[2], work.prompt_tokens), (found[4], work.new_tokens))
+        )
+    elif name == "decode":
+        limit_N = jnp.full_like(found[1].limit_N, work.new_tokens)
+        found[1] = dataclasses.replace(found[1], limit_N=limit_N)
+    return found
 
 
 def _array(x: jax.ShapeDtypeStruct) -> jax.Array:

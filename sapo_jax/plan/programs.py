@@ -13,12 +13,15 @@ from jax.sharding import AxisType
 
 from sapo_jax import sharding
 from sapo_jax.blocked_attention import BLOCK
+from sapo_jax.columns import growth
 from sapo_jax.config import Config
+from sapo_jax.kernels import page
 from sapo_jax.learner import init_state, make_optimizer, make_update, policy_loss, state_shardings
 from sapo_jax.models import Policy, make_policy
 from sapo_jax.plan.chips import GiB, PlanError
+from sapo_jax.plan.costs import OpenTrips
 from sapo_jax.rollout import Rule, Sampler
-from sapo_jax.rollout.decode import decode, phases
+from sapo_jax.rollout.decode import decode, phases, refill_at
 from sapo_jax.rollout.packing import FEWEST_PICKED, bucket
 from sapo_jax.rollout.sampler import fill_slots, prefill
 from sapo_jax.scoring import make_scorer
@@ -34,7 +37,7 @@ class Workload:
 
     prompts: int  # P
     sequences: int  # B = P * G
-    sampled_at_once: int  # sequences that prefill and decode hold; the rollout is sampled in B / this many waves
+    slots: int  # R, completions that are written at a time
     prompt_tokens: int  # S
     new_tokens: int  # C
     row_tokens: int  # T
@@ -43,26 +46,20 @@ class Workload:
     mini_batches: int
 
     @classmethod
-    def of(cls, cfg: Config, sampled_at_once: int | None = None) -> Workload:
-        """Raises PlanError where sampled_at_once is not whole groups that make up the rollout."""
+    def of(cls, cfg: Config) -> Workload:
         P, G = cfg.rollout.prompts_per_step, cfg.rollout.group_size
         S, C = cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens
         T = cfg.train.row_tokens or bucket(S + C)
         per_row = T // (S + C)
         rows = -(-P * G // cfg.train.mini_batches // per_row)
-        at_once = sampled_at_once or P * G
-        if at_once % G or P * G % at_once:
-            raise PlanError(f"sampling {at_once} sequences at once: take a multiple of {G} that divides {P * G}")
-        return cls(P, P * G, at_once, S, C, T, min(bucket(per_row * C, FEWEST_PICKED), T), rows, cfg.train.mini_batches)
+        R, picked = min(cfg.rollout.slots or P * G, P * G), min(bucket(per_row * C, FEWEST_PICKED), T)
+        return cls(P, P * G, R, S, C, T, picked, rows, cfg.train.mini_batches)
 
-
-def open_trips(name: str, work: Workload) -> float:
-    """How often a loop runs that ends on data: decoding goes on for all new tokens, in as many loops as it has phases;
-    attention in blocks (not on TPU) counts as if it saw every block of keys."""
-    if name == "decode":
-        B = work.sampled_at_once
-        return work.new_tokens / len(phases(bucket(work.prompt_tokens), work.new_tokens, B, B, narrow=False))
-    return -(-(bucket(work.prompt_tokens) if name == "prefill" else work.row_tokens) // BLOCK)
+    def decode_steps(self, mean_tokens: float) -> float:
+        """Of the decode loop, for completions of `mean_tokens` on average, the longest C. Where completions wait for
+        slots: all tokens over all slots, and at the end what one of the longest has more than the others."""
+        N, R, C = self.sequences, self.slots, self.new_tokens
+        return C if R == N else N / R * mean_tokens + C - mean_tokens
 
 
 def mesh_of(cfg: Config, devices: list[jax.Device]) -> jax.sharding.Mesh:
@@ -77,13 +74,28 @@ def mesh_of(cfg: Config, devices: list[jax.Device]) -> jax.sharding.Mesh:
     return jax.sharding.Mesh(placed, sharding.AXES, axis_types=(AxisType.Auto,) * len(sharding.AXES))
 
 
+def decode_trips(work: Workload, page: int) -> OpenTrips:
+    """How often the loops of decoding run, phase for phase (rollout.decode), for completions of C tokens."""
+    S, C, N, R = bucket(work.prompt_tokens), work.new_tokens, work.sequences, work.slots
+    columns = [width for _, width in phases(S, C, N, R, narrow=False, page=page)]
+    used = [S + page - 2, *columns[:-1]]  # when the phase begins
+    steps = [width - begin for begin, width in zip(used[:-1], columns)]
+    steps.append(work.decode_steps(C) - sum(steps))
+    if R == N:
+        return tuple((n, 1) for n in steps)
+    # once the cache is as wide as it gets, columns are shifted out whenever it is full
+    fills = [1] * (len(steps) - 1) + [max(1, steps[-1] / growth(C))]
+    refills = (N - R) / refill_at(R)  # the most there can be
+    turns = [1 + refills * n / sum(steps) / fill for n, fill in zip(steps, fills)]
+    return tuple((fill, ((turn, ((n / fill / turn, 1),)),)) for n, fill, turn in zip(steps, fills, turns))
+
+
 @dataclasses.dataclass(frozen=True)
 class Programs:
     """Lowers each function for the mesh. The mesh is in scope for tracing alone: nothing can run on its devices."""
 
     cfg: Config
     mesh: jax.sharding.Mesh
-    sampled_at_once: int | None = None  # None: the whole rollout
 
     @functools.cached_property
     def policy(self) -> Policy:
@@ -95,7 +107,7 @@ class Programs:
 
     @property
     def work(self) -> Workload:
-        return Workload.of(self.cfg, self.sampled_at_once)
+        return Workload.of(self.cfg)
 
     @property
     def moment_bytes(self) -> int:
@@ -107,6 +119,14 @@ class Programs:
         function, *arguments = getattr(self, f"_{name}")()
         with jax.set_mesh(self.mesh):
             return function.trace(*arguments).lower(lowering_platforms=(self.mesh.devices.flat[0].platform,))
+
+    def open_trips(self, name: str) -> OpenTrips:
+        """How often the function's loops run that end on data; attention in blocks (not on TPU) as if it saw all."""
+        work, model = self.work, self.cfg.model
+        if name != "decode":
+            return -(-(bucket(work.prompt_tokens) if name == "prefill" else work.row_tokens) // BLOCK)
+        with jax.set_mesh(self.mesh):
+            return decode_trips(work, page(model.head_dim, jnp.dtype(model.compute_dtype)))
 
     def arguments(self, name: str) -> list:
         """Of the function: trees of ShapeDtypeStructs."""
@@ -153,29 +173,18 @@ class Programs:
     @functools.cached_property
     def sampler(self) -> Sampler:
         cfg = self.cfg
-        if cfg.rollout.slots:
-            raise PlanError("rollout.slots: prefill and decode are planned for completions that start together; set 0, "
-                            "and use --at-once")  # fmt: skip
         rule = Rule(cfg.rollout.temperature, cfg.rollout.top_k, cfg.rollout.top_p, cfg.rollout.min_p)
         record = cfg.train.routing_replay == "r3"
-        return Sampler(self.policy, rule, cfg.rollout.group_size, cfg.rollout.max_new_tokens, NO_STOP, 0, record)
-
-    @property
-    def prompts_at_once(self) -> int:
-        return self.work.sampled_at_once // self.cfg.rollout.group_size
+        G, C = cfg.rollout.group_size, cfg.rollout.max_new_tokens
+        return Sampler(self.policy, rule, G, C, NO_STOP, 0, record, cfg.rollout.slots)
 
     def _prompts(self):
         """What `prefill` takes: tokens, lengths and indices of prompts, limits of completions, a key."""
         work, placed = self.work, sharding.batch_sharding(self.mesh)
         make = lambda dtype, n, *shape: jax.ShapeDtypeStruct((n, *shape), dtype, sharding=placed)
-        P, key = self.prompts_at_once, jax.eval_shape(lambda: jax.random.key(0))
-        if P % (shards := sharding.batch_shards(self.mesh)):
-            raise PlanError(
-                f"{work.sampled_at_once} sequences at once are {P} prompts, which do not divide over {shards} devices "
-                "(mesh.data x fsdp x expert): sample more, or raise mesh.tensor"
-            )
+        P, key = work.prompts, jax.eval_shape(lambda: jax.random.key(0))
         tokens_PS = make(jnp.int32, P, bucket(work.prompt_tokens))
-        return tokens_PS, make(jnp.int32, P), make(jnp.uint32, P), make(jnp.int32, work.sampled_at_once), key
+        return tokens_PS, make(jnp.int32, P), make(jnp.uint32, P), make(jnp.int32, work.sequences), key
 
     def _prefill(self):
         def run(params, *prompts):
@@ -184,7 +193,7 @@ class Programs:
         return jax.jit(run), self.params, *self._prompts()
 
     def _decode(self):
-        """The decode loop over B sequences of full length, from what prefill leaves."""
+        """The decode loop over all completions, from what prefill leaves."""
         sampler = self.sampler
         placed = sharding.batch_sharding(self.mesh)
         rows = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed if x.ndim else None)

@@ -10,9 +10,9 @@ from rich.table import Table
 from sapo_jax.config import Config
 from sapo_jax.plan.chips import GiB, Topology
 from sapo_jax.plan.compile import Compiled, largest_refused
-from sapo_jax.plan.costs import program_costs
+from sapo_jax.plan.costs import OpenTrips, program_costs
 from sapo_jax.plan.hlo import Module, parse
-from sapo_jax.plan.programs import Workload, open_trips
+from sapo_jax.plan.programs import Workload
 from sapo_jax.plan.roofline import Fabric, collective_rows, times, useful_flops
 
 FACTS = "fits, memory, FLOPs, HBM bytes, collectives: read from the program that the TPU compiler made"
@@ -23,9 +23,10 @@ MODEL = (
 
 
 def function_report(
-    name: str, compiled: Compiled, cfg: Config, work: Workload, topology: Topology, fabric: Fabric, resident: int
-) -> dict[str, Any]:
-    """One function. `resident`: bytes on a device that the program does not see but that stay there meanwhile."""
+    name: str, compiled: Compiled, cfg: Config, work: Workload, trips: OpenTrips, topology: Topology, fabric: Fabric,
+    resident: int,
+) -> dict[str, Any]:  # fmt: skip
+    """One function. trips: Programs.open_trips. resident: bytes on a device that stay there, unseen by the program."""
     limit = topology.chip.memory
     common = {"usable_gib": limit / GiB, "resident_elsewhere_gib": resident / GiB, "compile_seconds": compiled.seconds}
     if not compiled.fits:
@@ -39,7 +40,7 @@ def function_report(
             **common,
         }
     module = parse(compiled.hlo)
-    costs = program_costs(module, open_trips=open_trips(name, work))
+    costs = program_costs(module, open_trips=trips)
     found = times(costs, topology.chip, fabric)
     useful, peak = useful_flops(cfg, work)[name], compiled.peak + resident
     at_peak = topology.chip.flops * topology.devices
@@ -69,9 +70,8 @@ def function_report(
 
 def _rates(name: str, work: Workload, topology: Topology, seconds: float) -> dict[str, float]:
     rows = work.sequences / work.mini_batches * (work.prompt_tokens + work.new_tokens)
-    wave = work.sampled_at_once / work.sequences
-    tokens = {"update": rows, "score": rows, "prefill": wave * work.prompts * work.prompt_tokens,
-              "decode": work.sampled_at_once * work.new_tokens}[name]  # fmt: skip
+    tokens = {"update": rows, "score": rows, "prefill": work.prompts * work.prompt_tokens,
+              "decode": work.sequences * work.new_tokens}[name]  # fmt: skip
     return {"tokens": tokens, "tokens_per_second_per_chip": tokens / seconds / topology.devices}
 
 
@@ -93,17 +93,16 @@ def largest_buffers(module: Module, n: int = 5) -> list[str]:
 def iteration_report(functions: dict[str, dict], work: Workload, topology: Topology, mean_tokens: float) -> dict | None:
     """Seconds of one RL iteration whose completions have `mean_tokens` on average and the longest max_new_tokens.
 
-    Rows of scoring and updates are full, so their number goes with the mean; each wave of decoding runs until the
-    longest completion ends. Verification overlaps nothing here and takes no time.
+    Rows of scoring and updates are full, so their number goes with the mean; decoding takes `Workload.decode_steps`.
+    Verification overlaps nothing here and takes no time.
     """
     if not all(functions.get(name, {}).get("seconds") for name in ("update", "score", "prefill", "decode")):
         return None
     filled = (work.prompt_tokens + mean_tokens) / (work.prompt_tokens + work.new_tokens)
     step = {name: report["seconds"]["estimate"] for name, report in functions.items()}
-    waves = work.sequences // work.sampled_at_once
     phases = {
-        "prefill": waves * step["prefill"],
-        "decode": waves * step["decode"],
+        "prefill": step["prefill"],
+        "decode": step["decode"] * work.decode_steps(mean_tokens) / work.decode_steps(work.new_tokens),
         "score": step["score"] * work.mini_batches * filled,
         "update": step["update"] * work.mini_batches * filled,
     }

@@ -147,20 +147,18 @@ def useful_flops(cfg: Config, work: Workload) -> dict[str, float]:
 
     2 N per token forward and 4 N backward, N the active parameters but the table; 4 H h L per token and key before it;
     2 V D per predicted token. `decode` is the whole loop, C tokens of every sequence: the prompt's last one, which
-    prefill has passed too, and all but the completion's last; it and `prefill` are of the sequences that are sampled at
-    once.
+    prefill has passed too, and all but the completion's last.
     """
     model: Model = cfg.model
     body, key = layer_flops(model)
     head = 2 * model.vocab_size * model.hidden_size
     S, C, B = work.prompt_tokens, work.new_tokens, work.sequences
-    wave = work.sampled_at_once / B
     keys = lambda n: n * (n + 1) / 2
     forward = (S + C) * body + keys(S + C) * key + C * head
     score = B / work.mini_batches * forward
     return {
         "update": 3 * score,
         "score": score,
-        "prefill": wave * work.prompts * (S * body + keys(S) * key),
-        "decode": wave * B * (C * (body + head) + (keys(S + C - 1) - keys(S - 1)) * key),
+        "prefill": work.prompts * (S * body + keys(S) * key),
+        "decode": B * (C * (body + head) + (keys(S + C - 1) - keys(S - 1)) * key),
     }

@@ -66,6 +66,11 @@ def phases(S: int, C: int, N: int, R: int, narrow: bool = True, page: int = 1) -
     return [(R, width) for width in columns] + [(n, columns[-1]) for n in fewer]
 
 
+def refill_at(R: int) -> int:
+    """So many slots wait for each other to be refilled together: over a mesh, all prompts pass between devices then."""
+    return max(1, R // 16)
+
+
 def first_slots(requests: Requests, R: int, C: int, pad_id: int, expert_ids_NCLk: Array | None = None) -> Slots:
     """R slots with the first R requests; expert_ids_NCLk: what to fill in, if routing is to be recorded."""
     N, prompt_R = len(requests.limit_N), requests.prompt_N[:R]
@@ -108,12 +113,12 @@ def _phase(requests: Requests, slots: Slots, step: Callable[[Slots], Slots], eno
     (N, C), S, width = slots.tokens_NC.shape, requests.cache.width, slots.cache.width
     here = lambda slots: (slots.live_R.sum() > enough) | (slots.started < N)
     room = lambda slots: here(slots) & (slots.cache.used < width)
-    free = lambda slots: ~slots.live_R.all() & (slots.started < N)
+    free = lambda slots: ((~slots.live_R).sum() >= refill_at(len(slots.live_R))) & (slots.started < N)
     if not waits:
         return jax.lax.while_loop(room, step, slots)
 
     def turn(slots: Slots) -> Slots:
-        """Free slots get the next requests; then steps, until a slot is free again."""
+        """Free slots get the next requests; then steps, until enough slots are free again."""
         return jax.lax.while_loop(lambda slots: room(slots) & ~free(slots), step, _refilled(requests, slots))
 
     def fill(slots: Slots) -> Slots:

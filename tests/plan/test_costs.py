@@ -158,6 +158,13 @@ def test_a_loop_that_ends_on_data_runs_as_often_as_told():
     assert program_costs(open_ended).open_loops == 1
 
 
+def test_loops_that_end_on_data_are_told_one_by_one():
+    open_ended = parse(MODULE.replace("s32[] constant(7)", "s32[] negate(%i)"))
+    assert program_costs(open_ended, open_trips=((3, 1),)).cycles == 3 * 5100
+    with pytest.raises(ValueError, match="1 loops that end on data, expected 2"):
+        program_costs(open_ended, open_trips=((3, 1), (2, 1)))
+
+
 @pytest.mark.parametrize(("start", "step", "trips"), [(0, 2, 4), (3, 1, 4), (1, 3, 2)])
 def test_trip_counts_from_start_and_step(start, step, trips):
     text = MODULE.replace("%from = s32[] constant(0)", f"%from = s32[] constant({start})")

@@ -20,7 +20,6 @@ from sapo_jax.plan.hlo import parse
 from sapo_jax.plan.programs import Programs, mesh_of
 from sapo_jax.plan.report import show_ranking
 from sapo_jax.rollout.sampler import _sample
-from sapo_jax.sharding import make_mesh
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -c .ci/constraints.txt -e '.[plan]'"
@@ -89,13 +88,22 @@ def test_decoding_moves_tokens_to_the_weights(tpu, mesh):
 
 
 @needs_libtpu
+def test_decoding_in_slots_is_priced_step_by_step(tpu):
+    """32 completions of 64 tokens in 16 slots: the FLOPs of two times 64 steps, and those of columns without keys."""
+    cfg = dataclasses.replace(CFG, rollout=dataclasses.replace(CFG.rollout, slots=16))
+    decode = plan(cfg, "v5e:2x2", ["decode"])["functions"]["decode"]
+    assert decode["fits"] and decode["open_loops"] == 9 and 1 < decode["flops_ratio"] < 1.2
+
+
+@needs_libtpu
 @pytest.mark.parametrize("slots", [0, 16])
 def test_decoding_reads_pages_and_copies_no_cache(tpu, slots):
     """Heads of 128 in bfloat16: a step runs the kernel of paged attention in each layer, and no copy or other fusion of
     the cache than the one that writes a page, of keys neither. Also where completions wait for slots."""
-    cfg = dataclasses.replace(CFG, model=dataclasses.replace(CFG.model, head_dim=128))
+    rollout = dataclasses.replace(CFG.rollout, slots=slots)
+    cfg = dataclasses.replace(CFG, model=dataclasses.replace(CFG.model, head_dim=128), rollout=rollout)
     programs = Programs(cfg, mesh_of(cfg, tpu_devices(parse_topology("v5e:2x2"))))
-    sampler = dataclasses.replace(programs.sampler, slots=slots)
+    sampler = programs.sampler
     with jax.set_mesh(programs.mesh):
         traced = _sample.trace(sampler, programs.params, *programs.arguments("prefill")[1:])
     module = parse(traced.lower(lowering_platforms=("tpu",)).compile().as_text())
@@ -209,10 +217,3 @@ def test_compiles_are_kept_by_text(tmp_path):
     assert compile_cached(lowered, "here", tmp_path) == first and len(list(tmp_path.iterdir())) == 1
     compile_cached(lowered, "there", tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_prompts_at_once_that_do_not_divide_over_the_mesh(monkeypatch):
-    programs = Programs(CFG, make_mesh(Mesh(data=1), jax.devices()[:1]), sampled_at_once=8)
-    monkeypatch.setattr("sapo_jax.sharding.batch_shards", lambda mesh: 4)
-    with pytest.raises(PlanError, match="8 sequences at once are 2 prompts, which do not divide over 4 devices"):
-        programs.lower("prefill")

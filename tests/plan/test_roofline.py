@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -10,7 +12,7 @@ from sapo_jax.describe import flops
 from sapo_jax.plan import valid_meshes
 from sapo_jax.plan.chips import CHIPS, PlanError, parse_topology
 from sapo_jax.plan.costs import Collective, Costs
-from sapo_jax.plan.programs import Workload
+from sapo_jax.plan.programs import Workload, decode_trips
 from sapo_jax.plan.report import iteration_report
 from sapo_jax.plan.roofline import (
     HOP,
@@ -22,6 +24,8 @@ from sapo_jax.plan.roofline import (
     times,
     useful_flops,
 )
+from sapo_jax.rollout.decode import phases
+from sapo_jax.rollout.packing import bucket
 
 GIGA = 10**9
 
@@ -115,19 +119,30 @@ CFG = Config(
     data=Data(max_prompt_tokens=8, tasks=(ReasoningGymTask(),)),
     rollout=Rollout(prompts_per_step=8, group_size=4, max_new_tokens=24), train=Train(mini_batches=2, row_tokens=64),
 )  # fmt: skip
+SLOTS = Workload.of(dataclasses.replace(CFG, rollout=dataclasses.replace(CFG.rollout, slots=8)))
 
 
 def test_workload():
     assert Workload.of(CFG) == Workload(8, 32, 32, 8, 24, 64, 48, rows=8, mini_batches=2)  # two sequences a row
 
 
-def test_a_rollout_in_waves():
-    work, whole = Workload.of(CFG, sampled_at_once=8), Workload.of(CFG)
-    assert (work.sequences, work.sampled_at_once) == (32, 8)
-    for name in ("prefill", "decode"):
-        assert useful_flops(CFG, work)[name] == useful_flops(CFG, whole)[name] / 4
-    with pytest.raises(PlanError, match="10 sequences at once: take a multiple of 4 that divides 32"):
-        Workload.of(CFG, 10)
+def test_steps_of_decoding_in_slots():
+    """32 completions of 24 tokens in 8 slots: four times 24 steps; of 12 on average, 4 x 12, and 12 for a longest."""
+    assert Workload.of(CFG).decode_steps(12) == Workload.of(CFG).decode_steps(24) == 24
+    assert SLOTS.slots == 8 and SLOTS.decode_steps(24) == 96 and SLOTS.decode_steps(12) == 48 + 12
+
+
+def test_trips_of_the_decode_loops():
+    """The steps of all phases are those of the rollout, and each slot is refilled by itself, where there are few."""
+    assert decode_trips(Workload.of(CFG), page=1) == ((24, 1),)
+    long = dataclasses.replace(SLOTS, new_tokens=256, prompt_tokens=8)
+    for work, page in ((SLOTS, 1), (long, 1), (long, 64)):
+        nested = decode_trips(work, page)
+        steps = [fills * turns * steps for fills, ((turns, ((steps, inner),)),) in nested]
+        assert sum(steps) == pytest.approx(work.decode_steps(work.new_tokens)) and min(steps) > 0
+        refills = sum(fills * turns for fills, ((turns, _),) in nested) - sum(fills for fills, _ in nested)
+        assert refills == pytest.approx(32 - 8)  # each slot by itself, besides those at the start of a fill
+        assert len(nested) == len(phases(bucket(work.prompt_tokens), work.new_tokens, 32, 8, False, page))
 
 
 def test_useful_flops_are_the_dry_run_s_without_recomputation():
@@ -154,6 +169,6 @@ def test_iteration():
     found = iteration_report(functions, work, topology, mean_tokens=8)  # rows are half as many: (8 + 8) / (8 + 24)
     assert found["phases"] == {"prefill": 0.5, "decode": 10.0, "score": 1.0, "update": 4.0}
     assert found["completion_tokens_per_second_per_chip"] == pytest.approx(32 * 8 / 15.5 / 4)
-    waves = iteration_report(functions, Workload.of(CFG, 8), topology, mean_tokens=8)
-    assert waves["phases"]["decode"] == 40.0 and waves["phases"]["prefill"] == 2.0
+    waiting = iteration_report(functions, SLOTS, topology, mean_tokens=8)
+    assert waiting["phases"]["decode"] == pytest.approx(10.0 * (4 * 8 + 16) / 96)
     assert iteration_report({"update": functions["update"]}, work, topology, 8) is None
