@@ -75,14 +75,11 @@ def measure(cfg: Config, functions: Sequence[str]) -> dict[str, Any]:
 
 def _arguments(programs: Programs, name: str) -> list:
     """Of prompts and completions that have their full lengths."""
-    found, work = jax.tree.map(_array, programs.arguments(name)), programs.work
+    found, work = [jax.tree.map(_array, x) for x in programs.arguments(name)], programs.work
     if name == "prefill":
-        found[2], found[4] = (
-            jnp.full_like(x, n) for x, n in ((found[2], work.prompt_tokens), (found[4], work.new_tokens))
-        )
+        found[2], found[4] = jnp.full_like(found[2], work.prompt_tokens), jnp.full_like(found[4], work.new_tokens)
     elif name == "decode":
-        limit_N = jnp.full_like(found[1].limit_N, work.new_tokens)
-        found[1] = dataclasses.replace(found[1], limit_N=limit_N)
+        found[1] = dataclasses.replace(found[1], limit_N=jnp.full_like(found[1].limit_N, work.new_tokens))
     return found
 
 

@@ -128,7 +128,7 @@ class Programs:
         with jax.set_mesh(self.mesh):
             return decode_trips(work, page(model.head_dim, jnp.dtype(model.compute_dtype)))
 
-    def arguments(self, name: str) -> list:
+    def arguments(self, name: str) -> tuple:
         """Of the function: trees of ShapeDtypeStructs."""
         return getattr(self, f"_{name}")()[1:]
 

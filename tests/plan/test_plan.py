@@ -42,6 +42,9 @@ def tpu(monkeypatch, tmp_path):
     for key, value in TPU_ENV.items():
         monkeypatch.setenv(key, value)
     monkeypatch.chdir(tmp_path)
+    jax.config.update("jax_enable_compilation_cache", False)  # it cannot read programs for devices that are not here
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
 
 
 @needs_libtpu
@@ -92,7 +95,7 @@ def test_decoding_in_slots_is_priced_step_by_step(tpu):
     """32 completions of 64 tokens in 16 slots: the FLOPs of two times 64 steps, and those of columns without keys."""
     cfg = dataclasses.replace(CFG, rollout=dataclasses.replace(CFG.rollout, slots=16))
     decode = plan(cfg, "v5e:2x2", ["decode"])["functions"]["decode"]
-    assert decode["fits"] and decode["open_loops"] == 9 and 1 < decode["flops_ratio"] < 1.2
+    assert decode["fits"] and decode["open_loops"] == 6 and 1 < decode["flops_ratio"] < 1.2
 
 
 @needs_libtpu
