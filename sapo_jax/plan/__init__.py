@@ -47,8 +47,7 @@ def plan(
     for name in functions or FUNCTIONS:
         compiled = compile_cached(programs.lower(name), topology.name)
         resident = 0 if name == "update" else programs.moment_bytes
-        trips = programs.open_trips(name)
-        reports[name] = function_report(name, compiled, cfg, work, trips, topology, fabric, resident)
+        reports[name] = function_report(name, compiled, programs, topology, fabric, resident)
         if not reports[name]["largest_buffers"]:  # refused, and the compiler names none
             reports[name]["largest_buffers"] = programs.largest_arguments(name)
     mean = work.new_tokens if mean_tokens is None else mean_tokens

@@ -57,14 +57,17 @@ class Costs:
         return self.matmul_flops + sum(self.kernels.values())
 
 
-def program_costs(module: Module, open_trips: OpenTrips = 1) -> Costs:
-    """Raises ValueError where open_trips names other loops than there are."""
-    return _Reader(module).computation(module.entry, open_trips)
+def program_costs(module: Module, open_trips: OpenTrips = 1, live: float = 1.0) -> Costs:
+    """live: the share of the KV cache that paged attention reads; a program says nothing of it.
+
+    Raises ValueError where open_trips names other loops than there are.
+    """
+    return _Reader(module, live).computation(module.entry, open_trips)
 
 
 class _Reader:
-    def __init__(self, module: Module):
-        self.module, self.computation = module, functools.cache(self._computation)
+    def __init__(self, module: Module, live: float):
+        self.module, self.live, self.computation = module, live, functools.cache(self._computation)
 
     def _computation(self, name: str, open_trips: OpenTrips) -> Costs:
         total, seen = Costs(), set()
@@ -93,7 +96,7 @@ class _Reader:
             total.add(inside(i.called.get("to_apply") or i.called["calls"]))
         elif i.op not in FREE:
             total.cycles += float(i.attribute(r'"estimated_cycles":"(\d+)"') or 0)
-            total.hbm_bytes += hbm_bytes(self.module, computation, i)
+            total.hbm_bytes += hbm_bytes(self.module, computation, i) * (self.live if _is_paged(i) else 1)
             self._work(total, computation, i, seen)
 
     def _work(self, total: Costs, computation: Computation, i: Instruction, seen: set, outer: str = "") -> None:
@@ -109,7 +112,7 @@ class _Reader:
             total.matmul_flops += matmul_flops(computation, i)
         elif i.op == "custom-call" and 'custom_call_target="tpu_custom_call"' in i.attributes:
             name, flops = kernel_flops(i)
-            total.kernels[name] += flops
+            total.kernels[name] += flops * (self.live if _is_paged(i) else 1)
         elif (kind := i.op.removesuffix("-start")) in COLLECTIVES:
             chain = i.attribute(r'chain_id="(\d+)"')
             key = i.name if chain is None else (chain, i.attribute(r"channel_id=(\d+)"))
@@ -223,8 +226,8 @@ def kernel_flops(i: Instruction) -> tuple[str, float]:
     gmm, tgmm: their own estimate 2 m k n, times tiles visited / tiles of m: every group may end within a tile.
     splash attention, which states none: the blocks on and under the diagonal of the T x T scores, 2 matmuls forward and
     5 backward (scores, their gradient, and the gradients of q, k and v).
-    paged attention, which states none either: 2 matmuls over all columns of the cache. That is the most there can be,
-    and so are its HBM bytes: the kernel passes over pages without a live row's keys, of which a program says nothing.
+    paged attention, which states none either: 2 matmuls over all columns of the cache, of which it passes over those
+    that no live row has (see program_costs).
     """
     name = re.sub(r"[.\d]+$", "", i.name)
     operands = shapes(i.attribute(r"operand_layout_constraints=\{((?:[^{}]|\{[^{}]*\})*)\}") or "")
@@ -233,7 +236,7 @@ def kernel_flops(i: Instruction) -> tuple[str, float]:
         key = "block_kv_dkv" if "dkv" in name else "block_kv"
         T, block = q.dims[-2], int(i.attribute(key + r"\W+(\d+)") or 0)
         return name, (5 if "dkv" in name else 2) * 2 * q.elements * (T + block) / 2
-    if name.startswith("paged_attention"):
+    if _is_paged(i):
         q = next(s for s in operands if s.dtype in ("bf16", "f32"))  # a row and key head, its queries, 1 or none, h
         pages = next(s for s in operands if s.dims[-2:] == (PAGE, q.dims[-1]) and s is not q)
         return name, 2 * 2 * q.elements * pages.dims[1] * PAGE / q.dims[0]
@@ -242,6 +245,10 @@ def kernel_flops(i: Instruction) -> tuple[str, float]:
         rows, (tiles,) = _grouped(operands)
         flops *= tiles * ROWS / rows
     return name, flops
+
+
+def _is_paged(i: Instruction) -> bool:
+    return i.op == "custom-call" and i.name.startswith("paged_attention")
 
 
 def _grouped(operands: tuple[Shape, ...]) -> tuple[int, tuple[int, ...]]:

@@ -56,7 +56,7 @@ def measure(cfg: Config, functions: Sequence[str]) -> dict[str, Any]:
     work, devices = programs.work, programs.mesh.size
     for name in functions:
         compiled = programs.lower(name).compile()
-        costs = program_costs(parse(compiled.as_text()), open_trips=programs.open_trips(name))
+        costs = program_costs(parse(compiled.as_text()), open_trips=programs.open_trips(name), live=programs.live)
         predicted = devices * (costs.flops / speed["flops"] + costs.hbm_bytes / speed["hbm"])
         arguments = lambda name=name: _arguments(programs, name)
         measured = median_seconds(compiled, arguments=arguments)

@@ -11,11 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
-from sapo_jax import sharding
+from sapo_jax import kernels, sharding
 from sapo_jax.blocked_attention import BLOCK
-from sapo_jax.columns import growth
+from sapo_jax.columns import growth, widths
 from sapo_jax.config import Config
-from sapo_jax.kernels import page
 from sapo_jax.learner import init_state, make_optimizer, make_update, policy_loss, state_shardings
 from sapo_jax.models import Policy, make_policy
 from sapo_jax.plan.chips import GiB, PlanError
@@ -84,7 +83,7 @@ def decode_trips(work: Workload, page: int) -> OpenTrips:
     if R == N:
         return tuple((n, 1) for n in steps)
     # once the cache is as wide as it gets, columns are shifted out whenever it is full
-    fills = [1] * (len(steps) - 1) + [max(1, steps[-1] / growth(C))]
+    fills = [1] * (len(steps) - 1) + [1 + max(0, steps[-1] - (columns[-1] - used[-1])) / growth(C)]
     refills = (N - R) / refill_at(R)  # the most there can be
     turns = [1 + refills * n / sum(steps) / fill for n, fill in zip(steps, fills)]
     return tuple((fill, ((turn, ((n / fill / turn, 1),)),)) for n, fill, turn in zip(steps, fills, turns))
@@ -122,11 +121,22 @@ class Programs:
 
     def open_trips(self, name: str) -> OpenTrips:
         """How often the function's loops run that end on data; attention in blocks (not on TPU) as if it saw all."""
-        work, model = self.work, self.cfg.model
+        work = self.work
         if name != "decode":
             return -(-(bucket(work.prompt_tokens) if name == "prefill" else work.row_tokens) // BLOCK)
+        return decode_trips(work, self.page)
+
+    @property
+    def live(self) -> float:
+        """The share of the cache's columns that hold a live row's keys, while completions of C tokens are written."""
+        work = self.work
+        columns = widths(bucket(work.prompt_tokens), work.new_tokens, work.sequences > work.slots, self.page)[-1]
+        return min(1.0, (work.prompt_tokens + (work.new_tokens + self.page) / 2) / columns)
+
+    @property
+    def page(self) -> int:
         with jax.set_mesh(self.mesh):
-            return decode_trips(work, page(model.head_dim, jnp.dtype(model.compute_dtype)))
+            return kernels.page(self.cfg.model.head_dim, jnp.dtype(self.cfg.model.compute_dtype))
 
     def arguments(self, name: str) -> tuple:
         """Of the function: trees of ShapeDtypeStructs."""

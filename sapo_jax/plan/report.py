@@ -7,12 +7,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sapo_jax.config import Config
 from sapo_jax.plan.chips import GiB, Topology
 from sapo_jax.plan.compile import Compiled, largest_refused
-from sapo_jax.plan.costs import OpenTrips, program_costs
+from sapo_jax.plan.costs import program_costs
 from sapo_jax.plan.hlo import Module, parse
-from sapo_jax.plan.programs import Workload
+from sapo_jax.plan.programs import Programs, Workload
 from sapo_jax.plan.roofline import Fabric, collective_rows, times, useful_flops
 
 FACTS = "fits, memory, FLOPs, HBM bytes, collectives: read from the program that the TPU compiler made"
@@ -23,11 +22,10 @@ MODEL = (
 
 
 def function_report(
-    name: str, compiled: Compiled, cfg: Config, work: Workload, trips: OpenTrips, topology: Topology, fabric: Fabric,
-    resident: int,
-) -> dict[str, Any]:  # fmt: skip
-    """One function. trips: Programs.open_trips. resident: bytes on a device that stay there, unseen by the program."""
-    limit = topology.chip.memory
+    name: str, compiled: Compiled, programs: Programs, topology: Topology, fabric: Fabric, resident: int
+) -> dict[str, Any]:
+    """One function. resident: bytes on a device that stay there, unseen by the program."""
+    limit, work = topology.chip.memory, programs.work
     common = {"usable_gib": limit / GiB, "resident_elsewhere_gib": resident / GiB, "compile_seconds": compiled.seconds}
     if not compiled.fits:
         needed = compiled.needed
@@ -40,9 +38,9 @@ def function_report(
             **common,
         }
     module = parse(compiled.hlo)
-    costs = program_costs(module, open_trips=trips)
+    costs = program_costs(module, open_trips=programs.open_trips(name), live=programs.live)
     found = times(costs, topology.chip, fabric)
-    useful, peak = useful_flops(cfg, work)[name], compiled.peak + resident
+    useful, peak = useful_flops(programs.cfg, work)[name], compiled.peak + resident
     at_peak = topology.chip.flops * topology.devices
     return {
         "fits": peak <= limit,

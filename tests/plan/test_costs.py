@@ -238,3 +238,6 @@ def test_flops_of_paged_attention():
         "bf16[1,48,64,128]{3,2,1,0}, bf16[1,48,64,128]{3,2,1,0}}, frontend_attributes={kernel_metadata={}}"
     )
     assert kernel_flops(_instruction(line)) == ("paged_attention", 2 * 2 * 16 * 2 * 128 * 192)
+    module = parse(f"HloModule m\n\nENTRY %main () -> f32[16,2,1,128] {{\n  ROOT {line}\n}}\n")
+    whole, half = program_costs(module), program_costs(module, live=0.5)
+    assert half.flops == whole.flops / 2 > 0 and half.hbm_bytes == whole.hbm_bytes / 2 > 0

@@ -389,4 +389,4 @@ def test_phases():
     assert phases(64, 192, 64, 16)[-1] == (4, 319)
     assert phases(64, 1000, 16, 16, narrow=False) == [(16, 313), (16, 563), (16, 813), (16, 1063)]
     assert growth(1000) == 250
-    assert phases(64, 1000, 16, 16, narrow=False, page=64) == [(16, 384), (16, 640), (16, 896), (16, 1152)]
+    assert phases(64, 1000, 16, 16, narrow=False, page=64) == [(16, 1152)]
