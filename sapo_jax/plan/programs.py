@@ -214,7 +214,8 @@ class Programs:
 
         def run(params, requests):
             slots = fill_slots(sampler, requests)
-            return decode(self.policy.bind(params), requests, slots, sampler.rule, NO_STOP, narrow=False)
+            done = decode(self.policy.bind(params), requests, slots, sampler.rule, NO_STOP, narrow=False)
+            return done.tokens_NC, done.logp_NC, done.length_N, done.expert_ids_NCLk  # the cache ends here
 
         requests = jax.tree.map(rows, jax.eval_shape(start, self.params, *self._prompts()))
         cached = lambda layers: tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_head) for x in layers)
