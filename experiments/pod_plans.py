@@ -1,6 +1,6 @@
 """Plans of the pod configs: what the TPU compiler makes of this package, and what a roofline says of that.
 
-    python experiments/pod_plans.py [NAME ...]      needs the extra [plan]; one to three minutes a program on two cores
+    python experiments/pod_plans.py [NAME ...]      needs the extra [plan]; 0.5 to 15 minutes a program
 
 Runs `sapo-jax plan` for each line of PLANS (or those named) and writes results/plan_NAME.json; then prints the table of
 README.md from what is in results/. Programs that were compiled before come from .cache/plan.

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sapo_jax.config import Config, Mesh, check
+from sapo_jax.config import Config, ConfigError, Mesh, check, verify
 
 # Read when libtpu is loaded: it must not look for a TPU, and several processes may compile at once.
 TPU_ENV = {
@@ -42,6 +42,10 @@ def plan(
         raise PlanError(f"no function {', '.join(unknown)}; there are {', '.join(FUNCTIONS)}")
     topology = parse_topology(topology_name)
     mesh = mesh_of(cfg, tpu_devices(topology))
+    try:
+        verify(cfg, devices=topology.devices, vocab_size=cfg.model.vocab_size)
+    except ConfigError as error:
+        raise PlanError(str(error)) from None
     programs, fabric = Programs(cfg, mesh), Fabric.of(topology, mesh)
     work, reports = programs.work, {}
     for name in functions or FUNCTIONS:

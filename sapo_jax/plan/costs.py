@@ -60,7 +60,7 @@ class Costs:
 def program_costs(module: Module, open_trips: OpenTrips = 1, live: float = 1.0) -> Costs:
     """live: the share of the KV cache that paged attention reads; a program says nothing of it.
 
-    Raises ValueError where open_trips names other loops than there are.
+    Raises ValueError where open_trips names other loops than a computation has.
     """
     return _Reader(module, live).computation(module.entry, open_trips)
 
@@ -284,7 +284,7 @@ def hbm_bytes(module: Module, computation: Computation, i: Instruction) -> int:
         return 0
     if i.op in ("slice-start", "dynamic-slice-start", "copy-start"):  # the whole array, the part that moves, a token
         ends = [s for s in i.shapes if s.dims]
-        return min(s.bytes for s in ends) * sum(s.space == 0 for s in ends)
+        return min((s.bytes for s in ends), default=0) * sum(s.space == 0 for s in ends)
     if i.op.endswith("-start") and i.op != "all-reduce-start":  # operands are among the results
         return in_hbm(i.shapes)
     if i.op != "fusion":

@@ -55,8 +55,9 @@ class Workload:
         return cls(P, P * G, R, S, C, T, picked, rows, cfg.train.mini_batches)
 
     def decode_steps(self, mean_tokens: float) -> float:
-        """Of the decode loop, for completions of `mean_tokens` on average, the longest C. Where completions wait for
-        slots: all tokens over all slots, and at the end what one of the longest has more than the others."""
+        """About, of the decode loop, for completions of `mean_tokens` on average, the longest C. Where completions wait
+        for slots: all tokens over all slots, and at the end what one of the longest has more than the others. Slots
+        that wait to be refilled together (a few percent), and a last round that fills not all slots, are not in it."""
         N, R, C = self.sequences, self.slots, self.new_tokens
         return C if R == N else N / R * mean_tokens + C - mean_tokens
 

@@ -91,7 +91,8 @@ def largest_buffers(module: Module, n: int = 5) -> list[str]:
 def iteration_report(functions: dict[str, dict], work: Workload, topology: Topology, mean_tokens: float) -> dict | None:
     """Seconds of one RL iteration whose completions have `mean_tokens` on average and the longest max_new_tokens.
 
-    Rows of scoring and updates are full, so their number goes with the mean; decoding takes `Workload.decode_steps`.
+    Rows of scoring and updates are full, so their number goes with the mean; decoding takes `Workload.decode_steps`
+    of them, its refills scaled alike.
     Verification overlaps nothing here and takes no time.
     """
     if not all(functions.get(name, {}).get("seconds") for name in ("update", "score", "prefill", "decode")):

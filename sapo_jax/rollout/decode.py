@@ -4,8 +4,8 @@ A slot starts with the last token of its prompt, whose keys and values are not y
 each step passes one token of every slot and draws the next one, the first tokens of completions as all others. All
 slots write to the same column of the cache, so a request's prompt is put right before it (on TPU up to a page further
 ahead: models.KVCache). Shapes follow the need in a few phases (`phases`): the cache is widened as it fills, so that
-attention reads few empty columns, and columns that no slot needs any more are shifted out; once no request waits and
-most slots are done, the others go on in fewer slots.
+attention reads few empty columns (where it reads pages, one width will do), and columns that no slot needs any more are
+shifted out; once no request waits and most slots are done, the others go on in fewer slots.
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ def _phase(requests: Requests, slots: Slots, step: Callable[[Slots], Slots], eno
     (N, C), S, width = slots.tokens_NC.shape, requests.cache.width, slots.cache.width
     here = lambda slots: (slots.live_R.sum() > enough) | (slots.started < N)
     room = lambda slots: here(slots) & (slots.cache.used < width)
-    free = lambda slots: ((~slots.live_R).sum() >= refill_at(len(slots.live_R))) & (slots.started < N)
+    refill = lambda slots: jnp.minimum(refill_at(len(slots.live_R)), N - slots.started)  # 0: none waits
+    free = lambda slots: (refill(slots) > 0) & ((~slots.live_R).sum() >= refill(slots))
     if not waits:
         return jax.lax.while_loop(room, step, slots)
 

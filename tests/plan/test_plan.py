@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
 from sapo_jax.cli import main
@@ -42,9 +43,11 @@ def tpu(monkeypatch, tmp_path):
     for key, value in TPU_ENV.items():
         monkeypatch.setenv(key, value)
     monkeypatch.chdir(tmp_path)
-    jax.config.update("jax_enable_compilation_cache", False)  # it cannot read programs for devices that are not here
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
+    for on in (False, True):  # jax's cache cannot read programs for devices that are not here
+        jax.config.update("jax_enable_compilation_cache", on)
+        compilation_cache.reset_cache()
+        if not on:
+            yield
 
 
 @needs_libtpu
@@ -64,6 +67,14 @@ def test_plan_of_a_tiny_model(tpu):
     assert json.loads(json.dumps(found)) == found
     again = plan(CFG, "v5e:2x2", ["update", "prefill"])
     assert again == found  # compile times too
+
+
+@needs_libtpu
+def test_slots_that_do_not_divide_over_the_topology(tpu):
+    """mesh.data: 0 is open until the topology says how many devices there are."""
+    cfg = dataclasses.replace(CFG, mesh=Mesh(data=0), rollout=dataclasses.replace(CFG.rollout, slots=6))
+    with pytest.raises(PlanError, match="6 completions that are written at a time cannot be split over .* = 4 devices"):
+        plan(cfg, "v5e:2x2", ["decode"])
 
 
 @needs_libtpu
