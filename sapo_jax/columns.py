@@ -8,7 +8,7 @@ PAGE, LANES = 64, 128  # columns that decoding on TPU fetches at a time, for hea
 
 
 def growth(C: int) -> int:
-    """By how many columns the cache is widened, or has more than needed where requests wait; for C new tokens each."""
+    """Columns by which the cache is widened, for completions of C tokens; its spare ones, where requests wait."""
     return -(-C // max(1, min(PARTS, C // LEAST)))
 
 

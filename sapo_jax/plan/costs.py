@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import re
 from collections import Counter
+from typing import NamedTuple
 
 from sapo_jax.columns import PAGE
 from sapo_jax.kernels_tpu import ROWS
@@ -21,9 +22,15 @@ COLLECTIVES = "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragge
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "partition-id", "after-all"}
 
 
-# How often loops run whose end depends on data: a number for all of them; or for each that a computation has, in turn,
-# (trips, the same for the loops of its body)
-OpenTrips = float | tuple[tuple[float, "OpenTrips"], ...]
+class Loop(NamedTuple):
+    """A loop whose end depends on data."""
+
+    trips: float
+    inside: tuple[Loop, ...] = ()  # those of its body, in turn
+
+
+# of a computation: a number for all its open loops and all inside; or each of them, in turn
+OpenTrips = float | tuple[Loop, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,25 +77,29 @@ class _Reader:
         self.module, self.live, self.computation = module, live, functools.cache(self._computation)
 
     def _computation(self, name: str, open_trips: OpenTrips) -> Costs:
-        total, seen = Costs(), set()
-        computation = self.module.computations[name]
-        is_open = lambda i: i.op == "while" and trip_count(self.module, computation, i) is None
-        loops = [i.name for i in computation.instructions.values() if is_open(i)]
-        everywhere = 1 if isinstance(open_trips, tuple) else open_trips
-        in_turn = open_trips if isinstance(open_trips, tuple) else ((open_trips, open_trips),) * len(loops)
-        if len(loops) != len(in_turn):
-            raise ValueError(f"{name} has {len(loops)} loops that end on data, expected {len(in_turn)}")
-        total.open_loops, given = len(loops), dict(zip(loops, in_turn, strict=True))
+        total, seen, computation = Costs(), set(), self.module.computations[name]
+        loops = [i for i in computation.instructions.values() if i.op == "while"]
+        known = {i.name: trip_count(self.module, computation, i) for i in loops}
+        total.open_loops = sum(trips is None for trips in known.values())
+        told = isinstance(open_trips, tuple)
+        if told and len(open_trips) != total.open_loops:
+            raise ValueError(f"{name} has {total.open_loops} loops that end on data, expected {len(open_trips)}")
+        in_turn = iter(open_trips if told else ())
+        elsewhere = () if told else open_trips  # of loops, calls and branches that are not named
         for i in computation.instructions.values():
             if i.op == "while":
-                trips, inner = given.get(i.name) or (trip_count(self.module, computation, i), everywhere)
-                total.add(self.computation(i.called["body"], inner), trips)
+                trips, inside = known[i.name], elsewhere
+                if trips is None:
+                    trips, inside = next(in_turn) if told else (open_trips, open_trips)
+                total.add(self.computation(i.called["body"], inside), trips)
             else:
-                self._instruction(total, computation, i, seen, everywhere)
+                self._instruction(total, computation, i, seen, elsewhere)
         return total
 
-    def _instruction(self, total: Costs, computation: Computation, i: Instruction, seen: set, trips: float) -> None:
-        inside = lambda name: self.computation(name, trips)
+    def _instruction(
+        self, total: Costs, computation: Computation, i: Instruction, seen: set, open_trips: OpenTrips
+    ) -> None:
+        inside = lambda name: self.computation(name, open_trips)
         if i.op == "conditional":
             branches = sorted(map(inside, i.branches), key=lambda c: (c.flops, c.cycles, c.hbm_bytes))
             total.add(branches[0 if any(branch.kernels for branch in branches) else -1])

@@ -18,7 +18,7 @@ from sapo_jax.config import Config
 from sapo_jax.learner import init_state, make_optimizer, make_update, policy_loss, state_shardings
 from sapo_jax.models import Policy, make_policy
 from sapo_jax.plan.chips import GiB, PlanError
-from sapo_jax.plan.costs import OpenTrips
+from sapo_jax.plan.costs import Loop, OpenTrips
 from sapo_jax.rollout import Rule, Sampler
 from sapo_jax.rollout.decode import decode, phases, refill_at
 from sapo_jax.rollout.packing import FEWEST_PICKED, bucket
@@ -55,9 +55,9 @@ class Workload:
         return cls(P, P * G, R, S, C, T, picked, rows, cfg.train.mini_batches)
 
     def decode_steps(self, mean_tokens: float) -> float:
-        """About, of the decode loop, for completions of `mean_tokens` on average, the longest C. Where completions wait
-        for slots: all tokens over all slots, and at the end what one of the longest has more than the others. Slots
-        that wait to be refilled together (a few percent), and a last round that fills not all slots, are not in it."""
+        """Of the decode loop, for completions of `mean_tokens` on average and C at most. An estimate where completions
+        wait for slots: all tokens over all slots, and at the end what a longest one has beyond the mean. That slots
+        wait to be refilled together (a few percent), and that the last round may not fill them, is not in it."""
         N, R, C = self.sequences, self.slots, self.new_tokens
         return C if R == N else N / R * mean_tokens + C - mean_tokens
 
@@ -82,12 +82,13 @@ def decode_trips(work: Workload, page: int) -> OpenTrips:
     steps = [width - begin for begin, width in zip(used[:-1], columns)]
     steps.append(work.decode_steps(C) - sum(steps))
     if R == N:
-        return tuple((n, 1) for n in steps)
+        return tuple(Loop(n) for n in steps)
     # once the cache is as wide as it gets, columns are shifted out whenever it is full
     fills = [1] * (len(steps) - 1) + [1 + max(0, steps[-1] - (columns[-1] - used[-1])) / growth(C)]
     refills = (N - R) / refill_at(R)  # the most there can be
     turns = [1 + refills * n / sum(steps) / fill for n, fill in zip(steps, fills)]
-    return tuple((fill, ((turn, ((n / fill / turn, 1),)),)) for n, fill, turn in zip(steps, fills, turns))
+    nested = lambda n, fill, turn: Loop(fill, (Loop(turn, (Loop(n / fill / turn),)),))
+    return tuple(map(nested, steps, fills, turns))
 
 
 @dataclasses.dataclass(frozen=True)

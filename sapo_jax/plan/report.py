@@ -17,7 +17,8 @@ from sapo_jax.plan.roofline import Fabric, collective_rows, times, useful_flops
 FACTS = "fits, memory, FLOPs, HBM bytes, collectives: read from the program that the TPU compiler made"
 MODEL = (
     "seconds, bound, MFU: a roofline over these; estimate, tokens/s, iteration: the compiler's own cycle counts, and "
-    "70 % of the peak for Pallas kernels (sapo_jax/plan/roofline.py). Nothing ran on a TPU"
+    "70 % of the peak for Pallas kernels (sapo_jax/plan/roofline.py); of decoding also how often its loops run and how "
+    "much of the cache is read (sapo_jax/plan/programs.py). Nothing ran on a TPU"
 )
 
 
@@ -91,9 +92,8 @@ def largest_buffers(module: Module, n: int = 5) -> list[str]:
 def iteration_report(functions: dict[str, dict], work: Workload, topology: Topology, mean_tokens: float) -> dict | None:
     """Seconds of one RL iteration whose completions have `mean_tokens` on average and the longest max_new_tokens.
 
-    Rows of scoring and updates are full, so their number goes with the mean; decoding takes `Workload.decode_steps`
-    of them, its refills scaled alike.
-    Verification overlaps nothing here and takes no time.
+    Rows of scoring and updates are full, so their number goes with the mean; decoding goes with
+    `Workload.decode_steps`, refills and all. Verification overlaps nothing here and takes no time.
     """
     if not all(functions.get(name, {}).get("seconds") for name in ("update", "score", "prefill", "decode")):
         return None

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sapo_jax.plan.costs import Collective, Costs, kernel_flops, matmul_flops, program_costs
+from sapo_jax.plan.costs import Collective, Costs, Loop, hbm_bytes, kernel_flops, matmul_flops, program_costs
 from sapo_jax.plan.hlo import Computation, Shape, _instruction, parse, shapes
 from sapo_jax.plan.report import largest_buffers
 
@@ -125,8 +125,6 @@ def test_of_conditional_kernels_the_cheaper_branch_counts():
 
 def test_hbm_bytes_of_a_fusion_count_slices_and_only_hbm(module):
     """The fused matmul reads one slice of a stacked array; the rest is on chip, and scalars are too small to count."""
-    from sapo_jax.plan.costs import hbm_bytes
-
     body = module.computations["body"]
     assert hbm_bytes(module, body, body.instructions["fusion.1"]) == 8 * 16 * 2
     assert hbm_bytes(module, body, body.instructions["scattered"]) == 32 * 4 + 8 * 4
@@ -143,8 +141,6 @@ def test_hbm_bytes_of_a_fusion_count_slices_and_only_hbm(module):
     ],
 )
 def test_hbm_bytes_of_asynchronous_copies(line, expected):
-    from sapo_jax.plan.costs import hbm_bytes
-
     module = parse(
         f"HloModule m\n\nENTRY %main () -> f32[8] {{\n  %x = f32[8]{{0}} parameter(0)\n  ROOT %s = {line}\n}}\n"
     )
@@ -160,9 +156,9 @@ def test_a_loop_that_ends_on_data_runs_as_often_as_told():
 
 def test_loops_that_end_on_data_are_told_one_by_one():
     open_ended = parse(MODULE.replace("s32[] constant(7)", "s32[] negate(%i)"))
-    assert program_costs(open_ended, open_trips=((3, 1),)).cycles == 3 * 5100
+    assert program_costs(open_ended, open_trips=(Loop(3),)).cycles == 3 * 5100
     with pytest.raises(ValueError, match="1 loops that end on data, expected 2"):
-        program_costs(open_ended, open_trips=((3, 1), (2, 1)))
+        program_costs(open_ended, open_trips=(Loop(3), Loop(2)))
 
 
 @pytest.mark.parametrize(("start", "step", "trips"), [(0, 2, 4), (3, 1, 4), (1, 3, 2)])

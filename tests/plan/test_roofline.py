@@ -11,7 +11,7 @@ from sapo_jax.config import Config, Data, Mesh, Model, ReasoningGymTask, Rollout
 from sapo_jax.describe import flops
 from sapo_jax.plan import valid_meshes
 from sapo_jax.plan.chips import CHIPS, PlanError, parse_topology
-from sapo_jax.plan.costs import Collective, Costs
+from sapo_jax.plan.costs import Collective, Costs, Loop
 from sapo_jax.plan.programs import Workload, decode_trips
 from sapo_jax.plan.report import iteration_report
 from sapo_jax.plan.roofline import (
@@ -134,11 +134,11 @@ def test_steps_of_decoding_in_slots():
 
 def test_trips_of_the_decode_loops():
     """The steps of all phases are those of the rollout, and each slot is refilled by itself, where there are few."""
-    assert decode_trips(Workload.of(CFG), page=1) == ((24, 1),)
+    assert decode_trips(Workload.of(CFG), page=1) == (Loop(24),)
     long = dataclasses.replace(SLOTS, new_tokens=256, prompt_tokens=8)
     for work, page in ((SLOTS, 1), (long, 1), (long, 64)):
         nested = decode_trips(work, page)
-        steps = [fills * turns * steps for fills, ((turns, ((steps, inner),)),) in nested]
+        steps = [fills * turns * steps for fills, ((turns, ((steps, _),)),) in nested]
         assert sum(steps) == pytest.approx(work.decode_steps(work.new_tokens)) and min(steps) > 0
         refills = sum(fills * turns for fills, ((turns, _),) in nested) - sum(fills for fills, _ in nested)
         assert refills == pytest.approx(32 - 8)  # each slot by itself, besides those at the start of a fill
