@@ -34,6 +34,7 @@ RULES: dict[str, str | tuple[str, ...]] = {
     # while decoding: weights stay where they are, the few tokens of a step go to them
     "decode_tokens": ("data", "expert"),
     "decode_experts": ("fsdp", "expert"),
+    "routed_tokens": "data",
     "decode_mlp": ("tensor", "fsdp"),
     "decode_vocab": ("tensor", "fsdp"),
 }
@@ -93,7 +94,13 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 def batch_shards(mesh: jax.sharding.Mesh) -> int:
     """Over how many devices the sequences of a batch are split."""
-    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    return math.prod(mesh.shape[axis] for axis in _axes("batch"))
+
+
+def shards(dim: str) -> int:
+    """Over how many devices of the mesh in scope a logical dim is split, if its size allows it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in _axes(dim))
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from sapo_jax import diagnostics, sharding
 from sapo_jax.config import SAPO, Config, Mesh, Optimizer
 from sapo_jax.config import Rollout as RolloutConfig
 from sapo_jax.learner import init_state, make_optimizer, make_update, policy_loss, state_shardings
+from sapo_jax.models import exchange
 from sapo_jax.rollout import Rule, Sampler
 from sapo_jax.scoring import make_scorer
 from tests.models import tiny
@@ -177,7 +179,8 @@ def on_mesh(model, mesh_cfg: Mesh | None, replay: bool = False) -> dict:
         noise_BT = np.random.default_rng(0).normal(0, 0.5, logp_BT.shape).astype(np.float32)
         batch = dataclasses.replace(batch, old_logp_BT=np.asarray(logp_BT) + noise_BT)
         sampler = Sampler(policy, Rule(0.9), 2, 12, (1, 2), tiny.PAD, replay, slots=8)  # half of the completions wait
-        rollout = sampler(params, prompts, jax.random.key(1))
+        with mock.patch.dict(exchange.FEW, {"cpu": 0} if replay else {}):  # rows sorted by expert, or through all
+            rollout = sampler(params, prompts, jax.random.key(1))
 
         state = jax.jit(lambda p: init_state(p, tx), out_shardings=placed)(params)
         update = make_update(policy, tx, policy_loss(cfg), ROWS, placed)

@@ -5,7 +5,7 @@ the `expert` axis, their D split over `fsdp`, their F over `tensor`. D is gather
 gathered over the `expert` axis; each device computes what its own experts add to each of them, and the sums are
 scattered back. A token passes a link once each way whatever k is: for e <= k that is no more than sending it to each of
 its experts (a ragged all-to-all moves k (e - 1) / e copies each way, this e - 1). While decoding, the experts are split
-over `fsdp` too, where their number divides: tokens are few, so no weight moves.
+over `fsdp` too: tokens are few, so no weight moves.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ import jax
 import jax.numpy as jnp
 
 from sapo_jax import blocked_experts, kernels
-from sapo_jax.sharding import RULES, alone, lay_out, on_tpu, sequence, spec
+from sapo_jax.sharding import RULES, alone, lay_out, on_tpu, sequence, shards, spec
 from sapo_jax.types import Array
 
 EXPERT, FSDP, TENSOR = "expert", "fsdp", "tensor"
-FEW = 32  # rows; up to here every expert over every row is faster on CPU than sorting rows into blocks
+# Rows up to which every expert over every row takes less time than sorting rows by expert. On CPU measured; on TPU this
+# is what passes about in the time in which the weights are read (peak FLOPs a byte of HBM traffic: 170 to 560).
+FEW = {"cpu": 32, "tpu": 512}
 
 
 def to_experts(x_BTD, ids_BTk, gate_BTk, gate_EDF, up_EDF, down_EFD) -> Array:
@@ -39,59 +41,58 @@ def _dims(experts: str, embed: str | None) -> tuple[tuple[str | None, ...], ...]
 
 
 def decoding_experts(gate_EDF, up_EDF, down_EFD) -> Callable:
-    """`to_experts` with these weights, for a decode loop; they are laid out here, once.
+    """`to_experts` of x_BD, ids_Bk and gate_Bk with these weights, for a decode loop; they are laid out here, once.
 
-    On a mesh the experts are split over `fsdp` too, so that the tokens go to them and no weight is gathered. On a CPU
-    alone, a few rows go through all experts in two matrix products.
+    On a mesh the experts are split over `fsdp` too, so that the tokens go to them and no weight is gathered. Few rows
+    go through all experts, in two matrix products.
     """
-    E, D, F = gate_EDF.shape
-    if not alone():
-        over = RULES["decode_experts"]
-        if E % math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in over):
-            return lambda *tokens: to_experts(*tokens, gate_EDF, up_EDF, down_EFD)
-        dims = _dims("decode_experts", None)
-        weights = [lay_out(w, *names) for w, names in zip((gate_EDF, up_EDF, down_EFD), dims, strict=True)]
-        return lambda *tokens: _on_mesh(*tokens, weights, dims, over=over)
-    if on_tpu():
-        return lambda *tokens: to_experts(*tokens, gate_EDF, up_EDF, down_EFD)
     joined_DcEF = jnp.stack([gate_EDF, up_EDF], axis=1).transpose(2, 1, 0, 3)  # no work if it is not used
-    both, down = kernels.few_rows_product(joined_DcEF), kernels.few_rows_product(down_EFD.reshape(E * F, D))
+    both = kernels.few_rows_product(joined_DcEF, None, None, "decode_experts", "mlp", rows="routed_tokens")
+    down = kernels.few_rows_product(down_EFD, "decode_experts", "mlp", None, rows="routed_tokens", over=2)
 
-    def mix(x_B1D, ids_B1k, gate_B1k) -> Array:
-        if len(x_B1D) > FEW:
-            return to_experts(x_B1D, ids_B1k, gate_B1k, gate_EDF, up_EDF, down_EFD)
-        chosen_BkE = jax.nn.one_hot(ids_B1k[:, 0], E, dtype=x_B1D.dtype)
-        gate_BE = jnp.einsum("bk,bke->be", gate_B1k[:, 0], chosen_BkE)
-        y_BcEF = both(x_B1D[:, 0])
-        y_BEF = jax.nn.silu(y_BcEF[:, 0]) * y_BcEF[:, 1] * gate_BE[..., None]
-        return down(y_BEF.reshape(-1, E * F))[:, None]
+    def mix(x_BD, ids_Bk, gate_Bk) -> Array:
+        if len(x_BD) > FEW["tpu" if on_tpu() else "cpu"] * shards("routed_tokens"):
+            return _many(*(x[:, None] for x in (x_BD, ids_Bk, gate_Bk)), gate_EDF, up_EDF, down_EFD)[:, 0]
+        chosen_BkE = jax.nn.one_hot(ids_Bk, len(gate_EDF), dtype=x_BD.dtype)
+        gate_BE = jnp.einsum("bk,bke->be", gate_Bk, chosen_BkE)
+        y_BcEF = both(x_BD)
+        return down(jax.nn.silu(y_BcEF[:, 0]) * y_BcEF[:, 1] * gate_BE[..., None])
 
     return mix
+
+
+def _many(x_B1D, ids_B1k, gate_B1k, *weights) -> Array:
+    """`to_experts`, with the layout of decoding on a mesh whose axes divide the experts."""
+    if alone() or len(weights[0]) % shards("decode_experts"):
+        return to_experts(x_B1D, ids_B1k, gate_B1k, *weights)
+    dims = _dims("decode_experts", None)
+    weights = [lay_out(w, *names) for w, names in zip(weights, dims, strict=True)]
+    return _on_mesh(x_B1D, ids_B1k, gate_B1k, weights, dims, over=RULES["decode_experts"])
 
 
 def _on_mesh(x_BTD, ids_BTk, gate_BTk, weights, dims, *, over: tuple[str, ...], gather: str = "") -> Array:
     """dims: of the weights. over: the axes that split the experts; gather: the axis that splits D, if any."""
     rows = spec("batch", sequence(x_BTD.shape[1]), None)
-    shards = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in over)
-    exchange = functools.partial(_exchange, over=over, shards=shards, gather=gather)
+    peers = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in over)
+    exchange = functools.partial(_exchange, over=over, peers=peers, gather=gather)
     in_specs = (rows, rows, rows, *(spec(*names) for names in dims))
     exchange = jax.shard_map(exchange, in_specs=in_specs, out_specs=rows, check_vma=False)
     return exchange(x_BTD, ids_BTk, gate_BTk, *weights)
 
 
-def _exchange(x_BTD, ids_BTk, gate_BTk, gate_EDF, up_EDF, down_EFD, *, over, shards: int, gather: str) -> Array:
+def _exchange(x_BTD, ids_BTk, gate_BTk, gate_EDF, up_EDF, down_EFD, *, over, peers: int, gather: str) -> Array:
     """On one device: its tokens and its share of the weights."""
     whole = lambda w, dim: jax.lax.all_gather(w, gather, axis=dim, tiled=True) if gather else w
     weights = whole(gate_EDF, 1), whole(up_EDF, 1), whole(down_EFD, 2)
-    if shards > 1:
+    if peers > 1:
         collect = lambda x: jax.lax.all_gather(x, over, axis=0, tiled=True)
         x_BTD, ids_BTk, gate_BTk = collect(x_BTD), collect(ids_BTk), collect(gate_BTk)
         E = len(gate_EDF)
         ids_BTk = ids_BTk - jax.lax.axis_index(over) * E
         ids_BTk = jnp.where((ids_BTk >= 0) & (ids_BTk < E), ids_BTk, E)  # E: another device's
-    y_BTD = _mix(x_BTD, ids_BTk, gate_BTk, *weights, strangers=shards > 1)
+    y_BTD = _mix(x_BTD, ids_BTk, gate_BTk, *weights, strangers=peers > 1)
     y_BTD = jax.lax.psum(y_BTD, TENSOR)
-    return jax.lax.psum_scatter(y_BTD, over, scatter_dimension=0, tiled=True) if shards > 1 else y_BTD
+    return jax.lax.psum_scatter(y_BTD, over, scatter_dimension=0, tiled=True) if peers > 1 else y_BTD
 
 
 def _mix(x_BTD, ids_BTk, gate_BTk, gate_EDF, up_EDF, down_EFD, *, strangers: bool = False) -> Array:

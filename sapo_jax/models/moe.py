@@ -93,9 +93,10 @@ class MoE(nnx.Module):
         experts = decoding_experts(*(p[...].astype(dtype) for p in (self.gate, self.up, self.down)))
 
         def mlp(x_BD: Array) -> tuple[Array, Array]:
+            x_BD = lay_out(x_BD, "routed_tokens", None)  # before they are routed: one collective instead of three
             _, _, ids_B1k, gate_B1k = self._route(x_BD[:, None], router_DE)
-            y_B1D = experts(x_BD[:, None], ids_B1k, gate_B1k.astype(dtype))
-            return y_B1D[:, 0], ids_B1k[:, 0].astype(id_dtype)
+            ids_Bk, gate_Bk = ids_B1k[:, 0], gate_B1k[:, 0].astype(dtype)
+            return experts(x_BD, ids_Bk, gate_Bk), ids_Bk.astype(id_dtype)
 
         return mlp
 

@@ -20,7 +20,7 @@ from sapo_jax.models import Policy, make_policy
 from sapo_jax.plan.chips import GiB, PlanError
 from sapo_jax.plan.costs import Loop, OpenTrips
 from sapo_jax.rollout import Rule, Sampler
-from sapo_jax.rollout.decode import decode, phases, refill_at
+from sapo_jax.rollout.decode import decode, phases
 from sapo_jax.rollout.packing import FEWEST_PICKED, bucket
 from sapo_jax.rollout.sampler import fill_slots, prefill
 from sapo_jax.scoring import make_scorer
@@ -56,8 +56,8 @@ class Workload:
 
     def decode_steps(self, mean_tokens: float) -> float:
         """Of the decode loop, for completions of `mean_tokens` on average and C at most. An estimate where completions
-        wait for slots: all tokens over all slots, and at the end what a longest one has beyond the mean. That slots
-        wait to be refilled together (a few percent), and that the last round may not fill them, is not in it."""
+        wait for slots: all tokens over all slots, and at the end what a longest one has beyond the mean. That the
+        last round may not fill them is not in it."""
         N, R, C = self.sequences, self.slots, self.new_tokens
         return C if R == N else N / R * mean_tokens + C - mean_tokens
 
@@ -81,14 +81,17 @@ def decode_trips(work: Workload, page: int) -> OpenTrips:
     used = [S + page - 2, *columns[:-1]]  # when the phase begins
     steps = [width - begin for begin, width in zip(used[:-1], columns)]
     steps.append(work.decode_steps(C) - sum(steps))
+    start = Loop(R)  # requests that get a slot before the first step
     if R == N:
-        return tuple(Loop(n) for n in steps)
+        return start, *map(Loop, steps)
     # once the cache is as wide as it gets, columns are shifted out whenever it is full
     fills = [1] * (len(steps) - 1) + [1 + max(0, steps[-1] - (columns[-1] - used[-1])) / growth(C)]
-    refills = (N - R) / refill_at(R)  # the most there can be
-    turns = [1 + refills * n / sum(steps) / fill for n, fill in zip(steps, fills)]
-    nested = lambda n, fill, turn: Loop(fill, (Loop(turn, (Loop(n / fill / turn),)),))
-    return tuple(map(nested, steps, fills, turns))
+    share = [n / sum(steps) / fill for n, fill in zip(steps, fills)]  # of the rollout, in a fill
+    turns = [1 + min(N - R, sum(steps)) * part for part in share]  # as often as there can be a free slot
+    nested = lambda fill, turn, part: Loop(
+        fill, (Loop(turn, (Loop((N - R) * part / turn), Loop(sum(steps) * part / turn))),)
+    )
+    return start, *map(nested, fills, turns, share)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,28 +66,37 @@ def phases(S: int, C: int, N: int, R: int, narrow: bool = True, page: int = 1) -
     return [(R, width) for width in columns] + [(n, columns[-1]) for n in fewer]
 
 
-def refill_at(R: int) -> int:
-    """So many slots wait for each other to be refilled together: over a mesh, all prompts pass between devices then."""
-    return max(1, R // 16)
-
-
 def first_slots(requests: Requests, R: int, C: int, pad_id: int, expert_ids_NCLk: Array | None = None) -> Slots:
     """R slots with the first R requests; expert_ids_NCLk: what to fill in, if routing is to be recorded."""
-    N, prompt_R = len(requests.limit_N), requests.prompt_N[:R]
-    start = requests.cache.page - 1  # room for prompts that are put further ahead
-    cache = _before(requests.cache, prompt_R, jnp.int32(start + requests.cache.width - 1))
-    return Slots(
-        started=jnp.int32(R),
-        live_R=requests.limit_N[:R] > 0,
-        request_R=jnp.arange(R, dtype=jnp.int32),
-        n_R=jnp.zeros(R, jnp.int32),
-        token_R=requests.last_token_P[prompt_R],
+    N, prompts = len(requests.limit_N), requests.cache
+    used = prompts.page - 1 + prompts.width - 1  # room for prompts that are put further ahead
+    width = phases(prompts.width, C, N, R, page=prompts.page)[0][1]
+
+    def empty(x: Array, dim: int) -> Array:
+        shape = [width if d == dim else n for d, n in enumerate(x.shape)]
+        return constrain(jnp.zeros((R, *shape[1:]), x.dtype), "batch", "kv_heads", None, None)
+
+    none_R = jnp.zeros(R, jnp.int32)
+    cache = KVCache(
+        k=tuple(empty(k, 3) for k in prompts.k),
+        v=tuple(empty(v, 2) for v in prompts.v),
+        first_B=none_R,
+        used=jnp.int32(used),
+        behind_B=none_R if prompts.page > 1 else None,
+    )
+    slots = Slots(
+        started=jnp.int32(0),
+        live_R=jnp.zeros(R, bool),
+        request_R=none_R,
+        n_R=none_R,
+        token_R=none_R,
         cache=cache,
         tokens_NC=jnp.full((N, C), pad_id, jnp.int32),
         logp_NC=jnp.zeros((N, C), jnp.float32),
         length_N=jnp.zeros(N, jnp.int32),
         expert_ids_NCLk=expert_ids_NCLk,
     )
+    return _refilled(requests, slots)
 
 
 def decode(
@@ -113,14 +122,13 @@ def _phase(requests: Requests, slots: Slots, step: Callable[[Slots], Slots], eno
     (N, C), S, width = slots.tokens_NC.shape, requests.cache.width, slots.cache.width
     here = lambda slots: (slots.live_R.sum() > enough) | (slots.started < N)
     room = lambda slots: here(slots) & (slots.cache.used < width)
-    refill = lambda slots: jnp.minimum(refill_at(len(slots.live_R)), N - slots.started)  # 0: none waits
-    free = lambda slots: (refill(slots) > 0) & ((~slots.live_R).sum() >= refill(slots))
     if not waits:
         return jax.lax.while_loop(room, step, slots)
 
     def turn(slots: Slots) -> Slots:
-        """Free slots get the next requests; then steps, until enough slots are free again."""
-        return jax.lax.while_loop(lambda slots: room(slots) & ~free(slots), step, _refilled(requests, slots))
+        """Free slots get the next requests; then steps, until a slot is free that one waits for."""
+        full = lambda slots: slots.live_R.all() | (slots.started == N)
+        return jax.lax.while_loop(lambda slots: room(slots) & full(slots), step, _refilled(requests, slots))
 
     def fill(slots: Slots) -> Slots:
         """To the last column, from the first one that is needed."""
@@ -179,27 +187,6 @@ def _widened(cache: KVCache, width: int) -> KVCache:
     return dataclasses.replace(cache, k=tuple(pad(k, 3) for k in cache.k), v=tuple(pad(v, 2) for v in cache.v))
 
 
-def _before(prompts: KVCache, prompt_R: Array, used: Array) -> KVCache:
-    """A cache of R rows: these prompts as they stand before the column `used`, which is the last one that it holds. The
-    first step overwrites their last tokens."""
-    S, page = prompts.width, prompts.page
-    first_R = used - (S - 1) + prompts.first_B[prompt_R]
-    behind_R = first_R % page if page > 1 else None
-    shift = jax.vmap(lambda row, by, dim: jax.lax.dynamic_slice_in_dim(row, by, S + page - 1, dim), (0, 0, None))
-
-    def place(x: Array, dim: int) -> Array:
-        rows = x[prompt_R]
-        if page > 1:  # by behind_R to the left, with room on both sides
-            wide = jnp.pad(rows, [(0, 0) if d != dim else (page - 1, page - 1) for d in range(4)])
-            rows = shift(wide, behind_R, dim - 1)
-        return constrain(rows, "batch", "kv_heads", None, None)
-
-    first_R = constrain(first_R if behind_R is None else first_R - behind_R, "batch")
-    return KVCache(
-        tuple(place(k, 3) for k in prompts.k), tuple(place(v, 2) for v in prompts.v), first_R, used, behind_R
-    )
-
-
 def _first(cache: KVCache, live_R: Array, S: int) -> Array:
     """The first column that is needed, or the page that it is in: by a live slot, or for a prompt that is put before
     the next column."""
@@ -209,46 +196,57 @@ def _first(cache: KVCache, live_R: Array, S: int) -> Array:
 
 
 def _shifted(cache: KVCache, live_R: Array, S: int) -> KVCache:
-    """With the columns before the first one that is needed shifted out."""
-    by = _first(cache, live_R, S)
-    return dataclasses.replace(
-        cache,
-        k=tuple(jnp.roll(k, -by, axis=3) for k in cache.k),
-        v=tuple(jnp.roll(v, -by, axis=2) for v in cache.v),
-        first_B=jnp.maximum(cache.first_B - by, 0),
-        used=cache.used - by,
-    )
+    """With the columns before the first one that is needed shifted out; what is in the last ones then is not used."""
+    by, page = _first(cache, live_R, S), cache.page
+
+    def move(i: Array, kv: tuple[tuple[Array, ...], ...]) -> tuple[tuple[Array, ...], ...]:
+        """A page: in place, for a cache that is moved as a whole is there twice."""
+        column = lambda x, dim: jax.lax.dynamic_slice_in_dim(x, i * page + by, page, dim)
+        put = lambda x, dim: jax.lax.dynamic_update_slice_in_dim(x, column(x, dim), i * page, dim)
+        return tuple(put(k, 3) for k in kv[0]), tuple(put(v, 2) for v in kv[1])
+
+    if page > 1:
+        k, v = jax.lax.fori_loop(0, cache.width // page, move, (cache.k, cache.v))
+    else:
+        k, v = tuple(jnp.roll(k, -by, axis=3) for k in cache.k), tuple(jnp.roll(v, -by, axis=2) for v in cache.v)
+    return dataclasses.replace(cache, k=k, v=v, first_B=jnp.maximum(cache.first_B - by, 0), used=cache.used - by)
 
 
 def _refilled(requests: Requests, slots: Slots) -> Slots:
-    """With the next requests in the slots that are free, as far as there are some left."""
-    N, cache = len(requests.limit_N), slots.cache
-    free_R = ~slots.live_R
-    next_R = slots.started + jnp.cumsum(free_R) - 1
-    taken_R = free_R & (next_R < N)
-    request_R = jnp.where(taken_R, next_R, slots.request_R)
-    prompts = _before(requests.cache, requests.prompt_N[request_R], cache.used)
-    start = cache.used + 1 - prompts.width
+    """With the next requests in the slots that are free, as far as there are some left; one at a time, so that over a
+    mesh no more than its prompt passes between devices."""
+    waits = lambda slots: ~slots.live_R.all() & (slots.started < len(requests.limit_N))
+    return jax.lax.while_loop(waits, lambda slots: _placed(requests, slots), slots)
 
-    def put(old, new, dim: int) -> Array:
-        there = jax.lax.dynamic_slice_in_dim(old, start, prompts.width, axis=dim)
-        new = jnp.where(taken_R[:, None, None, None], new, there)
-        return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=dim)
 
-    pick = lambda new, old: None if old is None else jnp.where(taken_R, new, old)
+def _placed(requests: Requests, slots: Slots) -> Slots:
+    """With the next request in the first free slot. Its prompt stands before the column `used`, which holds its last
+    token; the slot's next step overwrites that."""
+    cache, prompts, slot = slots.cache, requests.cache, jnp.argmin(slots.live_R)
+    prompt = requests.prompt_N[slots.started]
+    start = cache.used - (prompts.width - 1)
+    first = start + prompts.first_B[prompt]
+    behind = first % cache.page  # columns; the slot's tokens stand so many before `used`
+
+    def put(x: Array, rows: Array, dim: int) -> Array:
+        row = rows[prompt[None]]  # a gather: of a dynamic slice each device would fetch all rows
+        corner = [start - behind if d == dim else 0 for d in range(4)]
+        return jax.lax.dynamic_update_slice(x, row, [slot, *corner[1:]])
+
+    at_slot = lambda x, value: x.at[slot].set(value)
     cache = dataclasses.replace(
         cache,
-        k=tuple(put(old, new, 3) for old, new in zip(cache.k, prompts.k, strict=True)),
-        v=tuple(put(old, new, 2) for old, new in zip(cache.v, prompts.v, strict=True)),
-        first_B=pick(prompts.first_B, cache.first_B),
-        behind_B=pick(prompts.behind_B, cache.behind_B),
+        k=tuple(put(x, rows, 3) for x, rows in zip(cache.k, prompts.k, strict=True)),
+        v=tuple(put(x, rows, 2) for x, rows in zip(cache.v, prompts.v, strict=True)),
+        first_B=at_slot(cache.first_B, first - behind),
+        behind_B=None if cache.behind_B is None else at_slot(cache.behind_B, behind),
     )
     return dataclasses.replace(
         slots,
-        started=jnp.minimum(slots.started + free_R.sum(dtype=jnp.int32), N),
-        live_R=slots.live_R | (taken_R & (requests.limit_N[request_R] > 0)),
-        request_R=request_R,
-        n_R=pick(0, slots.n_R),
-        token_R=pick(requests.last_token_P[requests.prompt_N[request_R]], slots.token_R),
+        started=slots.started + 1,
+        live_R=at_slot(slots.live_R, requests.limit_N[slots.started] > 0),
+        request_R=at_slot(slots.request_R, slots.started),
+        n_R=at_slot(slots.n_R, 0),
+        token_R=at_slot(slots.token_R, requests.last_token_P[prompt]),
         cache=cache,
     )

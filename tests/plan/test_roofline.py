@@ -133,15 +133,17 @@ def test_steps_of_decoding_in_slots():
 
 
 def test_trips_of_the_decode_loops():
-    """The steps of all phases are those of the rollout, and each slot is refilled by itself, where there are few."""
-    assert decode_trips(Workload.of(CFG), page=1) == (Loop(24),)
+    """The steps of all phases are those of the rollout, and each request gets a slot once."""
+    assert decode_trips(Workload.of(CFG), page=1) == (Loop(32), Loop(24))
     long = dataclasses.replace(SLOTS, new_tokens=256, prompt_tokens=8)
     for work, page in ((SLOTS, 1), (long, 1), (long, 64)):
-        nested = decode_trips(work, page)
-        steps = [fills * turns * steps for fills, ((turns, ((steps, _),)),) in nested]
+        start, *nested = decode_trips(work, page)
+        placed, steps = start.trips, []
+        for fills, ((turns, (refill, step)),) in nested:
+            placed += fills * turns * refill.trips
+            steps.append(fills * turns * step.trips)
         assert sum(steps) == pytest.approx(work.decode_steps(work.new_tokens)) and min(steps) > 0
-        refills = sum(fills * turns for fills, ((turns, _),) in nested) - sum(fills for fills, _ in nested)
-        assert refills == pytest.approx(32 - 8)  # each slot by itself, besides those at the start of a fill
+        assert placed == pytest.approx(32)
         assert len(nested) == len(phases(bucket(work.prompt_tokens), work.new_tokens, 32, 8, False, page))
 
 

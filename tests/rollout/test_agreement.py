@@ -105,8 +105,8 @@ def test_prefill_equals_decode(kind):
     @tiny.quick_jit
     def next_logits(params, tokens_PS, length_P):
         model = made.policy.bind(params)
-        unused_P = jnp.zeros(len(tokens_PS), jnp.uint32)
-        requests, _ = prefill(made, model, tokens_PS, length_P, unused_P, unused_P, KEY)
+        ones_P = jnp.ones(len(tokens_PS), jnp.uint32)
+        requests, _ = prefill(made, model, tokens_PS, length_P, ones_P, ones_P, KEY)
         slots = first_slots(requests, len(tokens_PS), C, tiny.PAD)
         decoder = model.decoder(positions=tokens_PS.shape[1])
         return decoder.logits(model.decode(decoder, slots.token_R, length_P - 1, slots.cache, slots.live_R)[0])

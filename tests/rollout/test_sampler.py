@@ -306,32 +306,6 @@ def test_completions_that_wait_for_a_slot_are_the_same(kind, slots):
         np.testing.assert_array_equal(together.tokens_BC[b, :n], free.tokens_BC[b, :n])
 
 
-def test_slots_that_are_refilled_together(monkeypatch):
-    """48 completions through 32 slots, refilled one by one, two (as they are) or twelve at a time: the same."""
-    common = dict(rule=Rule(0.8), group_size=16, max_new_tokens=12, stop_ids=(1,))
-    limits = np.random.default_rng(0).integers(1, 13, 48)
-    expected, refilled = sample(make(**common), limit_B=limits), decode_module._refilled
-    assert decode_module.refill_at(32) == 2
-
-    def refills(at: int) -> int:
-        free = []
-
-        def spied(requests, slots):
-            jax.debug.callback(lambda live_R: free.append((~live_R).sum()), slots.live_R)
-            return refilled(requests, slots)
-
-        monkeypatch.setattr(decode_module, "_refilled", spied)
-        monkeypatch.setattr(decode_module, "refill_at", lambda R: at)
-        sampler_module._sample.clear_cache()
-        chex.assert_trees_all_close(sample(make(**common, slots=32), limit_B=limits), expected, atol=2e-5, rtol=1e-5)
-        jax.effects_barrier()
-        return sum(n > 0 for n in free)
-
-    numbers = [refills(at) for at in (1, 2, 12)]
-    sampler_module._sample.clear_cache()
-    assert numbers[0] >= numbers[1] > numbers[2] >= 1, numbers
-
-
 @pytest.mark.parametrize("slots", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_rows_that_start_at_pages(slots, monkeypatch):
     """The columns of a cache on TPU, here without its kernel: the same completions, waiting or not."""
