@@ -17,7 +17,6 @@ from sapo_jax import kernels
 from sapo_jax.columns import growth
 from sapo_jax.models import Qwen3
 from sapo_jax.rollout import Rule, Sampler
-from sapo_jax.rollout import decode as decode_module
 from sapo_jax.rollout import sampler as sampler_module
 from sapo_jax.rollout.decode import phases
 from sapo_jax.types import FINISH_REASONS, Prompt, Rollout
