@@ -75,7 +75,8 @@ def mesh_of(cfg: Config, devices: list[jax.Device]) -> jax.sharding.Mesh:
 
 
 def decode_trips(work: Workload, page: int) -> OpenTrips:
-    """How often the loops of decoding run, phase for phase (rollout.decode), for completions of C tokens."""
+    """How often the loops of decoding run, phase for phase (rollout.decode), for completions of C tokens. Where it
+    depends on which slots are free when, as often as can be: turns of refilling, and shifts of columns."""
     S, C, N, R = bucket(work.prompt_tokens), work.new_tokens, work.sequences, work.slots
     columns = [width for _, width in phases(S, C, N, R, narrow=False, page=page)]
     used = [S + page - 2, *columns[:-1]]  # when the phase begins
