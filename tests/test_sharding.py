@@ -50,7 +50,7 @@ CASES = {
     "moe data=2 expert=2 tensor=2": (MOE, Mesh(data=2, expert=2, tensor=2)),
     "moe fsdp=2 expert=4": (MOE, Mesh(fsdp=2, expert=4)),
     "moe fsdp=2 expert=2 context=2": (MOE, Mesh(fsdp=2, expert=2, context=2)),
-    "replay data=2 expert=2 tensor=2": (MOE, Mesh(data=2, expert=2, tensor=2)),  # of random experts, and recording
+    "replay fsdp=2 expert=2 tensor=2": (MOE, Mesh(fsdp=2, expert=2, tensor=2)),  # of random experts, and recording
     "replay data=2 expert=2 context=2": (MOE, Mesh(data=2, expert=2, context=2)),
 }
 

@@ -5,7 +5,7 @@ the `expert` axis, their D split over `fsdp`, their F over `tensor`. D is gather
 gathered over the `expert` axis; each device computes what its own experts add to each of them, and the sums are
 scattered back. A token passes a link once each way whatever k is: for e <= k that is no more than sending it to each of
 its experts (a ragged all-to-all moves k (e - 1) / e copies each way, this e - 1). While decoding, the experts are split
-over `fsdp` too: tokens are few, so no weight moves.
+over `fsdp` too, where their number divides: tokens are few, so no weight moves.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from sapo_jax.sharding import RULES, alone, lay_out, on_tpu, sequence, shards, s
 from sapo_jax.types import Array
 
 EXPERT, FSDP, TENSOR = "expert", "fsdp", "tensor"
-# Rows up to which every expert over every row takes less time than sorting rows by expert. On CPU measured; on TPU this
-# is what passes about in the time in which the weights are read (peak FLOPs a byte of HBM traffic: 170 to 560).
+# Tokens up to which it takes less time to pass them through every expert than to sort them by expert. On CPU measured;
+# on TPU by the compiler's cycles (Qwen3-30B-A3B, v5p, 4 experts a chip: 0.13 ms a layer for 512; for 128 sorted 0.25).
 FEW = {"cpu": 32, "tpu": 512}
 
 
@@ -40,20 +40,28 @@ def _dims(experts: str, embed: str | None) -> tuple[tuple[str | None, ...], ...]
     return (experts, embed, "mlp"), (experts, embed, "mlp"), (experts, "mlp", embed)
 
 
+def to_all(tokens: int, E: int) -> bool:
+    """Whether this many tokens of a decoding step pass every expert; then each device has all of its data shard."""
+    few = FEW["tpu" if on_tpu() else "cpu"] * shards("routed_tokens")
+    return tokens <= few and E % shards("decode_experts") == 0
+
+
 def decoding_experts(gate_EDF, up_EDF, down_EFD) -> Callable:
     """`to_experts` of x_BD, ids_Bk and gate_Bk with these weights, for a decode loop; they are laid out here, once.
 
-    On a mesh the experts are split over `fsdp` too, so that the tokens go to them and no weight is gathered. Few rows
-    go through all experts, in two matrix products.
+    On a mesh the experts are split over `fsdp` too, where their number divides, so that the tokens go to them and no
+    weight is gathered. Few tokens (`to_all`) pass all experts, in two matrix products.
     """
-    joined_DcEF = jnp.stack([gate_EDF, up_EDF], axis=1).transpose(2, 1, 0, 3)  # no work if it is not used
+    E = len(gate_EDF)  # of what follows, what is not used is no work
+    joined_DcEF = jnp.stack([gate_EDF, up_EDF], axis=1).transpose(2, 1, 0, 3)
     both = kernels.few_rows_product(joined_DcEF, None, None, "decode_experts", "mlp", rows="routed_tokens")
     down = kernels.few_rows_product(down_EFD, "decode_experts", "mlp", None, rows="routed_tokens", over=2)
+    sort = _sorting(gate_EDF, up_EDF, down_EFD)
 
     def mix(x_BD, ids_Bk, gate_Bk) -> Array:
-        if len(x_BD) > FEW["tpu" if on_tpu() else "cpu"] * shards("routed_tokens"):
-            return _many(*(x[:, None] for x in (x_BD, ids_Bk, gate_Bk)), gate_EDF, up_EDF, down_EFD)[:, 0]
-        chosen_BkE = jax.nn.one_hot(ids_Bk, len(gate_EDF), dtype=x_BD.dtype)
+        if not to_all(len(x_BD), E):
+            return sort(x_BD[:, None], ids_Bk[:, None], gate_Bk[:, None])[:, 0]
+        chosen_BkE = jax.nn.one_hot(ids_Bk, E, dtype=x_BD.dtype)
         gate_BE = jnp.einsum("bk,bke->be", gate_Bk, chosen_BkE)
         y_BcEF = both(x_BD)
         return down(jax.nn.silu(y_BcEF[:, 0]) * y_BcEF[:, 1] * gate_BE[..., None])
@@ -61,13 +69,13 @@ def decoding_experts(gate_EDF, up_EDF, down_EFD) -> Callable:
     return mix
 
 
-def _many(x_B1D, ids_B1k, gate_B1k, *weights) -> Array:
-    """`to_experts`, with the layout of decoding on a mesh whose axes divide the experts."""
+def _sorting(*weights) -> Callable:
+    """`to_experts` with these weights, on a mesh whose axes divide the experts in the layout of decoding."""
     if alone() or len(weights[0]) % shards("decode_experts"):
-        return to_experts(x_B1D, ids_B1k, gate_B1k, *weights)
+        return lambda *tokens: to_experts(*tokens, *weights)
     dims = _dims("decode_experts", None)
     weights = [lay_out(w, *names) for w, names in zip(weights, dims, strict=True)]
-    return _on_mesh(x_B1D, ids_B1k, gate_B1k, weights, dims, over=RULES["decode_experts"])
+    return lambda *tokens: _on_mesh(*tokens, weights, dims, over=RULES["decode_experts"])
 
 
 def _on_mesh(x_BTD, ids_BTk, gate_BTk, weights, dims, *, over: tuple[str, ...], gather: str = "") -> Array:

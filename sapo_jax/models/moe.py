@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from sapo_jax.config.schema import Model
-from sapo_jax.models.exchange import decoding_experts, to_experts
+from sapo_jax.models.exchange import decoding_experts, to_all, to_experts
 from sapo_jax.models.layers import parameter
 from sapo_jax.sharding import lay_out
 from sapo_jax.types import Array
@@ -93,7 +93,8 @@ class MoE(nnx.Module):
         experts = decoding_experts(*(p[...].astype(dtype) for p in (self.gate, self.up, self.down)))
 
         def mlp(x_BD: Array) -> tuple[Array, Array]:
-            x_BD = lay_out(x_BD, "routed_tokens", None)  # before they are routed: one collective instead of three
+            if to_all(len(x_BD), self.router.shape[1]):  # gathered before they are routed: one collective, not three
+                x_BD = lay_out(x_BD, "routed_tokens", None)
             _, _, ids_B1k, gate_B1k = self._route(x_BD[:, None], router_DE)
             ids_Bk, gate_Bk = ids_B1k[:, 0], gate_B1k[:, 0].astype(dtype)
             return experts(x_BD, ids_Bk, gate_Bk), ids_Bk.astype(id_dtype)

@@ -75,8 +75,8 @@ def mesh_of(cfg: Config, devices: list[jax.Device]) -> jax.sharding.Mesh:
 
 
 def decode_trips(work: Workload, page: int) -> OpenTrips:
-    """How often the loops of decoding run, phase for phase (rollout.decode), for completions of C tokens. Where it
-    depends on which slots are free when, as often as can be: turns of refilling, and shifts of columns."""
+    """How often the loops of decoding run (rollout.decode), for completions of C tokens. Turns of refilling and shifts
+    of columns as often as can be; how steps are shared among phases (with pages there is one) is an estimate."""
     S, C, N, R = bucket(work.prompt_tokens), work.new_tokens, work.sequences, work.slots
     columns = [width for _, width in phases(S, C, N, R, narrow=False, page=page)]
     used = [S + page - 2, *columns[:-1]]  # when the phase begins

@@ -91,10 +91,10 @@ def first_slots(requests: Requests, R: int, C: int, pad_id: int, expert_ids_NCLk
         n_R=none_R,
         token_R=none_R,
         cache=cache,
-        tokens_NC=jnp.full((N, C), pad_id, jnp.int32),
-        logp_NC=jnp.zeros((N, C), jnp.float32),
+        tokens_NC=_split(jnp.full((N, C), pad_id, jnp.int32)),
+        logp_NC=_split(jnp.zeros((N, C), jnp.float32)),
         length_N=jnp.zeros(N, jnp.int32),
-        expert_ids_NCLk=expert_ids_NCLk,
+        expert_ids_NCLk=None if expert_ids_NCLk is None else _split(expert_ids_NCLk),
     )
     return _refilled(requests, slots)
 
@@ -146,7 +146,7 @@ def _step(model: Qwen3, decoder: Decoder, requests: Requests, slots: Slots, rule
     uniform_R = requests.uniform_NC[slots.request_R, jnp.minimum(slots.n_R, requests.uniform_NC.shape[1] - 1)]
     token_R, logp_R = choose(uniform_R, decoder.logits(hidden_RD), rule)
     request_R = jnp.where(slots.live_R, slots.request_R, len(slots.length_N))  # out of bounds: dropped
-    write = lambda array_NC, value_R: array_NC.at[request_R, slots.n_R].set(value_R, mode="drop")
+    write = lambda array_NC, value_R: _split(array_NC.at[request_R, slots.n_R].set(value_R, mode="drop"))
     n_R, ids_NCLk = slots.n_R + slots.live_R, slots.expert_ids_NCLk  # a slot that is done stands still
     more_R = ~is_stop(token_R, stop_ids) & (n_R < requests.limit_N[slots.request_R])
     return dataclasses.replace(
@@ -160,6 +160,12 @@ def _step(model: Qwen3, decoder: Decoder, requests: Requests, slots: Slots, rule
         length_N=slots.length_N.at[request_R].set(n_R, mode="drop"),
         expert_ids_NCLk=None if ids_NCLk is None else write(ids_NCLk, ids_RLk),
     )
+
+
+def _split(written: Array) -> Array:
+    """What is written for the N requests, over the devices: where a device holds all of it, each step moves all of it
+    through its memory, which is more than the weights."""
+    return constrain(written, "batch", *[None] * (written.ndim - 1))
 
 
 def is_stop(tokens: Array, stop_ids: Sequence[int]) -> Array:
@@ -200,7 +206,7 @@ def _shifted(cache: KVCache, live_R: Array, S: int) -> KVCache:
     by, page = _first(cache, live_R, S), cache.page
 
     def move(i: Array, kv: tuple[tuple[Array, ...], ...]) -> tuple[tuple[Array, ...], ...]:
-        """A page: in place, for a cache that is moved as a whole is there twice."""
+        """A page, in place: a cache that is moved as a whole, as below, is there twice."""
         column = lambda x, dim: jax.lax.dynamic_slice_in_dim(x, i * page + by, page, dim)
         put = lambda x, dim: jax.lax.dynamic_update_slice_in_dim(x, column(x, dim), i * page, dim)
         return tuple(put(k, 3) for k in kv[0]), tuple(put(v, 2) for v in kv[1])
@@ -220,8 +226,8 @@ def _refilled(requests: Requests, slots: Slots) -> Slots:
 
 
 def _placed(requests: Requests, slots: Slots) -> Slots:
-    """With the next request in the first free slot. Its prompt stands before the column `used`, which holds its last
-    token; the slot's next step overwrites that."""
+    """With the next request in the first free slot. Its prompt's last token stands in the column that the slot's next
+    step writes to; it is overwritten."""
     cache, prompts, slot = slots.cache, requests.cache, jnp.argmin(slots.live_R)
     prompt = requests.prompt_N[slots.started]
     start = cache.used - (prompts.width - 1)
@@ -230,8 +236,7 @@ def _placed(requests: Requests, slots: Slots) -> Slots:
 
     def put(x: Array, rows: Array, dim: int) -> Array:
         row = rows[prompt[None]]  # a gather: of a dynamic slice each device would fetch all rows
-        corner = [start - behind if d == dim else 0 for d in range(4)]
-        return jax.lax.dynamic_update_slice(x, row, [slot, *corner[1:]])
+        return jax.lax.dynamic_update_slice(x, row, (slot, *(start - behind if d == dim else 0 for d in (1, 2, 3))))
 
     at_slot = lambda x, value: x.at[slot].set(value)
     cache = dataclasses.replace(

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import collections
+import heapq
 
+import chex
 import jax
 import pytest
 
 from sapo_jax.columns import PAGE
 from sapo_jax.plan.programs import NO_STOP, Workload, decode_trips
+from sapo_jax.rollout import Rule
 from sapo_jax.rollout import decode as decode_module
 from sapo_jax.rollout import sampler as sampler_module
+from sapo_jax.types import Rollout
 from tests.rollout.test_sampler import make, sample
 
 
-def counted(monkeypatch, names: list[str], run) -> collections.Counter:
-    """How often these functions of the decode loop run, on the device."""
+def counted(monkeypatch, names: list[str], run) -> tuple[collections.Counter, Rollout]:
+    """How often these functions of the decode loop run, on the device; and what `run` returns."""
     counts: collections.Counter = collections.Counter()
 
     def spied(name: str, function):
@@ -28,22 +32,36 @@ def counted(monkeypatch, names: list[str], run) -> collections.Counter:
     for name in names:
         monkeypatch.setattr(decode_module, name, spied(name, getattr(decode_module, name)))
     sampler_module._sample.clear_cache()
-    run()
+    rollout = run()
     jax.effects_barrier()
     sampler_module._sample.clear_cache()
-    return counts
+    return counts, rollout
 
 
 @pytest.mark.parametrize("page", [1, PAGE])
 def test_trips_are_those_of_a_rollout(page, monkeypatch):
-    """12 completions of 130 tokens in 3 slots, in a cache as on CPU, and by pages as on TPU (without its kernel)."""
+    """12 completions of 130 tokens in 3 slots, in a cache as on CPU, and by pages as on TPU (without its kernel): the
+    completions are those of 12 slots."""
+    common = dict(group_size=4, max_new_tokens=130, stop_ids=NO_STOP, rule=Rule(0.8))
+    expected = sample(make(**common))
     monkeypatch.setattr("sapo_jax.kernels.page", lambda *_: page)
     work = Workload(3, 12, 3, prompt_tokens=16, new_tokens=130, row_tokens=146, picked=130, rows=12, mini_batches=1)
     start, *nested = decode_trips(work, page)
     placed, steps = start.trips, 0.0
     for fills, ((turns, (refill, step)),) in nested:
         placed, steps = placed + fills * turns * refill.trips, steps + fills * turns * step.trips
-    run = lambda: sample(make(group_size=4, max_new_tokens=130, stop_ids=NO_STOP, slots=3))
-    found = counted(monkeypatch, ["_placed", "_step", "_shifted"], run)
+    found, rollout = counted(monkeypatch, ["_placed", "_step", "_shifted"], lambda: sample(make(**common, slots=3)))
+    chex.assert_trees_all_close(rollout, expected, atol=2e-5, rtol=1e-5)
     assert found["_placed"] == pytest.approx(placed) and found["_step"] == pytest.approx(steps)
-    assert 1 < found["_shifted"] <= sum(fill.trips for fill in nested)  # here all slots are free at once
+    assert len(nested) < found["_shifted"] <= sum(fill.trips for fill in nested)  # here all slots are free at once
+
+
+def test_a_free_slot_is_refilled_at_once(monkeypatch):
+    """As many steps as when each completion, of its own length, starts in the slot that is free first."""
+    limits, free_at = [40, 3, 1, 17, 40, 2, 9, 33, 25, 40, 5, 12], [0, 0, 0]
+    for limit in limits:
+        heapq.heapreplace(free_at, free_at[0] + limit)
+    run = lambda: sample(make(group_size=4, max_new_tokens=40, stop_ids=NO_STOP, slots=3), limit_B=limits)
+    found, rollout = counted(monkeypatch, ["_placed", "_step"], run)
+    assert rollout.length_B.tolist() == limits
+    assert found == {"_placed": 12, "_step": max(free_at)}
