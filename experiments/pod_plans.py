@@ -2,8 +2,8 @@
 
     python experiments/pod_plans.py [NAME ...]      needs the extra [plan]; 0.5 to 15 minutes a program
 
-Runs `sapo-jax plan` for each line of PLANS (or those named) and writes results/plan_NAME.json; then prints the table of
-README.md from what is in results/. Programs that were compiled before come from .cache/plan.
+Runs `sapo-jax plan` for each line of PLANS (or those named) and writes results/plan_NAME.json; then prints the tables
+of README.md from what is in results/. Programs that were compiled before come from .cache/plan.
 
 Expected: the updates of Qwen3-30B-A3B on v5p are bound by compute, at no more than 1.4 times the useful FLOPs
 and no more than 80 % of the chips' HBM.
@@ -59,7 +59,27 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def iterations() -> str:
+    """Seconds of one RL iteration of each, by phase, of the reports in results/."""
+    lines = [
+        "| config | completions: number, mean, longest | prefill | decode | score | update | iteration, s "
+        "| completion tokens/s/chip |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, options in PLANS.items():
+        path = HERE / f"results/plan_{name}.json"
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if one := found.get("iteration"):
+            work, mean = found["workload"], options.split("--mean-tokens ")[1]
+            phases = " | ".join(f"{one['phases'][phase]:,.3g}" for phase in ("prefill", "decode", "score", "update"))
+            lines.append(
+                f"| {name} | {work['sequences']:,}, {int(mean):,}, {work['new_tokens']:,} | {phases} "
+                f"| {one['seconds']:,.0f} | {one['completion_tokens_per_second_per_chip']:,.0f} |"
+            )
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     for name in sys.argv[1:] or PLANS:
         run(name)
-    print(table())
+    print(table(), iterations(), sep="\n\n")
