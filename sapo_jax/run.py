@@ -74,7 +74,7 @@ class Run:
     @property
     def batch_shards(self) -> int:
         """Over how many devices the rows of a batch are split."""
-        return sharding.batch_shards(self.mesh)
+        return sharding.shards("batch", self.mesh)
 
     @property
     def dir(self) -> Path | epath.Path:

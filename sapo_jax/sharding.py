@@ -92,14 +92,9 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec("batch"))
 
 
-def batch_shards(mesh: jax.sharding.Mesh) -> int:
-    """Over how many devices the sequences of a batch are split."""
-    return math.prod(mesh.shape[axis] for axis in _axes("batch"))
-
-
-def shards(dim: str) -> int:
-    """Over how many devices of the mesh in scope a logical dim is split, if its size allows it."""
-    mesh = jax.sharding.get_abstract_mesh()
+def shards(dim: str, mesh=None) -> int:
+    """Over how many devices of the mesh (default: the one in scope) a logical dim is split, if its size allows it."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in _axes(dim))
 
 
@@ -149,8 +144,7 @@ def lay_out(w: jax.Array, *dims: str | None) -> jax.Array:
 
 def sequence(T: int, name: str = "sequence") -> str | None:
     """The logical name of a dim of T tokens: rows too short to be cut evenly over its mesh axes stay whole."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or T % math.prod(mesh.shape[axis] for axis in _axes(name)) else name
+    return None if jax.sharding.get_abstract_mesh().empty or T % shards(name) else name
 
 
 def put_batch(tree, mesh: jax.sharding.Mesh):
@@ -175,7 +169,7 @@ def host_rows(tree, mesh: jax.sharding.Mesh):
     sharding = batch_sharding(mesh)
 
     def rows(x: jax.Array) -> np.ndarray:
-        shards = {shard.index[0].start or 0: shard.data for shard in jax.device_put(x, sharding).addressable_shards}
-        return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+        parts = {shard.index[0].start or 0: shard.data for shard in jax.device_put(x, sharding).addressable_shards}
+        return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 
     return jax.tree.map(rows, tree)
