@@ -36,12 +36,12 @@ from flax import nnx
 
 from sapo_jax.advantages import advantages
 from sapo_jax.config import PRESETS, Advantage, Config, Model
-from sapo_jax.describe import routing_bytes, row_cost
+from sapo_jax.describe import layer_flops, routing_bytes
 from sapo_jax.learner import init_state, make_update, policy_loss
 from sapo_jax.models import make_policy
 from sapo_jax.models.moe import MoE
 from sapo_jax.objectives.weights import token_weights
-from sapo_jax.rollout import Rule, Sampler, rollout_rows
+from sapo_jax.rollout import Cost, Rule, Sampler, rollout_rows
 from sapo_jax.routing import checked, router_metrics, sampled_experts
 from sapo_jax.scoring import make_scorer
 from sapo_jax.types import Batch, Prompt
@@ -63,7 +63,7 @@ prompts = [Prompt(i, "", tuple(draw.integers(2, 64, 12).tolist()), "", "", "exac
 
 sampler = Sampler(policy, Rule(1.0), G, C, stop_ids=(1,), pad_id=0, record_routing=True)
 rollout = sampler(params, prompts, jax.random.key(1))
-rows = rollout_rows(prompts, rollout, 0, mini_batches=4, row_cost=row_cost(model))
+rows = rollout_rows(prompts, rollout, 0, mini_batches=4, cost=Cost(*layer_flops(model), skips=True))
 real_BT = rows.arrays["segment_ids_BT"] > 0
 
 

@@ -14,12 +14,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from sapo_jax.types import Array
 
 BLOCK = 64  # most tokens of a block; on CPU faster than 32 and 128 for heads of 32 to 128
 HIDDEN = -1e30  # score of a key that is not seen
 LOWEST = -1e29  # the running maximum starts here, far above it: exp(HIDDEN - LOWEST) = 0, also where nothing is seen
+ATTENTION = "attention"  # name of attention's output and normaliser, for `jax.checkpoint` policies that keep them
 EMPTY = 1e-30  # least sum of weights: a query that sees nothing gets 0
 
 
@@ -112,7 +114,8 @@ def _forward(q_IBKrh, k_JBKsh, v_JBKsh, queries, keys):
         sum_BKr = jnp.maximum(sum_BKr, EMPTY)
         return (o_BKrh / sum_BKr[..., None]).astype(q_BKrh.dtype), max_BKr + jnp.log(sum_BKr)
 
-    o_IBKrh, log_sum_IBKr = jax.lax.map(one, (q_IBKrh, queries, order_IJ, count_I))
+    results = jax.lax.map(one, (q_IBKrh, queries, order_IJ, count_I))
+    o_IBKrh, log_sum_IBKr = (checkpoint_name(x, ATTENTION) for x in results)
     return o_IBKrh, (q_IBKrh, k_JBKsh, v_JBKsh, queries, keys, o_IBKrh, log_sum_IBKr)
 
 

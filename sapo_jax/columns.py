@@ -5,6 +5,7 @@ from __future__ import annotations
 PARTS = 4  # in so many steps at most the cache is widened to all new tokens ...
 LEAST = 64  # ... each of no fewer columns
 PAGE, LANES = 64, 128  # columns that decoding on TPU fetches at a time, for heads whose size is a multiple of LANES
+SHORT = 32  # tokens of a row whose attention is not worth blocks: forward and backward then take half the time on CPU
 
 
 def growth(C: int) -> int:

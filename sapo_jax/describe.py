@@ -8,11 +8,10 @@ width h, F mlp width, E experts of which k are used, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import numpy as np
 
-from sapo_jax.columns import LANES, PAGE, widths
+from sapo_jax.columns import LANES, PAGE, SHORT, widths
 from sapo_jax.config import Config, Model, dump, warnings
 
 GiB = 2**30
@@ -53,12 +52,6 @@ def layer_flops(model: Model) -> tuple[int, int]:
     return 2 * count.active, 4 * model.num_hidden_layers * model.num_attention_heads * model.head_dim
 
 
-def row_cost(model: Model) -> Callable[[int], float]:
-    """T -> FLOPs of a row of T tokens, every token being compared with every key (masked or not)."""
-    body, key = layer_flops(model)
-    return lambda T: T * (body + key * T)
-
-
 @dataclasses.dataclass(frozen=True)
 class Flops:
     """Floating-point operations of one RL step, over all devices."""
@@ -83,8 +76,8 @@ def flops(cfg: Config, vocab_size: int) -> Flops:
         scoring  = forward of B sequences of T, once for the old policy (old_logp: scorer), once for a KL reference,
                    once every live_mismatch_every steps
         update   = epochs * forward of B sequences of T * 3 (backward is twice a forward: 6 N), plus what is
-                   recomputed: the head always, attention with remat `dots`, all but it with `attention`,
-                   all of it with `full`
+                   recomputed: the head always, all but attention with remat `attention`, all of it with
+                   `full`; attention of short rows (kernels.attention on CPU) with `dots`, too
     """
     model, P, B = cfg.model, cfg.rollout.prompts_per_step, cfg.rollout.prompts_per_step * cfg.rollout.group_size
     S, C = cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens
@@ -98,7 +91,8 @@ def flops(cfg: Config, vocab_size: int) -> Flops:
     every = cfg.train.live_mismatch_every
     passes = (cfg.train.old_logp == "scorer") + (cfg.loss.kl != "none") + (1 / every if every else 0)
     in_body, in_keys, in_head = B * T * body, B * keys_of(T) * key, B * (T - 1) * head
-    again = {"none": 0, "dots": in_keys, "attention": in_body, "full": in_body + in_keys}[model.remat] + in_head
+    of_short = in_keys if T <= SHORT else 0
+    again = {"none": 0, "dots": of_short, "attention": in_body, "full": in_body + in_keys}[model.remat] + in_head
     update = cfg.train.epochs * (3 * (in_body + in_keys + in_head) + again)
     return Flops(prefill + decode, passes * (in_body + in_keys + in_head), update)
 
@@ -145,9 +139,9 @@ def memory(cfg: Config, vocab_size: int) -> Memory:
 
     Parameters are split over fsdp * tensor, experts also over expert; sequences over data * fsdp * expert
     (`mesh.data: 0` counts as 1). Rows are counted as one sequence each, or as train.row_tokens. Activations of n rows
-    on a device: with remat `none` all that a layer computes, with `dots` the results of its matmuls, with `full` its
-    input, with `attention` also attention's output; all but `none` also hold one layer that is being recomputed. The
-    KV cache is that of the rollout or of an evaluation batch, whichever has more; see rollout.decode.
+    on a device: with remat `none` all that a layer computes, with `dots` the results of its matmuls and of attention,
+    with `full` its input, with `attention` also attention's output; all but `none` also hold one layer that is being
+    recomputed. The KV cache is that of the rollout or of an evaluation batch, whichever has more; see rollout.decode.
     """
     model, mesh = cfg.model, cfg.mesh
     T = cfg.train.row_tokens or cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
@@ -165,7 +159,10 @@ def memory(cfg: Config, vocab_size: int) -> Memory:
     layer_bytes = [_layer_bytes(model, sparse, n * T, T, itemsize, mesh.tensor) for sparse in model.sparse_layers]
     everything, results, inputs = (sum(kinds) for kinds in zip(*layer_bytes, strict=True))
     attended = model.num_hidden_layers * n * T * itemsize * model.num_attention_heads * model.head_dim / mesh.tensor
-    activations = {"none": everything, "dots": results, "attention": inputs + attended, "full": inputs}[model.remat]
+    of_blocks = attended if T > SHORT else 0
+    activations = {
+        "none": everything, "dots": results + of_blocks, "attention": inputs + attended, "full": inputs
+    }[model.remat]  # fmt: skip
     activations += 0 if model.remat == "none" else max(all_of_it for all_of_it, _, _ in layer_bytes)
 
     evaluated = min(cfg.evaluate.batch_prompts, cfg.data.held_out) * cfg.evaluate.samples
@@ -211,13 +208,14 @@ def _layer_bytes(model: Model, sparse: bool, tokens: float, T: int, itemsize: in
     """Bytes of one layer's activations for `tokens` tokens in rows of T: all, matmul results, input.
 
     Per token: residual stream and norms 4 D; q, k, v as projected, then normed and rotated, and attention's output,
-    3 (H + K) h; scores (float32) and probabilities, H T each; SwiGLU's gate, up and product 3 F, k times with experts,
-    whose rows are also copied in and out, 2 k D.
+    3 (H + K) h; in short rows scores (float32) and probabilities, H T each; SwiGLU's gate, up and product 3 F, k times
+    with experts, whose rows are also copied in and out, 2 k D.
     """
     D, h, H, K = model.hidden_size, model.head_dim, model.num_attention_heads, model.num_key_value_heads
     k = model.num_experts_per_tok if sparse else 0
     F = k * model.moe_intermediate_size if sparse else model.intermediate_size
-    everything = itemsize * (4 * D + 2 * k * D + (3 * (H + K) * h + 3 * F) / tensor) + (4 + itemsize) * H * T / tensor
+    scores = (4 + itemsize) * H * T if T <= SHORT else 0
+    everything = itemsize * (4 * D + 2 * k * D + (3 * (H + K) * h + 3 * F) / tensor) + scores / tensor
     results = itemsize * (3 * D + ((H + 2 * K) * h + 2 * F) / tensor)
     return tokens * everything, tokens * results, tokens * itemsize * D
 

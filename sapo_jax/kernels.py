@@ -12,12 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from sapo_jax.blocked_attention import Keys, Queries, blocked_attention, visible
-from sapo_jax.columns import LANES, PAGE
+from sapo_jax.columns import LANES, PAGE, SHORT
 from sapo_jax.sharding import alone, lay_out, on_tpu
 from sapo_jax.types import Array
 
-ATTENTION = "attention"  # name of attention's output and normaliser, for `jax.checkpoint` policies that keep them
-SHORT = 32  # tokens of a row that is not worth blocks: on CPU forward and backward then take half the time
 NEGATIVE = -1e30  # finite, so that a row with nothing to attend to (padding) gives finite, ignored numbers
 
 

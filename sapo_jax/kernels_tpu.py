@@ -17,8 +17,8 @@ from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+from sapo_jax.blocked_attention import ATTENTION
 from sapo_jax.columns import LANES, PAGE
-from sapo_jax.kernels import ATTENTION
 from sapo_jax.sharding import spec
 from sapo_jax.types import Array
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ import numpy as np
 
 from sapo_jax import diagnostics
 from sapo_jax.config import Config
-from sapo_jax.describe import row_cost
+from sapo_jax.describe import layer_flops
 from sapo_jax.experience import (
     gathered,
     group_advantages,
@@ -27,11 +28,11 @@ from sapo_jax.experience import (
     training_arrays,
 )  # fmt: skip
 from sapo_jax.learner import last_rate, make_optimizer, make_schedule, make_update, policy_loss, state_shardings
-from sapo_jax.rollout import Rows, Rule, Sampler, rollout_rows
+from sapo_jax.rollout import Cost, Rows, Rule, Sampler, rollout_rows
 from sapo_jax.routing import checked, router_metrics, sampled_experts
 from sapo_jax.run import ROLLOUT, Run
 from sapo_jax.scoring import make_scorer
-from sapo_jax.sharding import host_rows, put_batch
+from sapo_jax.sharding import host_rows, on_tpu, put_batch
 from sapo_jax.types import Batch, Params, Prompt, Rollout, TrainState
 
 
@@ -41,10 +42,10 @@ class Trainer:
 
     run: Run
     sampler: Sampler
-    scorer: Callable
-    update: Callable
+    scorer: Callable[[int], Callable]  # of the rows of a micro-batch
+    update: Callable[[int], Callable]
     schedule: Callable
-    row_cost: Callable[[int], float]
+    cost: Cost
     reference: Params | None  # of the KL penalty
 
     def step(self, state: TrainState, prompts: list[Prompt], step: int) -> tuple[TrainState, dict, list[dict], dict]:
@@ -57,8 +58,8 @@ class Trainer:
         with ThreadPoolExecutor(1) as background:  # the device scores while the workers verify
             judging = background.submit(judge_own, run.pool, run.tokenizer, run.share, prompts, positions, rollout)
             rows = rollout_rows(
-                own, rollout, run.tokenizer.pad_id, cfg.train.mini_batches, self.row_cost,
-                multiple=(cfg.train.micro_batch or run.batch_shards) // run.share.teams,
+                own, rollout, run.tokenizer.pad_id, cfg.train.mini_batches, self.cost,
+                shards=run.batch_shards // run.share.teams, micro_batch=cfg.train.micro_batch // run.share.teams,
                 row_tokens=cfg.train.row_tokens, share=run.share,
                 lengths=([len(prompt.ids) for prompt in prompts], lengths_of_all(run.share, positions, rollout)),
             )  # fmt: skip
@@ -74,9 +75,9 @@ class Trainer:
         if cfg.train.routing_on == "device":  # else they go there with the rest of their batch
             hold = lambda batch: put_batch(batch.expert_ids_BTLk, run.mesh)
             batches = [dataclasses.replace(batch, expert_ids_BTLk=hold(batch)) for batch in batches]
-        auxes = []
+        auxes, update = [], self.update(rows.micro_batch * run.share.teams)
         for batch in batches * cfg.train.epochs:
-            state, aux = self.update(state, put_batch(batch, run.mesh))
+            state, aux = update(state, put_batch(batch, run.mesh))
             auxes.append(aux)
         auxes = jax.device_get(auxes)
         clock.lap("update")
@@ -114,7 +115,8 @@ class Trainer:
         batch = Batch(**rows.arrays, adv_BT=unused, weight_BT=unused, expert_ids_BTLk=expert_ids_BTLk)
         parts = zip(*(np.split(x, self.run.cfg.train.mini_batches) for x in jax.tree.leaves(batch)), strict=True)
         parts = [jax.tree.unflatten(jax.tree.structure(batch), part) for part in parts]
-        scored = [host_rows(self.scorer(params, put_batch(part, self.run.mesh)), self.run.mesh) for part in parts]
+        scorer = self.scorer(rows.micro_batch * self.run.share.teams)
+        scored = [host_rows(scorer(params, put_batch(part, self.run.mesh)), self.run.mesh) for part in parts]
         return [np.concatenate(x) for x in zip(*((logp, *recorded) for logp, _, *recorded in scored), strict=True)]
 
     def _mismatch(self, logps: dict, mask_BT: np.ndarray, first: dict) -> dict[str, float]:
@@ -165,16 +167,15 @@ def make_trainer(run: Run, reference: Params | None) -> tuple[Trainer, Any]:
     cfg = run.cfg
     updates = cfg.train.steps * cfg.train.mini_batches * cfg.train.epochs
     tx = make_optimizer(cfg.optimizer, updates)
+    r2, placed = cfg.train.routing_replay == "r2", state_shardings(run.policy, tx, run.mesh)
     rule = Rule(cfg.rollout.temperature, cfg.rollout.top_k, cfg.rollout.top_p, cfg.rollout.min_p)
     trainer = Trainer(
         run,
         run.sampler(rule, cfg.rollout.group_size, record_routing=cfg.train.routing_replay == "r3"),
-        make_scorer(
-            run.policy, cfg.rollout.temperature, cfg.train.micro_batch, record_routing=cfg.train.routing_replay == "r2"
-        ),
-        make_update(run.policy, tx, policy_loss(cfg), cfg.train.micro_batch, state_shardings(run.policy, tx, run.mesh)),
+        functools.cache(lambda n: make_scorer(run.policy, cfg.rollout.temperature, n, record_routing=r2)),
+        functools.cache(lambda n: make_update(run.policy, tx, policy_loss(cfg), n, placed)),
         make_schedule(cfg.optimizer, updates),
-        row_cost(cfg.model),
+        Cost(*layer_flops(cfg.model), skips=not on_tpu()),
         reference,
     )
     return trainer, tx

@@ -71,8 +71,9 @@ class Model:
     norm_topk_prob: bool = True  # gate weights of the k chosen experts sum to 1
     router_aux_loss_coef: NonNegative = 0.0  # load-balancing loss (Switch, arXiv 2101.03961 Eq. 4)
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # parameters are always float32
-    # What backward recomputes: nothing / all but matmuls / all but attention's results (kept on TPU alone) / all
-    remat: Literal["none", "dots", "attention", "full"] = "none"
+    # What backward recomputes: nothing / all but matmuls and attention / all but attention / all. Of rows of 32 tokens
+    # and fewer, on CPU, attention is recomputed, too.
+    remat: Literal["none", "dots", "attention", "full"] = "dots"
     vocab_chunk: Count = 16384  # largest slice of the vocabulary whose logits the scorer holds at once
 
     @property
@@ -253,7 +254,8 @@ class ColdStart:
 class Train:
     steps: Count = 100  # RL steps: one rollout batch each
     mini_batches: Count = 4  # optimiser steps per pass over a rollout batch (the paper: 4; VL: 2)
-    micro_batch: CountOrZero = 0  # packed rows per forward/backward; 0: the whole mini-batch
+    # Per forward/backward so many sequences of full length, or as many tokens in longer rows; or rows of row_tokens.
+    micro_batch: CountOrZero = 0  # 0: the whole mini-batch
     row_tokens: CountOrZero = 0  # length of a packed row; 0: the cheapest, chosen for each rollout
     epochs: Count = 1  # passes over a rollout batch
     old_logp: Literal["scorer", "sampler"] = "scorer"  # where the denominator of the ratio comes from

@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sapo_jax.blocked_attention import ATTENTION
 from sapo_jax.blocked_experts import HIDDEN
 from sapo_jax.config.schema import Model
-from sapo_jax.kernels import ATTENTION, few_rows_product
+from sapo_jax.kernels import few_rows_product
 from sapo_jax.models.attention import Attention, KVCache
 from sapo_jax.models.layers import MLP, RMSNorm, parameter
 from sapo_jax.models.moe import MoE, Routing
@@ -29,7 +30,7 @@ from sapo_jax.types import Array
 REMAT = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(HIDDEN),
+        jax.checkpoint_policies.save_only_these_names(HIDDEN, ATTENTION),
     ),
     "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),
     "full": jax.checkpoint_policies.nothing_saveable,

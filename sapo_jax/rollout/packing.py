@@ -2,20 +2,40 @@
 
 A piece is a prompt with one or more of its completions, `p c1 c2 ...`; the prompt's tokens are computed once for all
 of them (attention lets each completion see the prompt and itself, see `kernels.attention`). A row holds one or more
-pieces. Sharing saves prompt tokens but makes rows longer, hence attention dearer: `plan_rows` takes the cheapest of
-several ways. The plan is a function of the lengths alone, so a resumed run packs, and rounds, as the uninterrupted one.
+pieces. Sharing saves prompt tokens but makes rows longer, which costs where attention compares what nobody sees:
+`plan_rows` takes the cheapest of several ways. The plan is a function of the lengths alone, so a resumed run packs, and
+rounds, as the uninterrupted one.
 """
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-LONGER = 3  # how many row lengths are tried for each way of sharing
+LONGER = 3  # up to which bucket row lengths are tried for each way of sharing
 FEWEST_PICKED = 8  # smallest bucket of a row's completion tokens, M: answers of 2, 3 and 4 tokens are one program
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """FLOPs of a forward pass over packed rows, in any unit."""
+
+    body: float  # of a token
+    key: float  # of a token and a key that it is compared with
+    skips: bool  # only what a token sees is compared (blocked_attention); or all of its row (splash attention, on TPU)
+
+    def __call__(self, plan: Plan, prompt_length_P: Sequence[int], length_B: Sequence[int]) -> float:
+        rows = plan.rows * len(plan.minis)
+        if not self.skips:
+            return rows * plan.length * (self.body + self.key * plan.length)
+        seen = 0.0
+        for piece in (piece for mini in plan.minis for row in mini for piece in row):
+            S = prompt_length_P[piece.prompt]
+            seen += S * S / 2 + sum(length_B[b] * (S + length_B[b] / 2) for b in piece.sequences)
+        return rows * plan.length * self.body + seen * self.key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +49,7 @@ class Piece:
 class Plan:
     length: int  # T
     rows: int  # R, rows of a mini-batch, those without a piece included
+    micro_batch: int  # rows of a forward and backward pass; R is a multiple of it
     minis: tuple[tuple[tuple[Piece, ...], ...], ...]  # of each mini-batch the filled rows
 
 
@@ -47,40 +68,52 @@ def plan_rows(
     prompt_length_P: Sequence[int],
     length_B: Sequence[int],
     mini_batches: int,
-    row_cost: Callable[[int], float],
+    cost: Cost,
     *,
-    multiple: int = 1,
+    new_tokens: int,
+    shards: int = 1,
+    micro_batch: int = 0,
     row_tokens: int = 0,
 ) -> Plan:
     """Rows for `mini_batches` equal shares of the groups, in their order.
 
-    row_cost: the cost of a row of T tokens, in any unit. multiple: R is a multiple of it (a micro-batch's rows, or
-    devices). row_tokens: T, if it is not to be chosen. All mini-batches get the same T and R: they run one program.
+    new_tokens: C, the most that a completion may have. shards: R is a multiple of it, the devices that rows are split
+    over. micro_batch: so many rows of T <= S + C tokens (S: the bucket of the longest prompt), or of row_tokens, make a
+    micro-batch, a multiple of `shards`; of longer rows as many fewer, so that none has more tokens. 0: R rows.
+    row_tokens: T, if it is not to be chosen. All mini-batches get the same T and R: they run one program.
     Raises ValueError where a sequence is longer than row_tokens.
     """
     P, B = len(prompt_length_P), len(length_B)
     per_mini, G = P // mini_batches, B // P
     groups = [(p, prompt_length_P[p], range(p * G, (p + 1) * G)) for p in range(P)]
-    plans = []
+    S, plans = bucket(max(prompt_length_P)), []
+    full = row_tokens or S + new_tokens
     for share in sorted({-(-G // parts) for parts in (1, 2, 4, 8, G)}, reverse=True):  # at a tie, share
         pieces = [[piece for group in groups[i : i + per_mini] for piece in _pieces(*group, length_B, share)]
                   for i in range(0, P, per_mini)]  # fmt: skip
         longest = max(piece.size for mini in pieces for piece in mini)
-        for T in [row_tokens] if row_tokens else _lengths(longest):
-            if longest <= T:
+        for T in [row_tokens] if row_tokens else _lengths(longest, S + share * new_tokens, cost.skips):
+            micro = micro_batch if T <= full else micro_batch * full // (shards * T) * shards
+            if T >= longest and (micro or not micro_batch):
                 minis = tuple(_fill(mini, T) for mini in pieces)
+                multiple = micro or shards
                 R = multiple * bucket(-(-max(map(len, minis)) // multiple), 1)
-                plans.append(Plan(T, R, minis))
+                plans.append(Plan(T, R, micro, minis))
     if not plans:
         raise ValueError(f"train.row_tokens = {row_tokens}: a sequence has {longest} tokens; raise it, or set 0")
-    return min(plans, key=lambda plan: plan.rows * row_cost(plan.length))
+    return min(plans, key=lambda plan: cost(plan, prompt_length_P, length_B))
 
 
-def _lengths(longest: int) -> list[int]:
+def _lengths(longest: int, full: int, fine: bool) -> list[int]:
+    """Row lengths to try for pieces of at most `longest` tokens: the next buckets. `fine`: also those between them
+    (2^i times 1.25 and 1.75), and that of a piece whose completions are as long as they may be."""
     lengths = [bucket(longest)]
     while len(lengths) < LONGER:
         lengths.append(bucket(lengths[-1] + 1))
-    return lengths
+    if not fine:
+        return lengths
+    between = [T * 5 // 6 if T & (T - 1) else T * 7 // 8 for T in lengths if T > 16]
+    return [T for T in sorted({*lengths, *between, -(-full // 8) * 8}) if T >= longest]
 
 
 def _pieces(p: int, n_prompt: int, sequences: range, length_B: Sequence[int], share: int) -> list[Piece]:
@@ -115,6 +148,7 @@ class Rows:
     """Token rows and where each token comes from: completion token t of row b is number offset_BT of sequence_BT."""
 
     arrays: dict[str, np.ndarray]  # fields of types.Batch: tokens, positions, segments, prefixes, mask, picked, source
+    micro_batch: int  # rows of a forward and backward pass; 0: all of a mini-batch
     sequence_BT: np.ndarray  # int32; of a prompt one of the sequences that it begins; -1 on padding
     offset_BT: np.ndarray  # int32, from 0 at the first completion token
 

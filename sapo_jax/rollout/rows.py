@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from sapo_jax.processes import ALONE, Share, gather
-from sapo_jax.rollout.packing import FEWEST_PICKED, Piece, Rows, bucket, plan_rows
+from sapo_jax.rollout.packing import FEWEST_PICKED, Cost, Piece, Rows, bucket, plan_rows
 from sapo_jax.types import Prompt, Rollout
 
 
@@ -51,7 +51,7 @@ class _Sheet:
         self.used[row] += n
         return segment
 
-    def rows(self, most: int = 0) -> Rows:
+    def rows(self, most: int = 0, micro_batch: int = 0) -> Rows:
         """most: completion tokens of a row, if other rows than these may hold more."""
         mask_BT = self.source >= 0
         T, M = mask_BT.shape[1], bucket(max(most, int(mask_BT.sum(axis=1).max())), FEWEST_PICKED)
@@ -64,7 +64,7 @@ class _Sheet:
             "tokens_BT": self.tokens, "positions_BT": self.positions, "segment_ids_BT": self.segments,
             "prefix_ids_BT": self.prefixes, "mask_BT": mask_BT, "picked_BM": picked_BM, "source_BM": source_BM,
         }  # fmt: skip
-        return Rows(arrays, self.sequence, self.offset)
+        return Rows(arrays, micro_batch, self.sequence, self.offset)
 
 
 def token_rows(sequences: Sequence[tuple[Sequence[int], int]], pad_id: int) -> dict[str, np.ndarray]:
@@ -85,9 +85,10 @@ def rollout_rows(
     rollout: Rollout,
     pad_id: int,
     mini_batches: int,
-    row_cost: Callable[[int], float],
+    cost: Cost,
     *,
-    multiple: int = 1,
+    shards: int = 1,
+    micro_batch: int = 0,
     row_tokens: int = 0,
     share: Share = ALONE,
     lengths: tuple[Sequence[int], Sequence[int]] | None = None,
@@ -96,14 +97,15 @@ def rollout_rows(
 
     mini_batches * R rows, those of a mini-batch together. Of several teams of processes each has its own prompts and
     rollout, and `lengths` of the prompts and the completions of all of them: so all make the same plan, and take their
-    own rows of it. R is then the number of a team's rows.
+    own rows of it. R, shards and micro_batch are then those of a team.
     """
     prompt_length_P, length_B = lengths or ([len(prompt.ids) for prompt in prompts], rollout.length_B)
     length_B, G = np.asarray(length_B).tolist(), len(length_B) // len(prompt_length_P)
     teams = share.teams
     plan = plan_rows(
-        prompt_length_P, length_B, mini_batches * teams, row_cost, multiple=multiple, row_tokens=row_tokens
-    )
+        prompt_length_P, length_B, mini_batches * teams, cost,
+        new_tokens=rollout.tokens_BC.shape[1], shards=shards, micro_batch=micro_batch, row_tokens=row_tokens,
+    )  # fmt: skip
     own = {position: p for p, position in enumerate(share.positions(len(prompt_length_P), mini_batches))}
     sheet = _Sheet(mini_batches * plan.rows, plan.length, pad_id)
     for row, pieces in _numbered(plan.minis[share.team :: teams], plan.rows):
@@ -117,7 +119,8 @@ def rollout_rows(
                 completion = rollout.tokens_BC[b, : rollout.length_B[b]]
                 sheet.write(row, completion, first=len(ids), prefix=prompt, before=last, sequence=b)
     filled = (row for mini in plan.minis for row in mini)
-    return sheet.rows(most=max(sum(length_B[b] for piece in row for b in piece.sequences) for row in filled))
+    most = max(sum(length_B[b] for piece in row for b in piece.sequences) for row in filled)
+    return sheet.rows(most, plan.micro_batch)
 
 
 def _numbered(minis: Sequence[tuple[tuple[Piece, ...], ...]], rows: int):

@@ -7,8 +7,9 @@ from sapo_jax.config.schema import ColdStart, Evaluate, Loss
 from sapo_jax.describe import Flops, ParameterCount, describe, flops, memory, parameter_count, routing_bytes
 
 TINY = Model(
-    hidden_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=4, intermediate_size=16
-)
+    hidden_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=4, intermediate_size=16,
+    remat="none",
+)  # fmt: skip
 # per layer: q 64, k 32, v 32, o 64; q_norm, k_norm 8; norms 16; SwiGLU 384 -> 600. Table 10 * 8; final norm 8.
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sapo_jax.rollout import Rule, Sampler, rollout_rows
+from sapo_jax.rollout import Cost, Rule, Sampler, rollout_rows
 from sapo_jax.rollout.decode import first_slots
 from sapo_jax.rollout.rows import left_padded
 from sapo_jax.rollout.sampler import prefill
@@ -142,11 +142,14 @@ def test_filling_up_a_batch_changes_nothing_and_is_cut_off():
     assert_same(two, jax.tree.map(lambda x: x[: 2 * G], sampled("dense")))
 
 
-PACKINGS = {  # row cost -> what is cheapest; row_tokens
-    "whole groups": (lambda T: T, 0),
-    "one completion each": (lambda T: T**4, 0),
-    "several pieces in long rows": (lambda T: T**4, 96),
-    "long rows of whole groups": (lambda T: T, 96),
+TOKENS = Cost(1, 0, skips=False)  # a row costs as much as it has tokens
+PAIRS = Cost(0, 1, skips=False)  # or the square of that
+PACKINGS = {  # cost -> what is cheapest; row_tokens
+    "whole groups": (TOKENS, 0),
+    "one completion each": (PAIRS, 0),
+    "several pieces in long rows": (PAIRS, 96),
+    "long rows of whole groups": (TOKENS, 96),
+    "by what is seen": (Cost(1, 1, skips=True), 0),
 }
 
 
@@ -154,8 +157,8 @@ PACKINGS = {  # row cost -> what is cheapest; row_tokens
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_packed_rows(kind, packing):
     """Completions that share a row, and their prompt: the log-probs of a row of their own, in every way of packing."""
-    rollout, (row_cost, row_tokens) = sampled(kind), PACKINGS[packing]
-    rows = rollout_rows(PROMPTS, rollout, tiny.PAD, 1, row_cost, row_tokens=row_tokens)
+    rollout, (cost, row_tokens) = sampled(kind), PACKINGS[packing]
+    rows = rollout_rows(PROMPTS, rollout, tiny.PAD, 1, cost, row_tokens=row_tokens)
     assert rows.mask_BT.sum() == rollout.length_B.sum()
     assert rows.arrays["segment_ids_BT"].max() > 2 or packing == "one completion each"
     logp_BT = np.asarray(scorer(kind)(tiny.params(tiny.MODELS[kind]), as_batch(rows.arrays))[0])
@@ -182,7 +185,7 @@ def test_packing_changes_no_gradient(kind):
         loss = lambda params: jnp.sum(weight_BT * score(policy.bind(params), batch, TEMPERATURE).logp_BT)
         return tiny.quick_jit(jax.grad(loss))(tiny.params(policy.cfg))
 
-    packed = rollout_rows(PROMPTS, rollout, tiny.PAD, 1, lambda T: T)
+    packed = rollout_rows(PROMPTS, rollout, tiny.PAD, 1, TOKENS)
     arrays, place = separate_rows(rollout)
     separate = gradient(arrays, place(coefficient_BC))
     together = gradient(packed.arrays, packed.place(coefficient_BC))
@@ -208,7 +211,7 @@ def test_right_padding(kind):
 
 @pytest.mark.parametrize("kind", ["dense", pytest.param("moe", marks=pytest.mark.slow)])
 def test_remat_changes_no_gradient(kind):
-    batch = tiny.batch()
+    batch = tiny.batch(lengths=(40, 7, 36, 10))  # more than SHORT: attention in blocks
     params = tiny.params(tiny.MODELS[kind])
 
     def gradient(remat: str):
@@ -218,13 +221,13 @@ def test_remat_changes_no_gradient(kind):
 
     plain = gradient("none")
     assert min(float(jnp.abs(g).max()) for g in jax.tree.leaves(plain[1])) > 1e-3
-    for remat in ("dots", "full"):
+    for remat in ("dots", "attention", "full"):
         chex.assert_trees_all_close(gradient(remat), plain, atol=1e-5, rtol=1e-5)
 
 
 def test_remat_keeps_less_for_the_backward_pass():
-    """`full` keeps less than `dots`, `dots` less than `none`."""
-    batch = tiny.batch()
+    """`full` keeps less than `attention`, that less than `dots`, `dots` less than `none`; rows longer than SHORT."""
+    batch = jax.tree.map(lambda x: jnp.tile(x, (1, 4)), tiny.batch())
 
     def residuals(remat: str) -> int:
         policy = tiny.policy(dataclasses.replace(tiny.DENSE, remat=remat))
@@ -232,7 +235,7 @@ def test_remat_keeps_less_for_the_backward_pass():
         kept = jax.eval_shape(lambda params: jax.vjp(logp, params)[1], tiny.params())
         return sum(x.size for x in jax.tree.leaves(kept))
 
-    assert residuals("full") < residuals("dots") < residuals("none")
+    assert residuals("full") < residuals("attention") < residuals("dots") < residuals("none")
 
 
 def test_bfloat16_compute_is_close_and_its_log_probs_are_float32():

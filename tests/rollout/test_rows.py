@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sapo_jax.rollout import bucket, plan_rows, rollout_rows, token_rows
+from sapo_jax.rollout import Cost, bucket, plan_rows, rollout_rows, token_rows
 from sapo_jax.rollout.rows import left_padded
 from sapo_jax.types import Prompt, Rollout
+
+TOKENS = Cost(1, 0, skips=False)  # a row costs as much as it has tokens
+PAIRS = Cost(0, 1, skips=False)  # or the square of that
 
 
 def prompt(*ids: int) -> Prompt:
@@ -59,7 +62,7 @@ PAIR = [prompt(5, 6), prompt(8)]
 
 def test_rollout_rows_by_hand():
     """Two mini-batches of one group each, their prompt shared; completions exactly as sampled."""
-    rows = rollout_rows(PAIR, ROLLOUT, 9, 2, lambda T: T)
+    rows = rollout_rows(PAIR, ROLLOUT, 9, 2, TOKENS)
     assert rows.arrays["tokens_BT"].tolist() == [[5, 6, 4, 9, 2, 1, 2] + [9] * 9, [8, 2, 7, 7, 7] + [9] * 11]
     assert rows.arrays["positions_BT"].tolist() == [[0, 1, 2, 3, 4, 2, 3] + [0] * 9, [0, 1, 1, 2, 3] + [0] * 11]
     assert rows.arrays["segment_ids_BT"].tolist() == [[1, 1, 2, 2, 2, 3, 3] + [0] * 9, [1, 2, 3, 3, 3] + [0] * 11]
@@ -79,14 +82,14 @@ def test_rollout_rows_by_hand():
 def test_what_stands_in_the_slots_of_the_sampler_is_placed_by_hand():
     """S = 4 left-padded prompt slots, then 3 of the completion; the prompt's once for both completions."""
     slot_NT1 = (10 * np.arange(4)[:, None] + np.arange(7)).astype(np.uint8)[..., None]
-    placed = rollout_rows(PAIR, ROLLOUT, 9, 2, lambda T: T).place_slots(slot_NT1, 4, np.array([2, 2, 1, 1]), fill=99)
+    placed = rollout_rows(PAIR, ROLLOUT, 9, 2, TOKENS).place_slots(slot_NT1, 4, np.array([2, 2, 1, 1]), fill=99)
     assert placed.shape == (2, 16, 1) and placed.dtype == np.uint8
     assert placed[0, :, 0].tolist() == [2, 3, 4, 5, 6, 14, 15] + [99] * 9
     assert placed[1, :, 0].tolist() == [23, 24, 34, 35, 36] + [99] * 11
 
 
 def test_several_prompts_in_a_row():
-    rows = rollout_rows(PAIR, ROLLOUT, 9, 1, lambda T: T)
+    rows = rollout_rows(PAIR, ROLLOUT, 9, 1, TOKENS)
     assert rows.arrays["tokens_BT"].tolist() == [[5, 6, 4, 9, 2, 1, 2, 8, 2, 7, 7, 7] + [9] * 4]
     assert rows.arrays["segment_ids_BT"][0, :12].tolist() == [1, 1, 2, 2, 2, 3, 3, 4, 5, 6, 6, 6]
     assert rows.arrays["prefix_ids_BT"][0, :12].tolist() == [1] * 7 + [4] * 5
@@ -100,15 +103,19 @@ def tokens(plan) -> int:
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize(("multiple", "row_tokens"), [(1, 0), (3, 0), (4, 200)])
-def test_every_completion_is_in_one_row_that_holds_it(seed, multiple, row_tokens):
+@pytest.mark.parametrize(("shards", "micro_batch", "row_tokens"), [(1, 0, 0), (3, 0, 0), (4, 8, 200), (2, 4, 0)])
+def test_every_completion_is_in_one_row_that_holds_it(seed, shards, micro_batch, row_tokens):
     rng = np.random.default_rng(seed)
-    P, G, minis = 12, 8, 3
-    prompts, lengths = rng.integers(1, 40, P).tolist(), rng.geometric(0.05, P * G).clip(max=150).tolist()
-    for cost in (lambda T: T, lambda T: T * (100 + T), lambda T: T**3):
-        plan = plan_rows(prompts, lengths, minis, cost, multiple=multiple, row_tokens=row_tokens)
-        assert plan == plan_rows(prompts, lengths, minis, cost, multiple=multiple, row_tokens=row_tokens)
-        assert plan.rows % multiple == 0 and (row_tokens == 0 or plan.length == row_tokens)
+    P, G, minis, C = 12, 8, 3, 150
+    prompts, lengths = rng.integers(1, 40, P).tolist(), rng.geometric(0.05, P * G).clip(max=C).tolist()
+    sizes = {"new_tokens": C, "shards": shards, "micro_batch": micro_batch, "row_tokens": row_tokens}
+    for cost in (TOKENS, Cost(100, 1, skips=False), PAIRS, Cost(100, 1, skips=True)):
+        plan = plan_rows(prompts, lengths, minis, cost, **sizes)
+        assert plan == plan_rows(prompts, lengths, minis, cost, **sizes)
+        assert plan.rows % (plan.micro_batch or shards) == 0 and (row_tokens == 0 or plan.length == row_tokens)
+        full = row_tokens or bucket(max(prompts)) + C
+        assert plan.micro_batch % shards == 0 and (plan.micro_batch > 0) == (micro_batch > 0)
+        assert plan.micro_batch * plan.length <= micro_batch * full
         for i, mini in enumerate(plan.minis):
             assert len(mini) <= plan.rows
             pieces = [piece for row in mini for piece in row]
@@ -120,17 +127,41 @@ def test_every_completion_is_in_one_row_that_holds_it(seed, multiple, row_tokens
 
 
 def test_long_prompts_are_shared_and_long_rows_are_not_free():
-    """A prompt of 100 and completions of 5: whole groups. A prompt of 2 and completions of 100: one each, if rows cost
-    by their square; then the plan has more tokens, but cheaper ones."""
-    whole = plan_rows([100] * 4, [5] * 32, 1, lambda T: T * (1000 + T))
+    """A prompt of 100 and completions of 5: whole groups. A prompt of 2 and completions of 100: one each, if every token
+    is compared with every key of its row; then the plan has more tokens, but cheaper ones."""
+    whole = plan_rows([100] * 4, [5] * 32, 1, Cost(1000, 1, skips=False), new_tokens=5)
     assert tokens(whole) == 4 * 140
-    square = plan_rows([2] * 4, [100] * 32, 1, lambda T: T**2)
+    square = plan_rows([2] * 4, [100] * 32, 1, PAIRS, new_tokens=100)
     assert tokens(square) == 32 * 102 and square.length == 128
+
+
+def test_what_nobody_sees_costs_nothing_where_it_is_skipped():
+    """4 groups of 4 with a prompt of 64, all completions of 192, the most there may be: a group a row, without a token of
+    padding; where all of a row is compared, a completion a row. Costs by hand: 3,328 tokens, and 4 * (64^2 / 2 +
+    4 * 192 * (64 + 96)) keys seen; 16 * 256 tokens, each compared with 256."""
+    prompts, lengths = [64] * 4, [192] * 16
+    plan = plan_rows(prompts, lengths, 1, Cost(1, 1, skips=True), new_tokens=192)
+    assert (plan.length, plan.rows, tokens(plan)) == (832, 4, 3328)
+    assert Cost(3, 5, skips=True)(plan, prompts, lengths) == 3 * 3328 + 5 * 4 * (2048 + 122880)
+    whole = plan_rows(prompts, lengths, 1, Cost(1, 1, skips=False), new_tokens=192)
+    assert (whole.length, whole.rows, tokens(whole)) == (256, 16, 4096)
+    assert Cost(3, 5, skips=False)(whole, prompts, lengths) == 4096 * (3 + 5 * 256)
+
+
+def test_a_micro_batch_of_longer_rows_has_fewer_of_them():
+    """8 sequences of 256 tokens are 2 rows of 832. Where even one would be more than a micro-batch, none is taken."""
+    plan = lambda micro_batch, **more: plan_rows(
+        [64] * 4, [192] * 16, 1, Cost(1, 0, skips=True), new_tokens=192, micro_batch=micro_batch, **more
+    )
+    assert (plan(8).length, plan(8).rows, plan(8).micro_batch) == (832, 4, 2)
+    assert (plan(2).length, plan(2).rows, plan(2).micro_batch) == (448, 8, 1)
+    assert (plan(2, shards=2).length, plan(2, shards=2).micro_batch) == (256, 2)
+    assert (plan(8, row_tokens=832).rows, plan(8, row_tokens=832).micro_batch) == (8, 8)
 
 
 def test_a_sequence_longer_than_the_row_is_refused():
     with pytest.raises(ValueError, match="train.row_tokens = 64: a sequence has 65 tokens"):
-        plan_rows([5], [60, 3], 1, lambda T: T, row_tokens=64)
+        plan_rows([5], [60, 3], 1, TOKENS, new_tokens=60, row_tokens=64)
 
 
 @pytest.mark.parametrize("lengths", [(16,), (17, 3)])

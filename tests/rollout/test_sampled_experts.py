@@ -36,8 +36,8 @@ def scorer(cfg=tiny.MOE):
 
 
 def packed(rollout: Rollout, packing: str) -> Rows:
-    row_cost, row_tokens = PACKINGS[packing]
-    return rollout_rows(PROMPTS, rollout, tiny.PAD, 1, row_cost, row_tokens=row_tokens)
+    cost, row_tokens = PACKINGS[packing]
+    return rollout_rows(PROMPTS, rollout, tiny.PAD, 1, cost, row_tokens=row_tokens)
 
 
 def as_batch(rows: Rows, rollout: Rollout | None = None, cfg=tiny.MOE) -> Batch:

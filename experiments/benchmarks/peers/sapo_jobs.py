@@ -19,13 +19,13 @@ from worker import Job, Requests, Work, reward, serve
 from sapo_jax import sharding
 from sapo_jax.config import GRPO, Config, Diagnostics, Mesh, Optimizer, Train
 from sapo_jax.config import Rollout as RolloutConfig
-from sapo_jax.describe import row_cost
+from sapo_jax.describe import layer_flops
 from sapo_jax.learner import init_state, make_optimizer, make_update, policy_loss
 from sapo_jax.models import make_policy
 from sapo_jax.models.hf import load_params
 from sapo_jax.processes import ALONE
 from sapo_jax.rewards import VerifierPool
-from sapo_jax.rollout import Rows, Rule, Sampler, rollout_rows
+from sapo_jax.rollout import Cost, Rows, Rule, Sampler, rollout_rows
 from sapo_jax.run import Run
 from sapo_jax.scoring import make_scorer
 from sapo_jax.trainer import make_trainer
@@ -35,7 +35,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 import workloads  # noqa: E402
 
 PAD = 0
-MICRO_BATCH = 4  # packed rows at a time
+MICRO_BATCH = 8  # sequences at a time, or as many tokens in longer rows
 
 
 def config(work: Work) -> Config:
@@ -76,7 +76,8 @@ def given_rows(work: Work, cfg: Config) -> tuple[Rows, Batch]:
     """The completions to score and to train on, as the trainer packs them; B = P G values go to their tokens."""
     B, C = len(work.completions), len(work.completions[0])
     rollout = Rollout(np.array(work.completions, np.int32), None, np.full(B, C, np.int32), None)
-    rows = rollout_rows(prompts_of(work.prompts), rollout, PAD, 1, row_cost(cfg.model), multiple=MICRO_BATCH)
+    cost = Cost(*layer_flops(cfg.model), skips=True)
+    rows = rollout_rows(prompts_of(work.prompts), rollout, PAD, 1, cost, micro_batch=MICRO_BATCH)
     batch = Batch(
         **rows.arrays,
         adv_BT=rows.spread(np.array(work.advantages, np.float32)),
@@ -89,7 +90,7 @@ def given_rows(work: Work, cfg: Config) -> tuple[Rows, Batch]:
 def score_job(work: Work) -> Job:
     at = Setting.of(work)
     rows, batch = given_rows(work, at.cfg)
-    scorer = make_scorer(at.policy, at.cfg.rollout.temperature, MICRO_BATCH)
+    scorer = make_scorer(at.policy, at.cfg.rollout.temperature, rows.micro_batch)
     run = lambda: np.asarray(scorer(at.params, sharding.put_batch(batch, at.mesh))[0])
 
     def evidence(logp_BT: np.ndarray) -> dict:
@@ -104,9 +105,9 @@ def updating(at: Setting, work: Work) -> tuple:
     """The jitted update, the state that it starts from, and its batch on the host."""
     tx = make_optimizer(at.cfg.optimizer, 1000)
     loss = policy_loss(dataclasses.replace(at.cfg, diagnostics=Diagnostics(every=0)))
-    _, batch = given_rows(work, at.cfg)
+    rows, batch = given_rows(work, at.cfg)
     state = jax.device_put(init_state(at.params, tx), sharding.replicated(at.mesh))  # as the next ones will be
-    return make_update(at.policy, tx, loss, MICRO_BATCH), state, batch
+    return make_update(at.policy, tx, loss, rows.micro_batch), state, batch
 
 
 def update_job(work: Work) -> Job:
