@@ -41,7 +41,7 @@ from sapo_jax.learner import init_state, make_update, policy_loss
 from sapo_jax.models import make_policy
 from sapo_jax.models.moe import MoE
 from sapo_jax.objectives.weights import token_weights
-from sapo_jax.rollout import Cost, Rule, Sampler, rollout_rows
+from sapo_jax.rollout import Packing, Rule, Sampler, rollout_rows
 from sapo_jax.routing import checked, router_metrics, sampled_experts
 from sapo_jax.scoring import make_scorer
 from sapo_jax.types import Batch, Prompt
@@ -63,7 +63,7 @@ prompts = [Prompt(i, "", tuple(draw.integers(2, 64, 12).tolist()), "", "", "exac
 
 sampler = Sampler(policy, Rule(1.0), G, C, stop_ids=(1,), pad_id=0, record_routing=True)
 rollout = sampler(params, prompts, jax.random.key(1))
-rows = rollout_rows(prompts, rollout, 0, mini_batches=4, cost=Cost(*layer_flops(model), skips=True))
+rows = rollout_rows(prompts, rollout, 0, 4, Packing(*layer_flops(model), skips=True, max_prompt=12, max_new=C))
 real_BT = rows.arrays["segment_ids_BT"] > 0
 
 

@@ -1,4 +1,5 @@
-"""Columns of the sampler's KV cache: arithmetic for the decode loop, the dry run and the plan. Imports no JAX."""
+"""Columns of the sampler's KV cache: arithmetic for the decode loop, the dry run and the plan; and which rows are short
+for attention. Imports no JAX."""
 
 from __future__ import annotations
 

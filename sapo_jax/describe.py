@@ -77,7 +77,7 @@ def flops(cfg: Config, vocab_size: int) -> Flops:
                    once every live_mismatch_every steps
         update   = epochs * forward of B sequences of T * 3 (backward is twice a forward: 6 N), plus what is
                    recomputed: the head always, all but attention with remat `attention`, all of it with
-                   `full`; attention of short rows (kernels.attention on CPU) with `dots`, too
+                   `full`; attention of short rows (kernels.attention on CPU) with any but `none`
     """
     model, P, B = cfg.model, cfg.rollout.prompts_per_step, cfg.rollout.prompts_per_step * cfg.rollout.group_size
     S, C = cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens
@@ -92,8 +92,8 @@ def flops(cfg: Config, vocab_size: int) -> Flops:
     passes = (cfg.train.old_logp == "scorer") + (cfg.loss.kl != "none") + (1 / every if every else 0)
     in_body, in_keys, in_head = B * T * body, B * keys_of(T) * key, B * (T - 1) * head
     of_short = in_keys if T <= SHORT else 0
-    again = {"none": 0, "dots": of_short, "attention": in_body, "full": in_body + in_keys}[model.remat] + in_head
-    update = cfg.train.epochs * (3 * (in_body + in_keys + in_head) + again)
+    again = {"none": 0, "dots": of_short, "attention": in_body + of_short, "full": in_body + in_keys}
+    update = cfg.train.epochs * (3 * (in_body + in_keys + in_head) + again[model.remat] + in_head)
     return Flops(prefill + decode, passes * (in_body + in_keys + in_head), update)
 
 
@@ -161,7 +161,7 @@ def memory(cfg: Config, vocab_size: int) -> Memory:
     attended = model.num_hidden_layers * n * T * itemsize * model.num_attention_heads * model.head_dim / mesh.tensor
     of_blocks = attended if T > SHORT else 0
     activations = {
-        "none": everything, "dots": results + of_blocks, "attention": inputs + attended, "full": inputs
+        "none": everything, "dots": results + of_blocks, "attention": inputs + of_blocks, "full": inputs
     }[model.remat]  # fmt: skip
     activations += 0 if model.remat == "none" else max(all_of_it for all_of_it, _, _ in layer_bytes)
 

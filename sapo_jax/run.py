@@ -36,11 +36,11 @@ COLD_START, ROLLOUT, EVALUATE, INIT = range(4)  # streams of random numbers, all
 STOPPED = 75  # exit code (EX_TEMPFAIL) of a run that was told to stop, has saved, and can be resumed
 
 # What may change between the parts of a resumed run: nothing that has a say in the numbers of a step already done, but
-# for the rounding of float32, which depends on the mesh.
+# for the rounding of float32, which depends on the mesh and on what backward recomputes.
 MAY_CHANGE = (
     "train.steps", "train.log_samples", "train.print_samples_every", "train.max_nonfinite", "train.routing_on",
     "train.live_mismatch_every", "checkpoint.", "evaluate.", "run_dir", "rewards.workers", "rewards.deadline",
-    "rewards.memory_mb", "diagnostics.every", "mesh.", "rollout.slots",
+    "rewards.memory_mb", "diagnostics.every", "mesh.", "rollout.slots", "model.remat",
 )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from sapo_jax.experience import (
     training_arrays,
 )  # fmt: skip
 from sapo_jax.learner import last_rate, make_optimizer, make_schedule, make_update, policy_loss, state_shardings
-from sapo_jax.rollout import Cost, Rows, Rule, Sampler, rollout_rows
+from sapo_jax.rollout import Packing, Rows, Rule, Sampler, rollout_rows
 from sapo_jax.routing import checked, router_metrics, sampled_experts
 from sapo_jax.run import ROLLOUT, Run
 from sapo_jax.scoring import make_scorer
@@ -45,7 +45,7 @@ class Trainer:
     scorer: Callable[[int], Callable]  # of the rows of a micro-batch
     update: Callable[[int], Callable]
     schedule: Callable
-    cost: Cost
+    packing: Packing
     reference: Params | None  # of the KL penalty
 
     def step(self, state: TrainState, prompts: list[Prompt], step: int) -> tuple[TrainState, dict, list[dict], dict]:
@@ -58,9 +58,7 @@ class Trainer:
         with ThreadPoolExecutor(1) as background:  # the device scores while the workers verify
             judging = background.submit(judge_own, run.pool, run.tokenizer, run.share, prompts, positions, rollout)
             rows = rollout_rows(
-                own, rollout, run.tokenizer.pad_id, cfg.train.mini_batches, self.cost,
-                shards=run.batch_shards // run.share.teams, micro_batch=cfg.train.micro_batch // run.share.teams,
-                row_tokens=cfg.train.row_tokens, share=run.share,
+                own, rollout, run.tokenizer.pad_id, cfg.train.mini_batches, self.packing, share=run.share,
                 lengths=([len(prompt.ids) for prompt in prompts], lengths_of_all(run.share, positions, rollout)),
             )  # fmt: skip
             logps, expert_ids_BTLk = self._scores(state.params, own, rollout, rows, step)
@@ -162,6 +160,20 @@ def evidence(auxes: list[dict], cfg: Config, step: int) -> dict[str, Any]:
     return diagnostics.evidence_row([aux["stats"].evidence for aux in auxes], diagnostics.Gates.of(cfg.objective))
 
 
+def packing(run: Run) -> Packing:
+    """Of a team of processes."""
+    cfg, teams = run.cfg, run.share.teams
+    return Packing(
+        *layer_flops(cfg.model),
+        skips=not on_tpu(),
+        max_prompt=cfg.data.max_prompt_tokens,
+        max_new=cfg.rollout.max_new_tokens,
+        shards=run.batch_shards // teams,
+        micro_batch=cfg.train.micro_batch // teams,
+        row_tokens=cfg.train.row_tokens,
+    )
+
+
 def make_trainer(run: Run, reference: Params | None) -> tuple[Trainer, Any]:
     """The trainer and its optax transformation."""
     cfg = run.cfg
@@ -175,7 +187,7 @@ def make_trainer(run: Run, reference: Params | None) -> tuple[Trainer, Any]:
         functools.cache(lambda n: make_scorer(run.policy, cfg.rollout.temperature, n, record_routing=r2)),
         functools.cache(lambda n: make_update(run.policy, tx, policy_loss(cfg), n, placed)),
         make_schedule(cfg.optimizer, updates),
-        Cost(*layer_flops(cfg.model), skips=not on_tpu()),
+        packing(run),
         reference,
     )
     return trainer, tx

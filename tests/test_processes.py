@@ -7,7 +7,7 @@ import pytest
 
 from sapo_jax.objectives.weights import token_weights
 from sapo_jax.processes import ALONE, ProcessError, Share, any_true, from_first, gather, is_first, share_of
-from sapo_jax.rollout import rollout_rows
+from sapo_jax.rollout import Packing, rollout_rows
 from sapo_jax.types import Rollout
 from tests.models import tiny
 
@@ -51,7 +51,8 @@ def test_teams_share_out_every_block_once():
         Share(0, 2).positions(12, 4)
 
 
-def test_teams_rows_are_of_one_plan():
+@pytest.mark.parametrize("micro_batch", [0, 4])
+def test_teams_rows_are_of_one_plan(micro_batch):
     """All sequences are in the rows of the two teams, of the same shapes, each where its team has it."""
     P, G, N, teams = 8, 3, 2, 2
     rng = np.random.default_rng(0)
@@ -59,14 +60,15 @@ def test_teams_rows_are_of_one_plan():
     length_B = rng.integers(1, 40, P * G).astype(np.int32)
     tokens_BC = rng.integers(1, 30, (P * G, 40)).astype(np.int32)
     lengths, found = ([len(prompt.ids) for prompt in prompts], length_B), []
-    shapes = set()
+    shapes, packing = set(), Packing(1, 1, True, max_prompt=30, max_new=40, shards=2, micro_batch=micro_batch)
     for team in range(teams):
         share = Share(team, teams)
         own = share.positions(P, N)
         b = np.array([p * G + g for p in own for g in range(G)])
         rollout = Rollout(tokens_BC[b], np.zeros((len(b), 40), np.float32), length_B[b], np.zeros(len(b), np.int32))
-        rows = rollout_rows([prompts[p] for p in own], rollout, tiny.PAD, N, float, share=share, lengths=lengths)
-        shapes.add(tuple(x.shape for x in rows.arrays.values()))
+        rows = rollout_rows([prompts[p] for p in own], rollout, tiny.PAD, N, packing, share=share, lengths=lengths)
+        shapes.add((rows.micro_batch, *(x.shape for x in rows.arrays.values())))
+        assert len(rows.mask_BT) // N % (rows.micro_batch or packing.shards) == 0
         for number in range(len(b)):
             r, t = np.nonzero((rows.sequence_BT == number) & rows.mask_BT)
             assert (rows.arrays["tokens_BT"][r, t] == tokens_BC[b[number], : length_B[b[number]]]).all()

@@ -32,7 +32,8 @@ FUNCTIONS = "update", "score", "prefill", "decode"
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """Shapes of one RL iteration when every prompt and completion has its largest length."""
+    """Shapes of one RL iteration when every prompt and completion has its largest length, in rows of one sequence, or
+    of row_tokens."""
 
     prompts: int  # P
     sequences: int  # B = P * G

@@ -3,8 +3,8 @@
 A piece is a prompt with one or more of its completions, `p c1 c2 ...`; the prompt's tokens are computed once for all
 of them (attention lets each completion see the prompt and itself, see `kernels.attention`). A row holds one or more
 pieces. Sharing saves prompt tokens but makes rows longer, which costs where attention compares what nobody sees:
-`plan_rows` takes the cheapest of several ways. The plan is a function of the lengths alone, so a resumed run packs, and
-rounds, as the uninterrupted one.
+`plan_rows` takes the cheapest of several ways. The plan is a function of the lengths and of the run's `Packing`, so a
+resumed run packs, and rounds, as the uninterrupted one.
 """
 
 from __future__ import annotations
@@ -20,22 +20,42 @@ FEWEST_PICKED = 8  # smallest bucket of a row's completion tokens, M: answers of
 
 
 @dataclasses.dataclass(frozen=True)
-class Cost:
-    """FLOPs of a forward pass over packed rows, in any unit."""
+class Packing:
+    """How a run packs. Costs are FLOPs of a forward pass, in any unit; sizes are tokens."""
 
-    body: float  # of a token
+    body: float  # cost of a token
     key: float  # of a token and a key that it is compared with
-    skips: bool  # only what a token sees is compared (blocked_attention); or all of its row (splash attention, on TPU)
+    skips: bool  # only what a token sees is compared (blocked_attention); or as if all of its row (on TPU)
+    max_prompt: int  # S, the longest that may come
+    max_new: int  # C, of a completion
+    shards: int = 1  # devices that rows are split over
+    micro_batch: int = 0  # rows of S + C tokens, or of row_tokens; a multiple of shards; 0: a mini-batch is one
+    row_tokens: int = 0  # T; 0: the cheapest
 
-    def __call__(self, plan: Plan, prompt_length_P: Sequence[int], length_B: Sequence[int]) -> float:
-        rows = plan.rows * len(plan.minis)
-        if not self.skips:
-            return rows * plan.length * (self.body + self.key * plan.length)
-        seen = 0.0
-        for piece in (piece for mini in plan.minis for row in mini for piece in row):
-            S = prompt_length_P[piece.prompt]
-            seen += S * S / 2 + sum(length_B[b] * (S + length_B[b] / 2) for b in piece.sequences)
-        return rows * plan.length * self.body + seen * self.key
+    def cost(self, tokens: int, T: int, seen: float) -> float:
+        """Of rows of T with so many slots in all; seen: pairs of a token and a key that it sees."""
+        return tokens * self.body + (seen if self.skips else tokens * T) * self.key
+
+    def rows_at_a_time(self, T: int) -> int:
+        """Rows of T tokens in a micro-batch: of longer rows fewer, so that it never has more tokens; 0 if not even one
+        for each device."""
+        full = self.row_tokens or bucket(self.max_prompt + self.max_new)
+        return self.micro_batch if T <= full else self.micro_batch * full // (self.shards * T) * self.shards
+
+    def lengths(self, longest: int, share: int) -> list[int]:
+        """Row lengths to try for pieces of at most `longest` tokens: the next buckets. Where what nobody sees is
+        skipped, so that a longer row costs no more, also those between them (2^i times 1.25 and 1.75), and that of a
+        piece of `share` completions, all as long as they may be."""
+        if self.row_tokens:
+            return [self.row_tokens] * (longest <= self.row_tokens)
+        lengths = [bucket(longest)]
+        while len(lengths) < LONGER:
+            lengths.append(bucket(lengths[-1] + 1))
+        if self.skips:  # multiples of 8, too
+            full = -(-(self.max_prompt + share * self.max_new) // 8) * 8
+            lengths += [full, *(T * 5 // 6 if T & (T - 1) else T * 7 // 8 for T in lengths if T > 32)]
+        fit = [T for T in sorted(set(lengths)) if T >= longest]
+        return [T for T in fit if self.rows_at_a_time(T) or not self.micro_batch]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +69,7 @@ class Piece:
 class Plan:
     length: int  # T
     rows: int  # R, rows of a mini-batch, those without a piece included
-    micro_batch: int  # rows of a forward and backward pass; R is a multiple of it
+    micro_batch: int  # rows of a forward and backward pass, R is a multiple of it; 0: all R
     minis: tuple[tuple[tuple[Piece, ...], ...], ...]  # of each mini-batch the filled rows
 
 
@@ -64,56 +84,37 @@ def bucket(n: int, smallest: int = 16) -> int:
     return size
 
 
-def plan_rows(
-    prompt_length_P: Sequence[int],
-    length_B: Sequence[int],
-    mini_batches: int,
-    cost: Cost,
-    *,
-    new_tokens: int,
-    shards: int = 1,
-    micro_batch: int = 0,
-    row_tokens: int = 0,
-) -> Plan:
-    """Rows for `mini_batches` equal shares of the groups, in their order.
+def plan_rows(prompt_length_P: Sequence[int], length_B: Sequence[int], mini_batches: int, packing: Packing) -> Plan:
+    """Rows for `mini_batches` equal shares of the groups, in their order: the cheapest of several ways.
 
-    new_tokens: C, the most that a completion may have. shards: R is a multiple of it, the devices that rows are split
-    over. micro_batch: so many rows of T <= S + C tokens (S: the bucket of the longest prompt), or of row_tokens, make a
-    micro-batch, a multiple of `shards`; of longer rows as many fewer, so that none has more tokens. 0: R rows.
-    row_tokens: T, if it is not to be chosen. All mini-batches get the same T and R: they run one program.
-    Raises ValueError where a sequence is longer than row_tokens.
+    All mini-batches get the same T and R: they run one program. Raises ValueError where a sequence is longer than
+    packing.row_tokens.
     """
     P, B = len(prompt_length_P), len(length_B)
     per_mini, G = P // mini_batches, B // P
     groups = [(p, prompt_length_P[p], range(p * G, (p + 1) * G)) for p in range(P)]
-    S, plans = bucket(max(prompt_length_P)), []
-    full = row_tokens or S + new_tokens
+    plans = []
     for share in sorted({-(-G // parts) for parts in (1, 2, 4, 8, G)}, reverse=True):  # at a tie, share
         pieces = [[piece for group in groups[i : i + per_mini] for piece in _pieces(*group, length_B, share)]
                   for i in range(0, P, per_mini)]  # fmt: skip
         longest = max(piece.size for mini in pieces for piece in mini)
-        for T in [row_tokens] if row_tokens else _lengths(longest, S + share * new_tokens, cost.skips):
-            micro = micro_batch if T <= full else micro_batch * full // (shards * T) * shards
-            if T >= longest and (micro or not micro_batch):
-                minis = tuple(_fill(mini, T) for mini in pieces)
-                multiple = micro or shards
-                R = multiple * bucket(-(-max(map(len, minis)) // multiple), 1)
-                plans.append(Plan(T, R, micro, minis))
+        seen = sum(_seen(piece, prompt_length_P, length_B) for mini in pieces for piece in mini)
+        for T in packing.lengths(longest, share):
+            minis, micro = tuple(_fill(mini, T) for mini in pieces), packing.rows_at_a_time(T)
+            multiple = micro or packing.shards
+            R = multiple * bucket(-(-max(map(len, minis)) // multiple), 1)
+            plans.append((packing.cost(R * mini_batches * T, T, seen), Plan(T, R, micro, minis)))
     if not plans:
-        raise ValueError(f"train.row_tokens = {row_tokens}: a sequence has {longest} tokens; raise it, or set 0")
-    return min(plans, key=lambda plan: cost(plan, prompt_length_P, length_B))
+        raise ValueError(
+            f"train.row_tokens = {packing.row_tokens}: a sequence has {longest} tokens; raise it, or set 0"
+        )
+    return min(plans, key=lambda plan: plan[0])[1]
 
 
-def _lengths(longest: int, full: int, fine: bool) -> list[int]:
-    """Row lengths to try for pieces of at most `longest` tokens: the next buckets. `fine`: also those between them
-    (2^i times 1.25 and 1.75), and that of a piece whose completions are as long as they may be."""
-    lengths = [bucket(longest)]
-    while len(lengths) < LONGER:
-        lengths.append(bucket(lengths[-1] + 1))
-    if not fine:
-        return lengths
-    between = [T * 5 // 6 if T & (T - 1) else T * 7 // 8 for T in lengths if T > 16]
-    return [T for T in sorted({*lengths, *between, -(-full // 8) * 8}) if T >= longest]
+def _seen(piece: Piece, prompt_length_P: Sequence[int], length_B: Sequence[int]) -> float:
+    """Pairs of a token and a key that it sees: of a prompt's those before it, of a completion's the prompt's, too."""
+    S = prompt_length_P[piece.prompt]
+    return S * S / 2 + sum(length_B[b] * (S + length_B[b] / 2) for b in piece.sequences)
 
 
 def _pieces(p: int, n_prompt: int, sequences: range, length_B: Sequence[int], share: int) -> list[Piece]:

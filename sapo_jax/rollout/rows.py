@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sapo_jax.processes import ALONE, Share, gather
-from sapo_jax.rollout.packing import FEWEST_PICKED, Cost, Piece, Rows, bucket, plan_rows
+from sapo_jax.rollout.packing import FEWEST_PICKED, Packing, Piece, Rows, bucket, plan_rows
 from sapo_jax.types import Prompt, Rollout
 
 
@@ -85,11 +85,8 @@ def rollout_rows(
     rollout: Rollout,
     pad_id: int,
     mini_batches: int,
-    cost: Cost,
+    packing: Packing,
     *,
-    shards: int = 1,
-    micro_batch: int = 0,
-    row_tokens: int = 0,
     share: Share = ALONE,
     lengths: tuple[Sequence[int], Sequence[int]] | None = None,
 ) -> Rows:
@@ -97,15 +94,12 @@ def rollout_rows(
 
     mini_batches * R rows, those of a mini-batch together. Of several teams of processes each has its own prompts and
     rollout, and `lengths` of the prompts and the completions of all of them: so all make the same plan, and take their
-    own rows of it. R, shards and micro_batch are then those of a team.
+    own rows of it. R and the packing's shards and micro_batch are then those of a team.
     """
     prompt_length_P, length_B = lengths or ([len(prompt.ids) for prompt in prompts], rollout.length_B)
     length_B, G = np.asarray(length_B).tolist(), len(length_B) // len(prompt_length_P)
     teams = share.teams
-    plan = plan_rows(
-        prompt_length_P, length_B, mini_batches * teams, cost,
-        new_tokens=rollout.tokens_BC.shape[1], shards=shards, micro_batch=micro_batch, row_tokens=row_tokens,
-    )  # fmt: skip
+    plan = plan_rows(prompt_length_P, length_B, mini_batches * teams, packing)
     own = {position: p for p, position in enumerate(share.positions(len(prompt_length_P), mini_batches))}
     sheet = _Sheet(mini_batches * plan.rows, plan.length, pad_id)
     for row, pieces in _numbered(plan.minis[share.team :: teams], plan.rows):

@@ -69,9 +69,25 @@ def test_flops_by_hand():
     twice = config(train=Train(mini_batches=2, epochs=2, old_logp="sampler"), loss=Loss(kl="k3", kl_coef=0.1))
     assert flops(twice, 10) == Flops(prefill + decode, forward, 2 * (3 * forward + head))
     with_remat = lambda remat: flops(config(model=Model(**vars(TINY) | {"remat": remat})), 10).update  # noqa: E731
-    assert with_remat("dots") == 3 * forward + head + keys
-    assert with_remat("attention") == 4 * forward - keys
+    assert with_remat("dots") == 3 * forward + head + keys  # a short row: its attention is not kept
+    assert with_remat("attention") == 4 * forward
     assert with_remat("full") == 4 * forward
+
+
+def test_rows_that_are_not_short_keep_attention():
+    """T = 40. Kept of a token and layer, float32: D 3 times, q, k and v, gate and up, and with them attention's output;
+    no scores. A mini-batch is 2 rows."""
+    long = {"data": Data(max_prompt_tokens=30, held_out=2),
+            "rollout": Rollout(prompts_per_step=2, group_size=2, max_new_tokens=10)}  # fmt: skip
+    with_remat = lambda remat: config(model=Model(**vars(TINY) | {"remat": remat}), **long)  # noqa: E731
+    update = {remat: flops(with_remat(remat), 10).update for remat in ("none", "dots", "attention", "full")}
+    body, keys = 4 * 40 * 2416, 4 * 820 * 64
+    assert update["dots"] == update["none"]
+    assert update["attention"] - update["none"] == body and update["full"] - update["none"] == body + keys
+    kept = {remat: memory(with_remat(remat), 10).activations for remat in update}
+    layer = 80 * 4 * (32 + 36 + 48)
+    assert kept == {"none": 2 * layer, "dots": 2 * 80 * 4 * (24 + 16 + 32 + 8) + layer,
+                    "attention": 2 * 80 * 4 * (8 + 8) + layer, "full": 2 * 80 * 4 * 8 + layer}  # fmt: skip
 
 
 def test_flops_count_active_experts_and_one_head():
@@ -99,7 +115,7 @@ def test_memory_by_remat_dtype_and_batch():
     with_model = lambda **keys: memory(config(model=Model(**vars(TINY) | keys)), 10)  # noqa: E731
     assert with_model(remat="dots").activations == 2 * results + layer
     assert with_model(remat="full").activations == 2 * 10 * 4 * 8 + layer
-    assert with_model(remat="attention").activations == 2 * 10 * 4 * (8 + 8) + layer
+    assert with_model(remat="attention").activations == 2 * 10 * 4 * 8 + layer
     assert with_model(compute_dtype="bfloat16").activations == 2 * 10 * (2 * (32 + 36 + 48) + 60)
     assert with_model(compute_dtype="bfloat16").kv_cache == 512
     assert with_model(compute_dtype="bfloat16").parameters == 4 * 1288

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sapo_jax.rollout import Cost, Rule, Sampler, rollout_rows
+from sapo_jax.rollout import Packing, Rule, Sampler, rollout_rows
 from sapo_jax.rollout.decode import first_slots
 from sapo_jax.rollout.rows import left_padded
 from sapo_jax.rollout.sampler import prefill
@@ -142,14 +142,15 @@ def test_filling_up_a_batch_changes_nothing_and_is_cut_off():
     assert_same(two, jax.tree.map(lambda x: x[: 2 * G], sampled("dense")))
 
 
-TOKENS = Cost(1, 0, skips=False)  # a row costs as much as it has tokens
-PAIRS = Cost(0, 1, skips=False)  # or the square of that
-PACKINGS = {  # cost -> what is cheapest; row_tokens
-    "whole groups": (TOKENS, 0),
-    "one completion each": (PAIRS, 0),
-    "several pieces in long rows": (PAIRS, 96),
-    "long rows of whole groups": (TOKENS, 96),
-    "by what is seen": (Cost(1, 1, skips=True), 0),
+SIZES = {"max_prompt": 16, "max_new": C}
+TOKENS = Packing(1, 0, skips=False, **SIZES)  # a row costs as much as it has tokens
+PAIRS = Packing(0, 1, skips=False, **SIZES)  # or the square of that
+PACKINGS = {  # what is cheapest
+    "whole groups": TOKENS,
+    "one completion each": PAIRS,
+    "several pieces in long rows": dataclasses.replace(PAIRS, row_tokens=96),
+    "long rows of whole groups": dataclasses.replace(TOKENS, row_tokens=96),
+    "by what is seen": Packing(1, 1, skips=True, **SIZES),
 }
 
 
@@ -157,8 +158,8 @@ PACKINGS = {  # cost -> what is cheapest; row_tokens
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_packed_rows(kind, packing):
     """Completions that share a row, and their prompt: the log-probs of a row of their own, in every way of packing."""
-    rollout, (cost, row_tokens) = sampled(kind), PACKINGS[packing]
-    rows = rollout_rows(PROMPTS, rollout, tiny.PAD, 1, cost, row_tokens=row_tokens)
+    rollout = sampled(kind)
+    rows = rollout_rows(PROMPTS, rollout, tiny.PAD, 1, PACKINGS[packing])
     assert rows.mask_BT.sum() == rollout.length_B.sum()
     assert rows.arrays["segment_ids_BT"].max() > 2 or packing == "one completion each"
     logp_BT = np.asarray(scorer(kind)(tiny.params(tiny.MODELS[kind]), as_batch(rows.arrays))[0])
@@ -167,10 +168,7 @@ def test_packed_rows(kind, packing):
 
 def test_packings_differ():
     """Or else the test above says little."""
-    shapes = {
-        rollout_rows(PROMPTS, sampled("dense"), tiny.PAD, 1, cost, row_tokens=n).mask_BT.shape
-        for cost, n in PACKINGS.values()
-    }
+    shapes = {rollout_rows(PROMPTS, sampled("dense"), tiny.PAD, 1, way).mask_BT.shape for way in PACKINGS.values()}
     assert len(shapes) == 3
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from sapo_jax.rollout import Cost, bucket, plan_rows, rollout_rows, token_rows
+from sapo_jax.rollout import Packing, bucket, plan_rows, rollout_rows, token_rows
+from sapo_jax.rollout.packing import Piece, _seen
 from sapo_jax.rollout.rows import left_padded
 from sapo_jax.types import Prompt, Rollout
 
-TOKENS = Cost(1, 0, skips=False)  # a row costs as much as it has tokens
-PAIRS = Cost(0, 1, skips=False)  # or the square of that
+TOKENS = Packing(1, 0, skips=False, max_prompt=16, max_new=16)  # a row costs as much as it has tokens
+PAIRS = Packing(0, 1, skips=False, max_prompt=16, max_new=16)  # or the square of that
 
 
 def prompt(*ids: int) -> Prompt:
@@ -108,14 +111,15 @@ def test_every_completion_is_in_one_row_that_holds_it(seed, shards, micro_batch,
     rng = np.random.default_rng(seed)
     P, G, minis, C = 12, 8, 3, 150
     prompts, lengths = rng.integers(1, 40, P).tolist(), rng.geometric(0.05, P * G).clip(max=C).tolist()
-    sizes = {"new_tokens": C, "shards": shards, "micro_batch": micro_batch, "row_tokens": row_tokens}
-    for cost in (TOKENS, Cost(100, 1, skips=False), PAIRS, Cost(100, 1, skips=True)):
-        plan = plan_rows(prompts, lengths, minis, cost, **sizes)
-        assert plan == plan_rows(prompts, lengths, minis, cost, **sizes)
+    for way in (TOKENS, PAIRS, Packing(100, 1, False, 0, 0), Packing(100, 1, True, 0, 0)):
+        packing = dataclasses.replace(
+            way, max_prompt=40, max_new=C, shards=shards, micro_batch=micro_batch, row_tokens=row_tokens
+        )
+        plan = plan_rows(prompts, lengths, minis, packing)
+        assert plan == plan_rows(prompts, lengths, minis, packing)
         assert plan.rows % (plan.micro_batch or shards) == 0 and (row_tokens == 0 or plan.length == row_tokens)
-        full = row_tokens or bucket(max(prompts)) + C
         assert plan.micro_batch % shards == 0 and (plan.micro_batch > 0) == (micro_batch > 0)
-        assert plan.micro_batch * plan.length <= micro_batch * full
+        assert plan.micro_batch * plan.length <= micro_batch * (row_tokens or bucket(40 + C))
         for i, mini in enumerate(plan.minis):
             assert len(mini) <= plan.rows
             pieces = [piece for row in mini for piece in row]
@@ -129,39 +133,57 @@ def test_every_completion_is_in_one_row_that_holds_it(seed, shards, micro_batch,
 def test_long_prompts_are_shared_and_long_rows_are_not_free():
     """A prompt of 100 and completions of 5: whole groups. A prompt of 2 and completions of 100: one each, if every token
     is compared with every key of its row; then the plan has more tokens, but cheaper ones."""
-    whole = plan_rows([100] * 4, [5] * 32, 1, Cost(1000, 1, skips=False), new_tokens=5)
+    whole = plan_rows([100] * 4, [5] * 32, 1, Packing(1000, 1, False, 100, 5))
     assert tokens(whole) == 4 * 140
-    square = plan_rows([2] * 4, [100] * 32, 1, PAIRS, new_tokens=100)
+    square = plan_rows([2] * 4, [100] * 32, 1, dataclasses.replace(PAIRS, max_prompt=2, max_new=100))
     assert tokens(square) == 32 * 102 and square.length == 128
 
 
+EQUAL = [64] * 4, [192] * 16  # 4 groups of 4, all of full length
+
+
 def test_what_nobody_sees_costs_nothing_where_it_is_skipped():
-    """4 groups of 4 with a prompt of 64, all completions of 192, the most there may be: a group a row, without a token of
-    padding; where all of a row is compared, a completion a row. Costs by hand: 3,328 tokens, and 4 * (64^2 / 2 +
-    4 * 192 * (64 + 96)) keys seen; 16 * 256 tokens, each compared with 256."""
-    prompts, lengths = [64] * 4, [192] * 16
-    plan = plan_rows(prompts, lengths, 1, Cost(1, 1, skips=True), new_tokens=192)
+    """A group a row, without a token of padding; where all of a row is compared, a completion a row."""
+    plan = plan_rows(*EQUAL, 1, Packing(1, 1, True, 64, 192))
     assert (plan.length, plan.rows, tokens(plan)) == (832, 4, 3328)
-    assert Cost(3, 5, skips=True)(plan, prompts, lengths) == 3 * 3328 + 5 * 4 * (2048 + 122880)
-    whole = plan_rows(prompts, lengths, 1, Cost(1, 1, skips=False), new_tokens=192)
+    whole = plan_rows(*EQUAL, 1, Packing(1, 1, False, 64, 192))
     assert (whole.length, whole.rows, tokens(whole)) == (256, 16, 4096)
-    assert Cost(3, 5, skips=False)(whole, prompts, lengths) == 4096 * (3 + 5 * 256)
+
+
+def test_costs_by_hand():
+    """Prompts of 2 and 3; completions of 4 and 2, 1 and 5. Seen, halves of squares: 2 + 4 * (2 + 2) + 2 * (2 + 1), and
+    4.5 + (3 + 0.5) + 5 * (3 + 2.5)."""
+    piece = lambda p, *sequences: Piece(p, sequences, 0)
+    seen = [_seen(one, [2, 3], [4, 2, 1, 5]) for one in (piece(0, 0, 1), piece(1, 2, 3))]
+    assert seen == [24, 35.5]
+    assert Packing(3, 5, True, 3, 5).cost(32, 16, 59.5) == 32 * 3 + 59.5 * 5
+    assert Packing(3, 5, False, 3, 5).cost(32, 16, 59.5) == 32 * 3 + 32 * 16 * 5
 
 
 def test_a_micro_batch_of_longer_rows_has_fewer_of_them():
     """8 sequences of 256 tokens are 2 rows of 832. Where even one would be more than a micro-batch, none is taken."""
-    plan = lambda micro_batch, **more: plan_rows(
-        [64] * 4, [192] * 16, 1, Cost(1, 0, skips=True), new_tokens=192, micro_batch=micro_batch, **more
-    )
-    assert (plan(8).length, plan(8).rows, plan(8).micro_batch) == (832, 4, 2)
-    assert (plan(2).length, plan(2).rows, plan(2).micro_batch) == (448, 8, 1)
-    assert (plan(2, shards=2).length, plan(2, shards=2).micro_batch) == (256, 2)
-    assert (plan(8, row_tokens=832).rows, plan(8, row_tokens=832).micro_batch) == (8, 8)
+
+    def plan(**sizes):
+        found = plan_rows(*EQUAL, 1, Packing(1, 0, True, 64, 192, **sizes))
+        return found.length, found.rows, found.micro_batch
+
+    assert plan(micro_batch=8) == (832, 4, 2)
+    assert plan(micro_batch=2) == (448, 8, 1)
+    assert plan(micro_batch=2, shards=2) == (256, 16, 2)
+    assert plan(micro_batch=8, row_tokens=832) == (832, 8, 8)
+
+
+@pytest.mark.parametrize("skips", [True, False])
+@pytest.mark.parametrize(("S", "C", "shards"), [(15, 20, 1), (60, 1024, 16), (200, 1024, 1), (60, 900, 4)])
+def test_a_micro_batch_of_one_sequence_a_device_is_always_possible(S, C, shards, skips):
+    """Also where a row is longer than S + C, its bucket."""
+    plan = plan_rows([S] * 16, [C] * 64, 1, Packing(1, 1, skips, S, C, shards, micro_batch=shards))
+    assert plan.micro_batch == shards and plan.length >= S + C
 
 
 def test_a_sequence_longer_than_the_row_is_refused():
     with pytest.raises(ValueError, match="train.row_tokens = 64: a sequence has 65 tokens"):
-        plan_rows([5], [60, 3], 1, TOKENS, new_tokens=60, row_tokens=64)
+        plan_rows([5], [60, 3], 1, dataclasses.replace(TOKENS, row_tokens=64))
 
 
 @pytest.mark.parametrize("lengths", [(16,), (17, 3)])

@@ -36,8 +36,7 @@ def scorer(cfg=tiny.MOE):
 
 
 def packed(rollout: Rollout, packing: str) -> Rows:
-    cost, row_tokens = PACKINGS[packing]
-    return rollout_rows(PROMPTS, rollout, tiny.PAD, 1, cost, row_tokens=row_tokens)
+    return rollout_rows(PROMPTS, rollout, tiny.PAD, 1, PACKINGS[packing])
 
 
 def as_batch(rows: Rows, rollout: Rollout | None = None, cfg=tiny.MOE) -> Batch:

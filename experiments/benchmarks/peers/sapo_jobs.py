@@ -17,7 +17,7 @@ import numpy as np
 from worker import Job, Requests, Work, reward, serve
 
 from sapo_jax import sharding
-from sapo_jax.config import GRPO, Config, Diagnostics, Mesh, Optimizer, Train
+from sapo_jax.config import GRPO, Config, Data, Diagnostics, Mesh, Optimizer, Train
 from sapo_jax.config import Rollout as RolloutConfig
 from sapo_jax.describe import layer_flops
 from sapo_jax.learner import init_state, make_optimizer, make_update, policy_loss
@@ -25,7 +25,7 @@ from sapo_jax.models import make_policy
 from sapo_jax.models.hf import load_params
 from sapo_jax.processes import ALONE
 from sapo_jax.rewards import VerifierPool
-from sapo_jax.rollout import Cost, Rows, Rule, Sampler, rollout_rows
+from sapo_jax.rollout import Packing, Rows, Rule, Sampler, rollout_rows
 from sapo_jax.run import Run
 from sapo_jax.scoring import make_scorer
 from sapo_jax.trainer import make_trainer
@@ -42,6 +42,7 @@ def config(work: Work) -> Config:
     P, G, C = len(work.prompts), work.group, len(work.completions[0])
     return Config(
         model=workloads.model(work.name),
+        data=Data(max_prompt_tokens=len(work.prompts[0])),
         rollout=RolloutConfig(prompts_per_step=P, group_size=G, max_new_tokens=C),
         objective=GRPO(clip_low=work.clip, clip_high=work.clip),
         optimizer=Optimizer(learning_rate=work.learning_rate, max_grad_norm=work.max_grad_norm),
@@ -76,8 +77,8 @@ def given_rows(work: Work, cfg: Config) -> tuple[Rows, Batch]:
     """The completions to score and to train on, as the trainer packs them; B = P G values go to their tokens."""
     B, C = len(work.completions), len(work.completions[0])
     rollout = Rollout(np.array(work.completions, np.int32), None, np.full(B, C, np.int32), None)
-    cost = Cost(*layer_flops(cfg.model), skips=True)
-    rows = rollout_rows(prompts_of(work.prompts), rollout, PAD, 1, cost, micro_batch=MICRO_BATCH)
+    packing = Packing(*layer_flops(cfg.model), True, len(work.prompts[0]), C, micro_batch=MICRO_BATCH)
+    rows = rollout_rows(prompts_of(work.prompts), rollout, PAD, 1, packing)
     batch = Batch(
         **rows.arrays,
         adv_BT=rows.spread(np.array(work.advantages, np.float32)),
