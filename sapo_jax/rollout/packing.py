@@ -25,16 +25,22 @@ class Packing:
 
     body: float  # cost of a token
     key: float  # of a token and a key that it is compared with
-    skips: bool  # only what a token sees is compared (blocked_attention); or as if all of its row (on TPU)
+    skips: bool  # blocks of keys that no row of a micro-batch sees are not compared (blocked_attention; not on TPU)
     max_prompt: int  # S, the longest that may come
     max_new: int  # C, of a completion
     shards: int = 1  # devices that rows are split over
     micro_batch: int = 0  # rows of S + C tokens, or of row_tokens; a multiple of shards; 0: a mini-batch is one
     row_tokens: int = 0  # T; 0: the cheapest
 
-    def cost(self, tokens: int, T: int, seen: float) -> float:
-        """Of rows of T with so many slots in all; seen: pairs of a token and a key that it sees."""
-        return tokens * self.body + (seen if self.skips else tokens * T) * self.key
+    def cost(self, rows: int, T: int, together: int, seen: float) -> float:
+        """Of so many rows of T; seen: pairs of a token and a key that it sees.
+
+        Where blocks are skipped, a token is compared with what any row of its micro-batch sees there: at worst the sum
+        of what each sees, of which `together` differ, but never with later tokens.
+        """
+        tokens = rows * T
+        compared = min(T / 2, together * seen / tokens) if self.skips else T
+        return tokens * (self.body + compared * self.key)
 
     def rows_at_a_time(self, T: int) -> int:
         """Rows of T tokens in a micro-batch: of longer rows fewer, so that it never has more tokens; 0 if not even one
@@ -44,8 +50,8 @@ class Packing:
 
     def lengths(self, longest: int, share: int) -> list[int]:
         """Row lengths to try for pieces of at most `longest` tokens: the next buckets. Where what nobody sees is
-        skipped, so that a longer row costs no more, also those between them (2^i times 1.25 and 1.75), and that of a
-        piece of `share` completions, all as long as they may be."""
+        skipped, so that a longer row costs little more, also those between them (2^i times 1.25 and 1.75), and that of
+        a piece of `share` completions, all as long as they may be."""
         if self.row_tokens:
             return [self.row_tokens] * (longest <= self.row_tokens)
         lengths = [bucket(longest)]
@@ -103,12 +109,19 @@ def plan_rows(prompt_length_P: Sequence[int], length_B: Sequence[int], mini_batc
             minis, micro = tuple(_fill(mini, T) for mini in pieces), packing.rows_at_a_time(T)
             multiple = micro or packing.shards
             R = multiple * bucket(-(-max(map(len, minis)) // multiple), 1)
-            plans.append((packing.cost(R * mini_batches * T, T, seen), Plan(T, R, micro, minis)))
+            layouts = {_layout(row, prompt_length_P, length_B) for mini in minis for row in mini}
+            together = min((micro or R) // packing.shards, len(layouts))
+            plans.append((packing.cost(R * mini_batches, T, together, seen), Plan(T, R, micro, minis)))
     if not plans:
         raise ValueError(
             f"train.row_tokens = {packing.row_tokens}: a sequence has {longest} tokens; raise it, or set 0"
         )
     return min(plans, key=lambda plan: plan[0])[1]
+
+
+def _layout(row: Sequence[Piece], prompt_length_P: Sequence[int], length_B: Sequence[int]) -> tuple:
+    """Lengths of what stands in a row, in its order."""
+    return tuple((prompt_length_P[piece.prompt], *(length_B[b] for b in piece.sequences)) for piece in row)
 
 
 def _seen(piece: Piece, prompt_length_P: Sequence[int], length_B: Sequence[int]) -> float:

@@ -144,9 +144,9 @@ EQUAL = [64] * 4, [192] * 16  # 4 groups of 4, all of full length
 
 def test_what_nobody_sees_costs_nothing_where_it_is_skipped():
     """A group a row, without a token of padding; where all of a row is compared, a completion a row."""
-    plan = plan_rows(*EQUAL, 1, Packing(1, 1, True, 64, 192))
+    plan = plan_rows(*EQUAL, 1, Packing(100, 1, True, 64, 192))
     assert (plan.length, plan.rows, tokens(plan)) == (832, 4, 3328)
-    whole = plan_rows(*EQUAL, 1, Packing(1, 1, False, 64, 192))
+    whole = plan_rows(*EQUAL, 1, Packing(100, 1, False, 64, 192))
     assert (whole.length, whole.rows, tokens(whole)) == (256, 16, 4096)
 
 
@@ -156,8 +156,19 @@ def test_costs_by_hand():
     piece = lambda p, *sequences: Piece(p, sequences, 0)
     seen = [_seen(one, [2, 3], [4, 2, 1, 5]) for one in (piece(0, 0, 1), piece(1, 2, 3))]
     assert seen == [24, 35.5]
-    assert Packing(3, 5, True, 3, 5).cost(32, 16, 59.5) == 32 * 3 + 59.5 * 5
-    assert Packing(3, 5, False, 3, 5).cost(32, 16, 59.5) == 32 * 3 + 32 * 16 * 5
+    skips, whole = Packing(3, 5, True, 3, 5), Packing(3, 5, False, 3, 5)
+    assert skips.cost(2, 16, 1, 59.5) == 32 * 3 + 59.5 * 5
+    assert skips.cost(2, 16, 2, 59.5) == 32 * 3 + 2 * 59.5 * 5  # a token, and what the other row sees where it stands
+    assert skips.cost(2, 16, 8, 59.5) == 32 * 3 + 32 * 8 * 5  # no later tokens
+    assert whole.cost(2, 16, 1, 59.5) == 32 * 3 + 32 * 16 * 5
+
+
+def test_many_rows_of_different_lengths_are_short_ones():
+    """What one of 64 rows does not see another does: long rows would be compared as wholes."""
+    lengths = np.random.default_rng(0).integers(1, 1000, 256).tolist()
+    many = plan_rows([10] * 32, lengths, 1, Packing(1, 1, True, 10, 1000))
+    few = plan_rows([10] * 32, lengths, 1, Packing(1, 1, True, 10, 1000, micro_batch=1))
+    assert many.length <= 1024 and few.micro_batch == 1
 
 
 def test_a_micro_batch_of_longer_rows_has_fewer_of_them():
