@@ -158,10 +158,10 @@ def memory(cfg: Config, vocab_size: int) -> Memory:
     n = max(rows, cfg.cold_start.batch_size if cfg.cold_start.steps else 0) / shards
     layer_bytes = [_layer_bytes(model, sparse, n * T, T, itemsize, mesh.tensor) for sparse in model.sparse_layers]
     everything, results, inputs = (sum(kinds) for kinds in zip(*layer_bytes, strict=True))
-    attended = model.num_hidden_layers * n * T * itemsize * model.num_attention_heads * model.head_dim / mesh.tensor
-    of_blocks = attended if T > SHORT else 0
+    kept = n * T if T > SHORT else 0  # tokens whose attention is
+    attended = model.num_hidden_layers * kept * itemsize * model.num_attention_heads * model.head_dim / mesh.tensor
     activations = {
-        "none": everything, "dots": results + of_blocks, "attention": inputs + of_blocks, "full": inputs
+        "none": everything, "dots": results + attended, "attention": inputs + attended, "full": inputs
     }[model.remat]  # fmt: skip
     activations += 0 if model.remat == "none" else max(all_of_it for all_of_it, _, _ in layer_bytes)
 

@@ -160,15 +160,14 @@ def evidence(auxes: list[dict], cfg: Config, step: int) -> dict[str, Any]:
     return diagnostics.evidence_row([aux["stats"].evidence for aux in auxes], diagnostics.Gates.of(cfg.objective))
 
 
-def packing(run: Run) -> Packing:
-    """Of a team of processes."""
-    cfg, teams = run.cfg, run.share.teams
+def packing(cfg: Config, shards: int, teams: int = 1) -> Packing:
+    """Of a team of processes; shards: devices that the rows of all are split over."""
     return Packing(
         *layer_flops(cfg.model),
         skips=not on_tpu(),
         max_prompt=cfg.data.max_prompt_tokens,
         max_new=cfg.rollout.max_new_tokens,
-        shards=run.batch_shards // teams,
+        shards=shards // teams,
         micro_batch=cfg.train.micro_batch // teams,
         row_tokens=cfg.train.row_tokens,
     )
@@ -187,7 +186,7 @@ def make_trainer(run: Run, reference: Params | None) -> tuple[Trainer, Any]:
         functools.cache(lambda n: make_scorer(run.policy, cfg.rollout.temperature, n, record_routing=r2)),
         functools.cache(lambda n: make_update(run.policy, tx, policy_loss(cfg), n, placed)),
         make_schedule(cfg.optimizer, updates),
-        packing(run),
+        packing(cfg, run.batch_shards, run.share.teams),
         reference,
     )
     return trainer, tx

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -68,7 +69,17 @@ class Packing:
 class Piece:
     prompt: int
     sequences: tuple[int, ...]
-    size: int  # tokens
+    lengths: tuple[int, ...]  # tokens of the prompt and of each completion
+
+    @functools.cached_property
+    def size(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def seen(self) -> float:
+        """Pairs of a token and a key that it sees: those before it, of a completion's the prompt's, too."""
+        S, *completions = self.lengths
+        return S * S / 2 + sum(n * (S + n / 2) for n in completions)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,12 +115,12 @@ def plan_rows(prompt_length_P: Sequence[int], length_B: Sequence[int], mini_batc
         pieces = [[piece for group in groups[i : i + per_mini] for piece in _pieces(*group, length_B, share)]
                   for i in range(0, P, per_mini)]  # fmt: skip
         longest = max(piece.size for mini in pieces for piece in mini)
-        seen = sum(_seen(piece, prompt_length_P, length_B) for mini in pieces for piece in mini)
+        seen = sum(piece.seen for mini in pieces for piece in mini)
         for T in packing.lengths(longest, share):
             minis, micro = tuple(_fill(mini, T) for mini in pieces), packing.rows_at_a_time(T)
             multiple = micro or packing.shards
             R = multiple * bucket(-(-max(map(len, minis)) // multiple), 1)
-            layouts = {_layout(row, prompt_length_P, length_B) for mini in minis for row in mini}
+            layouts = {tuple(piece.lengths for piece in row) for mini in minis for row in mini}
             together = min((micro or R) // packing.shards, len(layouts))
             plans.append((packing.cost(R * mini_batches, T, together, seen), Plan(T, R, micro, minis)))
     if not plans:
@@ -117,17 +128,6 @@ def plan_rows(prompt_length_P: Sequence[int], length_B: Sequence[int], mini_batc
             f"train.row_tokens = {packing.row_tokens}: a sequence has {longest} tokens; raise it, or set 0"
         )
     return min(plans, key=lambda plan: plan[0])[1]
-
-
-def _layout(row: Sequence[Piece], prompt_length_P: Sequence[int], length_B: Sequence[int]) -> tuple:
-    """Lengths of what stands in a row, in its order."""
-    return tuple((prompt_length_P[piece.prompt], *(length_B[b] for b in piece.sequences)) for piece in row)
-
-
-def _seen(piece: Piece, prompt_length_P: Sequence[int], length_B: Sequence[int]) -> float:
-    """Pairs of a token and a key that it sees: of a prompt's those before it, of a completion's the prompt's, too."""
-    S = prompt_length_P[piece.prompt]
-    return S * S / 2 + sum(length_B[b] * (S + length_B[b] / 2) for b in piece.sequences)
 
 
 def _pieces(p: int, n_prompt: int, sequences: range, length_B: Sequence[int], share: int) -> list[Piece]:
@@ -138,7 +138,7 @@ def _pieces(p: int, n_prompt: int, sequences: range, length_B: Sequence[int], sh
         i = min((i for i, part in enumerate(parts) if len(part) < share), key=lambda i: sizes[i])
         parts[i].append(b)
         sizes[i] += int(length_B[b])
-    return [Piece(p, tuple(sorted(part)), size) for part, size in zip(parts, sizes, strict=True)]
+    return [Piece(p, tuple(sorted(part)), (n_prompt, *(int(length_B[b]) for b in sorted(part)))) for part in parts]
 
 
 def _fill(pieces: Sequence[Piece], T: int) -> tuple[tuple[Piece, ...], ...]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sapo_jax.rollout import Packing, bucket, plan_rows, rollout_rows, token_rows
-from sapo_jax.rollout.packing import Piece, _seen
+from sapo_jax.rollout.packing import Piece
 from sapo_jax.rollout.rows import left_padded
 from sapo_jax.types import Prompt, Rollout
 
@@ -153,9 +153,8 @@ def test_what_nobody_sees_costs_nothing_where_it_is_skipped():
 def test_costs_by_hand():
     """Prompts of 2 and 3; completions of 4 and 2, 1 and 5. Seen, halves of squares: 2 + 4 * (2 + 2) + 2 * (2 + 1), and
     4.5 + (3 + 0.5) + 5 * (3 + 2.5)."""
-    piece = lambda p, *sequences: Piece(p, sequences, 0)
-    seen = [_seen(one, [2, 3], [4, 2, 1, 5]) for one in (piece(0, 0, 1), piece(1, 2, 3))]
-    assert seen == [24, 35.5]
+    pieces = Piece(0, (0, 1), (2, 4, 2)), Piece(1, (2, 3), (3, 1, 5))
+    assert [piece.seen for piece in pieces] == [24, 35.5] and [piece.size for piece in pieces] == [8, 9]
     skips, whole = Packing(3, 5, True, 3, 5), Packing(3, 5, False, 3, 5)
     assert skips.cost(2, 16, 1, 59.5) == 32 * 3 + 59.5 * 5
     assert skips.cost(2, 16, 2, 59.5) == 32 * 3 + 2 * 59.5 * 5  # a token, and what the other row sees where it stands

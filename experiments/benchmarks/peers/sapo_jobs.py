@@ -19,16 +19,15 @@ from worker import Job, Requests, Work, reward, serve
 from sapo_jax import sharding
 from sapo_jax.config import GRPO, Config, Data, Diagnostics, Mesh, Optimizer, Train
 from sapo_jax.config import Rollout as RolloutConfig
-from sapo_jax.describe import layer_flops
 from sapo_jax.learner import init_state, make_optimizer, make_update, policy_loss
 from sapo_jax.models import make_policy
 from sapo_jax.models.hf import load_params
 from sapo_jax.processes import ALONE
 from sapo_jax.rewards import VerifierPool
-from sapo_jax.rollout import Packing, Rows, Rule, Sampler, rollout_rows
+from sapo_jax.rollout import Rows, Rule, Sampler, rollout_rows
 from sapo_jax.run import Run
 from sapo_jax.scoring import make_scorer
-from sapo_jax.trainer import make_trainer
+from sapo_jax.trainer import make_trainer, packing
 from sapo_jax.types import Batch, Params, Prompt, Rollout
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -77,8 +76,7 @@ def given_rows(work: Work, cfg: Config) -> tuple[Rows, Batch]:
     """The completions to score and to train on, as the trainer packs them; B = P G values go to their tokens."""
     B, C = len(work.completions), len(work.completions[0])
     rollout = Rollout(np.array(work.completions, np.int32), None, np.full(B, C, np.int32), None)
-    packing = Packing(*layer_flops(cfg.model), True, len(work.prompts[0]), C, micro_batch=MICRO_BATCH)
-    rows = rollout_rows(prompts_of(work.prompts), rollout, PAD, 1, packing)
+    rows = rollout_rows(prompts_of(work.prompts), rollout, PAD, 1, packing(cfg, shards=1))
     batch = Batch(
         **rows.arrays,
         adv_BT=rows.spread(np.array(work.advantages, np.float32)),
