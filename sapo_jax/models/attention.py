@@ -12,7 +12,7 @@ from flax import nnx
 
 from sapo_jax import kernels
 from sapo_jax.config.schema import Model
-from sapo_jax.models.layers import RMSNorm, parameter, zeros
+from sapo_jax.models.layers import RMSNorm, parameter, product, zeros
 from sapo_jax.models.rope import rotate
 from sapo_jax.sharding import constrain
 from sapo_jax.types import Array
@@ -76,7 +76,7 @@ class Attention(nnx.Module):
 
     def project(self, x_BTD: Array, rotations: tuple[Array, Array]) -> tuple[Array, Array, Array]:
         """q BTHh, k and v BTKh of the tokens: projected, normed per head, rotated."""
-        q, k, v = (jnp.einsum("btd,dnh->btnh", x_BTD, p[...].astype(x_BTD.dtype)) for p in (self.q, self.k, self.v))
+        q, k, v = (product(x_BTD, p[...].astype(x_BTD.dtype)) for p in (self.q, self.k, self.v))
         if self.biased:
             biases = (self.q_bias, self.k_bias, self.v_bias)
             q, k, v = (x + b[...].astype(x.dtype) for x, b in zip((q, k, v), biases, strict=True))
@@ -90,7 +90,7 @@ class Attention(nnx.Module):
         # rows that are split over `context`: each device has its part of the queries, and all keys and values
         k, v = (constrain(x, "batch", None, "kv_heads", None) for x in (k, v))
         out_BTHh = kernels.attention(q, k, v, positions_BT, segment_ids_BT, prefix_ids_BT)
-        out_BTD = jnp.einsum("bthk,hkd->btd", out_BTHh, self.o[...].astype(x_BTD.dtype))
+        out_BTD = product(out_BTHh, self.o[...].astype(x_BTD.dtype), over=2)
         return out_BTD + self.o_bias[...].astype(x_BTD.dtype) if self.biased else out_BTD, (k, v)
 
     def decoder(self, dtype) -> Callable:
