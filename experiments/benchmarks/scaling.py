@@ -3,13 +3,15 @@
     python experiments/benchmarks/scaling.py [--axes tokens,layers] [--repeats 3]     half an hour on two quiet cores
 
 The base is `small` of the comparison with the peers (workloads.py): 16 sequences of 64 + 192 tokens, 4 to a prompt; an
-update takes 4 rows at a time. For each point: median seconds of an update and of a rollout, what XLA reserves for the
-temporaries of the update, and how long both take to compile (each program new, without a cache on disk). Writes
-results/scaling.csv, a row for each point, and results/scaling.png; an axis that is not measured keeps its rows.
+update packs them and takes them in micro-batches as it does there (sapo_jobs.py). For each point: median seconds of an
+update and of a rollout, what XLA reserves for the temporaries of the update, and how long both take to compile (each
+program new, without a cache on disk). Writes results/scaling.csv, a row for each point, and results/scaling.png; an
+axis that is not measured keeps its rows.
 
 Expected: seconds about linear in sequences and layers, a little more than that in tokens (attention), less in the
-vocabulary (the head is a part of the work). Temporaries that do not grow with sequences, hardly with the vocabulary. An
-update compiles in the same time whatever its depth, for its layers are scanned; decoding is written out layer by layer.
+vocabulary (the head is a part of the work). Temporaries that do not grow with sequences beyond a micro-batch (8), and
+hardly with the vocabulary. An update compiles in the same time whatever its depth, for its layers are scanned; decoding
+is written out layer by layer.
 """
 
 from __future__ import annotations
@@ -29,17 +31,17 @@ from matplotlib.figure import Figure
 sys.path.append(str(Path(__file__).parent / "peers"))
 import sapo_jobs  # noqa: E402
 import workloads  # noqa: E402
-from diagnostics_cost import random_batch  # noqa: E402
+from worker import Work  # noqa: E402
 
+from sapo_jax import sharding  # noqa: E402
 from sapo_jax.analyze import write_csv  # noqa: E402
-from sapo_jax.config import Config, Diagnostics, Model  # noqa: E402
-from sapo_jax.learner import init_state, make_optimizer, make_update, policy_loss  # noqa: E402
+from sapo_jax.config import Mesh, Model  # noqa: E402
 from sapo_jax.models import make_policy  # noqa: E402
 from sapo_jax.plots import save  # noqa: E402
 from sapo_jax.rollout import Rule, Sampler  # noqa: E402
 
 RESULTS = Path(__file__).parents[1] / "results"
-PROMPT, GROUP, MICRO_BATCH = workloads.PROMPT_TOKENS, workloads.GROUP, 4
+PROMPT, GROUP = workloads.PROMPT_TOKENS, workloads.GROUP
 BASE = {"tokens": 256, "sequences": 16, "vocabulary": 4096, "layers": 6}
 AXES = {
     "tokens": (128, 256, 512, 1024, 2048),  # of a sequence, 64 of them its prompt's
@@ -53,19 +55,27 @@ QUANTITIES = {
 }  # fmt: skip
 
 
+def random_work(shape: Model, tokens: int, sequences: int) -> Work:
+    rng, size = np.random.default_rng(0), (sequences, tokens - PROMPT)
+    return Work(
+        name="small", model="", prompts=rng.integers(1, shape.vocab_size, (sequences // GROUP, PROMPT)).tolist(),
+        group=GROUP, completions=rng.integers(1, shape.vocab_size, size).tolist(),
+        old_logp=np.full(size, -np.log(shape.vocab_size)).tolist(), advantages=rng.normal(size=sequences).tolist(),
+        slots=0, clip=0.2, learning_rate=1e-6, max_grad_norm=1.0, requests={},
+    )  # fmt: skip
+
+
 def measure(shape: Model, tokens: int, sequences: int, repeats: int) -> dict[str, float]:
     """QUANTITIES of one point."""
     jax.clear_caches()  # axes share points: a program that is there already would compile in no time
-    policy = make_policy(shape)
+    work, policy, mesh = random_work(shape, tokens, sequences), make_policy(shape), sharding.make_mesh(Mesh())
     params = jax.jit(policy.init)(jax.random.key(0))
-    rollout_s, rollout_compile_s = sampling(policy, params, tokens - PROMPT, sequences, repeats)
-    cfg = Config(model=shape, diagnostics=Diagnostics(every=0))
-    tx = make_optimizer(cfg.optimizer, 1000)
-    batch = random_batch(shape, sequences, tokens, tokens - PROMPT)
-    batch = dataclasses.replace(batch, old_logp_BT=np.full_like(batch.adv_BT, -np.log(shape.vocab_size)))
-    state, batch = init_state(params, tx), jax.device_put(batch)
+    rollout_s, rollout_compile_s = sampling(policy, params, work, repeats)
+    cfg = dataclasses.replace(sapo_jobs.config(work), model=shape)
+    jitted, state, batch = sapo_jobs.updating(sapo_jobs.Setting(cfg, mesh, policy, params), work)
+    batch = sharding.put_batch(batch, mesh)
     start = time.perf_counter()
-    compiled = make_update(policy, tx, policy_loss(cfg), MICRO_BATCH).lower(state, batch).compile()
+    compiled = jitted.lower(state, batch).compile()
     compile_s = time.perf_counter() - start
 
     def update():
@@ -80,12 +90,10 @@ def measure(shape: Model, tokens: int, sequences: int, repeats: int) -> dict[str
     }  # fmt: skip
 
 
-def sampling(policy, params, new_tokens: int, sequences: int, repeats: int) -> tuple[float, float]:
+def sampling(policy, params, work: Work, repeats: int) -> tuple[float, float]:
     """Median seconds of a rollout of equal lengths, and of its first one beyond that."""
-    rng = np.random.default_rng(0)
-    ids = rng.integers(1, policy.cfg.vocab_size, (sequences // GROUP, PROMPT)).tolist()
-    prompts = sapo_jobs.prompts_of(ids)
-    sampler = Sampler(policy, Rule(), GROUP, new_tokens, (), 0)
+    prompts = sapo_jobs.prompts_of(work.prompts)
+    sampler = Sampler(policy, Rule(), GROUP, len(work.completions[0]), (), sapo_jobs.PAD)
     keys = iter(jax.random.split(jax.random.key(0), repeats + 2))
     run = lambda: sampler(params, prompts, next(keys))
     start = time.perf_counter()

@@ -43,7 +43,7 @@ def make_trainer(work: Work) -> Trainer:
         per_device_train_batch_size=B, gradient_accumulation_steps=1, gradient_checkpointing=False,
         num_generations=work.group, max_completion_length=C, generation_kwargs={"min_new_tokens": C},
         loss_type="grpo", beta=0.0, epsilon=work.clip, learning_rate=work.learning_rate, lr_scheduler_type="constant",
-        max_grad_norm=work.max_grad_norm, adam_beta2=0.95, weight_decay=0.0,
+        max_grad_norm=work.max_grad_norm, adam_beta2=0.95, weight_decay=0.0, router_aux_loss_coef=0.0,
     )  # fmt: skip
     return Trainer(
         AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32),
