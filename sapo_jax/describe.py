@@ -158,7 +158,7 @@ def memory(cfg: Config, vocab_size: int) -> Memory:
     n = max(rows, cfg.cold_start.batch_size if cfg.cold_start.steps else 0) / shards
     layer_bytes = [_layer_bytes(model, sparse, n * T, T, itemsize, mesh.tensor) for sparse in model.sparse_layers]
     everything, results, inputs = (sum(kinds) for kinds in zip(*layer_bytes, strict=True))
-    kept = n * T if T > SHORT else 0  # tokens whose attention is
+    kept = n * T if T > SHORT else 0  # tokens whose attention is kept
     attended = model.num_hidden_layers * kept * itemsize * model.num_attention_heads * model.head_dim / mesh.tensor
     activations = {
         "none": everything, "dots": results + attended, "attention": inputs + attended, "full": inputs

@@ -56,12 +56,13 @@ QUANTITIES = {
 
 
 def random_work(shape: Model, tokens: int, sequences: int) -> Work:
+    """Sequences of so many tokens, those of the prompt among them."""
     rng, size = np.random.default_rng(0), (sequences, tokens - PROMPT)
     return Work(
         name="small", model="", prompts=rng.integers(1, shape.vocab_size, (sequences // GROUP, PROMPT)).tolist(),
         group=GROUP, completions=rng.integers(1, shape.vocab_size, size).tolist(),
         old_logp=np.full(size, -np.log(shape.vocab_size)).tolist(), advantages=rng.normal(size=sequences).tolist(),
-        slots=0, clip=0.2, learning_rate=1e-6, max_grad_norm=1.0, requests={},
+        slots=0, requests={}, **workloads.TRAINING,
     )  # fmt: skip
 
 
@@ -78,13 +79,8 @@ def measure(shape: Model, tokens: int, sequences: int, repeats: int) -> dict[str
     compiled = jitted.lower(state, batch).compile()
     compile_s = time.perf_counter() - start
 
-    def update():
-        nonlocal state
-        state, _ = compiled(state, batch)
-        return state
-
     return {
-        "update_s": seconds(update, repeats), "rollout_s": rollout_s,
+        "update_s": seconds(sapo_jobs.repeated(compiled, state, batch), repeats), "rollout_s": rollout_s,
         "temporaries_mb": compiled.memory_analysis().temp_size_in_bytes / 1e6,
         "update_compile_s": compile_s, "rollout_compile_s": rollout_compile_s,
     }  # fmt: skip

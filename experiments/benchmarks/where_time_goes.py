@@ -56,13 +56,7 @@ def update_program(at: sapo_jobs.Setting, work: Work) -> Program:
     update, state, batch = sapo_jobs.updating(at, work)
     batch = sharding.put_batch(batch, at.mesh)
     compiled = update.lower(state, batch).compile()
-
-    def run():
-        nonlocal state
-        state, aux = compiled(state, batch)
-        return state, aux
-
-    return compiled.as_text(), run
+    return compiled.as_text(), sapo_jobs.repeated(compiled, state, batch)
 
 
 PROGRAMS = {"rollout": rollout_program, "update": update_program}

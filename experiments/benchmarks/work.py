@@ -49,9 +49,7 @@ def write_work(name: str, folder: Path) -> Path:
         old_logp=[],
         advantages=advantages.reshape(-1).tolist(),
         slots=workloads.SLOTS,
-        clip=0.2,
-        learning_rate=1e-6,
-        max_grad_norm=1.0,
+        **workloads.TRAINING,
         requests={
             "rollout": Requests(prompts, equal),
             "tail16": Requests(prompts, workloads.lengths(B)),

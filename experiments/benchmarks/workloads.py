@@ -12,6 +12,7 @@ import numpy as np
 PROMPTS, GROUP, PROMPT_TOKENS, NEW_TOKENS = 4, 4, 64, 192
 SLOTS = 16  # sequences decoded at a time, where there are more requests
 REQUESTS = 64  # of the workload with slots: 16 prompts x 4
+TRAINING = {"clip": 0.2, "learning_rate": 1e-6, "max_grad_norm": 1.0}  # of an update
 
 _SMALL = {
     "vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4,

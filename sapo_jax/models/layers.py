@@ -44,11 +44,12 @@ def _product(x: Array, w: Array, over: int) -> Array:
 
 def _product_backward(over: int, kept, d_out: Array) -> tuple[Array, Array]:
     x, w = kept
-    tokens, inside, outside = tuple(range(x.ndim - over)), tuple(range(over, w.ndim)), x.ndim - over
-    d_x = jnp.tensordot(d_out, w, (tuple(range(outside, d_out.ndim)), inside))
+    tokens, results = tuple(range(x.ndim - over)), w.ndim - over  # the dims of tokens; how many those of a result are
+    last = tuple(range(-results, 0))
+    d_x = jnp.tensordot(d_out, w, (last, last))
     if math.prod(w.shape[:over]) <= math.prod(w.shape[over:]):
         return d_x, jnp.tensordot(x, d_out, (tokens, tokens))
-    return d_x, jnp.moveaxis(jnp.tensordot(d_out, x, (tokens, tokens)), range(len(inside)), inside)
+    return d_x, jnp.moveaxis(jnp.tensordot(d_out, x, (tokens, tokens)), range(results), last)
 
 
 _product.defvjp(lambda x, w, over: (jnp.tensordot(x, w, over), (x, w)), _product_backward)

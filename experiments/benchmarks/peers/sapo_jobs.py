@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -28,7 +29,7 @@ from sapo_jax.rollout import Rows, Rule, Sampler, rollout_rows
 from sapo_jax.run import Run
 from sapo_jax.scoring import make_scorer
 from sapo_jax.trainer import make_trainer, packing
-from sapo_jax.types import Batch, Params, Prompt, Rollout
+from sapo_jax.types import Batch, Params, Prompt, Rollout, TrainState
 
 sys.path.append(str(Path(__file__).parents[1]))
 import workloads  # noqa: E402
@@ -107,6 +108,17 @@ def updating(at: Setting, work: Work) -> tuple:
     rows, batch = given_rows(work, at.cfg)
     state = jax.device_put(init_state(at.params, tx), sharding.replicated(at.mesh))  # as the next ones will be
     return make_update(at.policy, tx, loss, rows.micro_batch), state, batch
+
+
+def repeated(update: Callable, state: TrainState, batch: Batch) -> Callable[[], tuple[TrainState, dict]]:
+    """One more update, from the state that the last one left."""
+
+    def run() -> tuple[TrainState, dict]:
+        nonlocal state
+        state, aux = update(state, batch)
+        return state, aux
+
+    return run
 
 
 def update_job(work: Work) -> Job:
