@@ -86,7 +86,7 @@ def decode_attention(q_BKGh, k_BKhT, v_BKTh, first_B, last, live_B) -> Array:
 
 
 def few_rows_product(
-    w: Array, *dims: str | None, rows: str = "batch", over: int = 1, dtype=None
+    w: Array, *dims: str | None, rows: str | None = "batch", over: int = 1, dtype=None
 ) -> Callable[[Array], Array]:
     """x [B, D] -> x w [B, ...], w [D, ...], for a decode loop; w is laid out here, once. dtype: of the result.
 

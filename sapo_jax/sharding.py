@@ -31,10 +31,9 @@ RULES: dict[str, str | tuple[str, ...]] = {
     "sequence": "context",
     "between": ("context", "tensor"),  # the tokens of a row between layers: models.qwen3.between_layers
     "tokens": ("data", "fsdp", "expert", "context"),  # rows of tokens, put one behind the other
-    # while decoding: weights stay where they are, the few tokens of a step go to them
-    "decode_tokens": ("data", "expert"),
+    # while decoding, which each replica does by itself: weights stay where they are, a step's few tokens go to them
+    "decode_tokens": "expert",
     "decode_experts": ("fsdp", "expert"),
-    "routed_tokens": "data",
     "decode_mlp": ("tensor", "fsdp"),
     "decode_vocab": ("tensor", "fsdp"),
 }
@@ -145,6 +144,26 @@ def lay_out(w: jax.Array, *dims: str | None) -> jax.Array:
 def sequence(T: int, name: str = "sequence") -> str | None:
     """The logical name of a dim of T tokens: rows too short to be cut evenly over its mesh axes stay whole."""
     return None if jax.sharding.get_abstract_mesh().empty or T % shards(name) else name
+
+
+def replicas(mesh: jax.sharding.Mesh) -> list[jax.sharding.Mesh]:
+    """The parts of a mesh that hold all parameters each: one for each index of `data`, its first axis."""
+    part = lambda i: jax.sharding.Mesh(mesh.devices[i : i + 1], mesh.axis_names, axis_types=mesh.axis_types)
+    return [part(i) for i in range(len(mesh.devices))]
+
+
+def on_replica(params, replica: jax.sharding.Mesh):
+    """Parameters that are laid out over the whole mesh -> a replica's own, where they lie: nothing is copied (but
+    arrays that are on one device alone)."""
+    devices = set(replica.devices.flat)
+
+    def own(x: jax.Array) -> jax.Array:
+        if not isinstance(x.sharding, NamedSharding):
+            return jax.device_put(x, replicated(replica))
+        shards = [shard.data for shard in x.addressable_shards if shard.device in devices]
+        return jax.make_array_from_single_device_arrays(x.shape, NamedSharding(replica, x.sharding.spec), shards)
+
+    return jax.tree.map(own, params)
 
 
 def put_batch(tree, mesh: jax.sharding.Mesh):

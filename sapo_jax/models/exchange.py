@@ -41,9 +41,8 @@ def _dims(experts: str, embed: str | None) -> tuple[tuple[str | None, ...], ...]
 
 
 def to_all(tokens: int, E: int) -> bool:
-    """Whether this many tokens of a decoding step pass every expert; then each device has all of its data shard."""
-    few = FEW["tpu" if on_tpu() else "cpu"] * shards("routed_tokens")
-    return tokens <= few and E % shards("decode_experts") == 0
+    """Whether this many tokens of a decoding step pass every expert; then each device has all of them."""
+    return tokens <= FEW["tpu" if on_tpu() else "cpu"] and E % shards("decode_experts") == 0
 
 
 def decoding_experts(gate_EDF, up_EDF, down_EFD) -> Callable:
@@ -54,8 +53,8 @@ def decoding_experts(gate_EDF, up_EDF, down_EFD) -> Callable:
     """
     E = len(gate_EDF)  # of what follows, what is not used is no work
     joined_DcEF = jnp.stack([gate_EDF, up_EDF], axis=1).transpose(2, 1, 0, 3)
-    both = kernels.few_rows_product(joined_DcEF, None, None, "decode_experts", "mlp", rows="routed_tokens")
-    down = kernels.few_rows_product(down_EFD, "decode_experts", "mlp", None, rows="routed_tokens", over=2)
+    both = kernels.few_rows_product(joined_DcEF, None, None, "decode_experts", "mlp", rows=None)
+    down = kernels.few_rows_product(down_EFD, "decode_experts", "mlp", None, rows=None, over=2)
     sort = _sorting(gate_EDF, up_EDF, down_EFD)
 
     def mix(x_BD, ids_Bk, gate_Bk) -> Array:

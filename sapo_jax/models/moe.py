@@ -94,7 +94,7 @@ class MoE(nnx.Module):
 
         def mlp(x_BD: Array) -> tuple[Array, Array]:
             if to_all(len(x_BD), self.router.shape[1]):  # gathered before they are routed: one collective, not three
-                x_BD = lay_out(x_BD, "routed_tokens", None)
+                x_BD = lay_out(x_BD, None, None)
             _, _, ids_B1k, gate_B1k = self._route(x_BD[:, None], router_DE)
             ids_Bk, gate_Bk = ids_B1k[:, 0], gate_B1k[:, 0].astype(dtype)
             return experts(x_BD, ids_Bk, gate_Bk), ids_Bk.astype(id_dtype)

@@ -46,14 +46,15 @@ def plan(
         verify(cfg, devices=topology.devices, vocab_size=cfg.model.vocab_size)
     except ConfigError as error:
         raise PlanError(str(error)) from None
-    programs, fabric = Programs(cfg, mesh), Fabric.of(topology, mesh)
+    programs = Programs(cfg, mesh)
     work, reports = programs.work, {}
     for name in functions or FUNCTIONS:
-        compiled = compile_cached(programs.lower(name), topology.name)
+        running = programs.running(name)
+        compiled, fabric = compile_cached(running.lower(name), topology.name), Fabric.of(topology, running.mesh)
         resident = 0 if name == "update" else programs.moment_bytes
         reports[name] = function_report(name, compiled, programs, topology, fabric, resident)
         if not reports[name]["largest_buffers"]:  # refused, and the compiler names none
-            reports[name]["largest_buffers"] = programs.largest_arguments(name)
+            reports[name]["largest_buffers"] = running.largest_arguments(name)
     mean = work.new_tokens if mean_tokens is None else mean_tokens
     return {
         "config": cfg.name, "topology": topology.name, "devices": topology.devices, "mesh": dict(mesh.shape),

@@ -57,10 +57,11 @@ def measure(cfg: Config, functions: Sequence[str]) -> dict[str, Any]:
     programs = Programs(cfg, sharding.make_mesh(cfg.mesh))
     work, devices = programs.work, programs.mesh.size
     for name in functions:
-        compiled = programs.lower(name).compile()
-        costs = program_costs(parse(compiled.as_text()), open_trips=programs.open_trips(name), live=programs.live)
-        predicted = devices * (costs.flops / speed["flops"] + costs.hbm_bytes / speed["hbm"])
-        arguments = lambda name=name: _arguments(programs, name)
+        running = programs.running(name)
+        compiled = running.lower(name).compile()
+        costs = program_costs(parse(compiled.as_text()), open_trips=running.open_trips(name), live=running.live)
+        predicted = running.mesh.size * (costs.flops / speed["flops"] + costs.hbm_bytes / speed["hbm"])
+        arguments = lambda name=name, running=running: _arguments(running, name)
         measured = median_seconds(compiled, arguments=arguments)
         useful = useful_flops(cfg, work)[name]
         reports[name] = {

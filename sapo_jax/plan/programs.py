@@ -27,7 +27,8 @@ from sapo_jax.scoring import make_scorer
 from sapo_jax.types import Batch
 
 NO_STOP = (-1,)  # no token ends a completion: all have their full length
-FUNCTIONS = "update", "score", "prefill", "decode"
+SAMPLING = "prefill", "decode"
+FUNCTIONS = "update", "score", *SAMPLING
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +103,17 @@ class Programs:
 
     cfg: Config
     mesh: jax.sharding.Mesh
+
+    @functools.cached_property
+    def replica(self) -> Programs:
+        """Of a replica of the parameters, which samples its share of the prompts by itself (rollout.Sampler)."""
+        rollout, n = self.cfg.rollout, len(self.mesh.devices)
+        share = dataclasses.replace(rollout, prompts_per_step=rollout.prompts_per_step // n, slots=rollout.slots // n)
+        return Programs(dataclasses.replace(self.cfg, rollout=share), sharding.replicas(self.mesh)[0])
+
+    def running(self, name: str) -> Programs:
+        """Those that the function is of: of the whole mesh, or of each of its replicas."""
+        return self.replica if name in SAMPLING else self
 
     @functools.cached_property
     def policy(self) -> Policy:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from sapo_jax.models import KVCache, Policy, Qwen3
 from sapo_jax.rollout.choice import Rule
 from sapo_jax.rollout.decode import Requests, Slots, decode, first_slots, is_stop
 from sapo_jax.rollout.rows import left_padded
-from sapo_jax.sharding import constrain, host_rows, put_batch
+from sapo_jax.sharding import constrain, host_rows, on_replica, put_batch, replicas
 from sapo_jax.types import FINISH_REASONS, Array, Params, Prompt, Rollout
 
 STOP, LENGTH = (FINISH_REASONS.index(reason) for reason in ("stop", "length"))
@@ -34,7 +35,7 @@ class Sampler:
     stop_ids: tuple[int, ...]
     pad_id: int
     record_routing: bool = False
-    slots: int = 0  # completions that are written at a time; 0: all of them
+    slots: int = 0  # completions that are written at a time, over all replicas; 0: all of them
 
     def __post_init__(self):
         if self.record_routing and not any(self.policy.cfg.sparse_layers):
@@ -61,10 +62,33 @@ class Sampler:
         program. Of several processes each passes its team's prompts, all the same number once padded, and gets their
         completions.
         """
-        mesh, B = jax.sharding.get_mesh(), len(prompts) * self.group_size
-        inputs = self.inputs(prompts, batch_prompts, limit_B)
-        rollout = _sample(self, params, *(inputs if mesh.empty else put_batch(inputs, mesh)), key)
-        return jax.tree.map(lambda x: x[:B], host_rows(rollout, mesh))
+        mesh, inputs = jax.sharding.get_mesh(), self.inputs(prompts, batch_prompts, limit_B)
+        if mesh.empty:
+            rollout = jax.device_get(_sample(self, params, *inputs, key))
+        else:
+            rollout = self._on_mesh(mesh, params, inputs, key)
+        return jax.tree.map(lambda x: x[: len(prompts) * self.group_size], rollout)
+
+    def _on_mesh(self, mesh: jax.sharding.Mesh, params: Params, inputs: tuple[np.ndarray, ...], key: Array) -> Rollout:
+        """Each replica of the parameters samples its share of the prompts in a program of its own, so that no step
+        waits for another replica. Of several processes each runs those of the replicas that it has devices of."""
+        own = [r for r in replicas(mesh) if any(d.process_index == jax.process_index() for d in r.devices.flat)]
+        P, n = len(inputs[0]), len(own)
+        if P % n:
+            raise ValueError(f"{P} prompts cannot be split over {n} replicas (mesh.data); pad them with batch_prompts")
+        sampler = dataclasses.replace(self, slots=-(-self.slots // len(mesh.devices)))
+        seed, impl = np.asarray(jax.random.key_data(key)), jax.random.key_impl(key)  # the key itself is of the mesh
+
+        def start(replica: jax.sharding.Mesh, share: tuple[np.ndarray, ...]) -> Rollout:
+            with jax.set_mesh(replica):
+                key = jax.random.wrap_key_data(seed, impl=impl)
+                return _sample(sampler, on_replica(params, replica), *put_batch(share, replica), key)
+
+        shares = zip(*(np.split(x, n) for x in inputs), strict=True)
+        with ThreadPoolExecutor(n) as pool:  # the first time each compiles its program
+            started = list(pool.map(start, own, shares))
+        rollouts = [host_rows(rollout, replica) for rollout, replica in zip(started, own, strict=True)]
+        return jax.tree.map(lambda *rows: np.concatenate(rows), *rollouts)
 
     def inputs(
         self, prompts: Sequence[Prompt], batch_prompts: int = 0, limit_B: Sequence[int] | None = None
