@@ -99,6 +99,19 @@ def test_a_failed_or_different_side_is_reported(module):
     assert [f["who"] for f in compare.figures(("small", "rollout"), found)] == ["ours", "hf"]
 
 
+def test_whose_environment_differs(module, monkeypatch, tmp_path):
+    """A setting of the one who measures goes before ours."""
+    monkeypatch.setenv("PATH", "/bin")
+    monkeypatch.delenv("JAX_NUM_CPU_DEVICES", raising=False)
+    environment = module("compare").environment
+    devices = lambda who, workload: environment(who, workload, tmp_path).get("JAX_NUM_CPU_DEVICES")
+    assert [devices("ours", "small"), devices("ours", "mid"), devices("hf", "small")] == ["2", "1", None]
+    assert environment("vllm", "mid", tmp_path)["LD_PRELOAD"].endswith("vllm/lib/libiomp5.so")
+    assert environment("hf", "mid", tmp_path)["PATH"] == "/bin"
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "4")
+    assert devices("ours", "small") == "4"
+
+
 # ---------------------------------------------------------------- turns
 
 RUNNER = """

@@ -45,6 +45,7 @@ ROWS = {  # (workload, job) -> the peers that do it
     ("moe", "rollout"): "tunix hf",
 }
 NEEDS_GB = {("vocab", "update"): 20.0, ("vocab", "score"): 12.0, ("mid", "update"): 13.0}  # with all that take part
+DEVICES = {"small": 2}  # of ours, where more than 1 pay on two cores, unless JAX_NUM_CPU_DEVICES says another number
 APART = {("vocab", "update")}  # one peer with us at a time: they do not fit into memory together
 
 
@@ -84,11 +85,14 @@ def command(who: str, folder: Path) -> list[str]:
     return [str(python_of(folder, PEERS[who])), str(HERE / "peers" / f"{who}_jobs.py")]
 
 
-def environment(who: str, folder: Path) -> dict[str, str]:
-    """vLLM asks for its OpenMP runtime to be loaded first; others stay as their users find them."""
-    if who != "vllm":
-        return dict(os.environ)
-    return os.environ | {"LD_PRELOAD": str((folder / "vllm" / "lib" / "libiomp5.so").resolve())}
+def environment(who: str, workload: str, folder: Path) -> dict[str, str]:
+    """vLLM asks for its OpenMP runtime to be loaded first; ours shares a small model's batch out to CPU devices;
+    others stay as their users find them."""
+    added = {
+        "vllm": {"LD_PRELOAD": str((folder / "vllm" / "lib" / "libiomp5.so").resolve())},
+        OURS: {"JAX_NUM_CPU_DEVICES": os.environ.get("JAX_NUM_CPU_DEVICES", str(DEVICES.get(workload, 1)))},
+    }
+    return os.environ | added.get(who, {})
 
 
 def measure(row: tuple[str, str], peers: Sequence[str], args: argparse.Namespace, say) -> dict[str, Measured]:
@@ -98,7 +102,9 @@ def measure(row: tuple[str, str], peers: Sequence[str], args: argparse.Namespace
     found = {who: Measured() for who in (OURS, *peers)}
     for group in [[peer] for peer in peers] if row in APART else [peers]:
         start = {
-            who: lambda who=who: Runner([*command(who, args.folder), str(path), job], environment(who, args.folder))
+            who: lambda who=who: Runner(
+                [*command(who, args.folder), str(path), job], environment(who, workload, args.folder)
+            )
             for who in (OURS, *group)
         }
         take_turns(start, found, args.runs, args.lock, say)

@@ -6,7 +6,6 @@ A2, which no peer computes. `iteration` is a step of the trainer, verifier proce
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import sys
 import tempfile
@@ -59,7 +58,7 @@ def prompts_of(ids: list[list[int]]) -> list[Prompt]:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A policy on the mesh."""
+    """A policy on the mesh, which is set."""
 
     cfg: Config
     mesh: jax.sharding.Mesh
@@ -69,15 +68,16 @@ class Setting:
     @classmethod
     def of(cls, work: Work) -> Setting:
         cfg, mesh = config(work), sharding.make_mesh(Mesh())
+        jax.set_mesh(mesh)  # from here on, as `run.open_run` does
         policy = make_policy(cfg.model)
         return cls(cfg, mesh, policy, load_params(work.model, policy, mesh))
 
 
-def given_rows(work: Work, cfg: Config) -> tuple[Rows, Batch]:
+def given_rows(work: Work, cfg: Config, shards: int) -> tuple[Rows, Batch]:
     """The completions to score and to train on, as the trainer packs them; B = P G values go to their tokens."""
     B, C = len(work.completions), len(work.completions[0])
     rollout = Rollout(np.array(work.completions, np.int32), None, np.full(B, C, np.int32), None)
-    rows = rollout_rows(prompts_of(work.prompts), rollout, PAD, 1, packing(cfg, shards=1))
+    rows = rollout_rows(prompts_of(work.prompts), rollout, PAD, 1, packing(cfg, shards))
     batch = Batch(
         **rows.arrays,
         adv_BT=rows.spread(np.array(work.advantages, np.float32)),
@@ -89,7 +89,7 @@ def given_rows(work: Work, cfg: Config) -> tuple[Rows, Batch]:
 
 def score_job(work: Work) -> Job:
     at = Setting.of(work)
-    rows, batch = given_rows(work, at.cfg)
+    rows, batch = given_rows(work, at.cfg, sharding.shards("batch", at.mesh))
     scorer = make_scorer(at.policy, at.cfg.rollout.temperature, rows.micro_batch)
     run = lambda: np.asarray(scorer(at.params, sharding.put_batch(batch, at.mesh))[0])
 
@@ -105,7 +105,7 @@ def updating(at: Setting, work: Work) -> tuple:
     """The jitted update, the state that it starts from, and its batch on the host."""
     tx = make_optimizer(at.cfg.optimizer, 1000)
     loss = policy_loss(dataclasses.replace(at.cfg, diagnostics=Diagnostics(every=0)))
-    rows, batch = given_rows(work, at.cfg)
+    rows, batch = given_rows(work, at.cfg, sharding.shards("batch", at.mesh))
     state = jax.device_put(init_state(at.params, tx), sharding.replicated(at.mesh))  # as the next ones will be
     return make_update(at.policy, tx, loss, rows.micro_batch), state, batch
 
@@ -166,7 +166,6 @@ def iteration_job(work: Work) -> Job:
     pool = VerifierPool(at.cfg.rewards)
     folder = Path(tempfile.mkdtemp())
     run = Run(at.cfg, folder, Parity(), None, at.policy, at.mesh, pool, ALONE, {"now": False})
-    contextlib.ExitStack().enter_context(jax.set_mesh(at.mesh))
     trainer, tx = make_trainer(run, None)
     prompts, state, steps = prompts_of(work.prompts), [run.fresh_state(tx, at.params)], iter(range(10**6))
 
