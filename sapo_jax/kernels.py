@@ -91,9 +91,10 @@ def few_rows_product(
     """x [B, D] -> x w [B, ...], w [D, ...], for a decode loop; w is laid out here, once. dtype: of the result.
 
     over: so many dims of w stand for D.
-    On a mesh by `dims`, its logical dims; `rows` is the one of B, in x and in the result (see sharding.lay_out). On a
-    CPU alone the product is (w^T x^T)^T: XLA packs the right operand of a product anew each time, of these two the
-    small one. Measured with 16 rows and a weight that is not in the processor's cache: 0.5 to 0.8 of the time.
+    On a mesh by `dims`, its logical dims; `rows` is the one of B, in x and in the result (see sharding.lay_out; None:
+    each device has all). On a CPU alone the product is (w^T x^T)^T: XLA packs the right operand of a product anew each
+    time, of these two the small one. Measured with 16 rows and a weight that is not in the processor's cache: 0.5 to
+    0.8 of the time.
     """
     if not alone() or on_tpu():
         w = lay_out(w, *dims)

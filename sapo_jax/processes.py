@@ -1,10 +1,11 @@
 """Several processes as one job (jax.distributed, one controller per host): who works on what, and what they agree on.
 
-Every process runs the same program and makes the same calls in the same order. A batch is split over the mesh's data
-and fsdp axes; processes that hold the same rows are a `team`. A group of completions belongs to one team, so it never
-straddles processes that do not share it; the team samples it, and its members share out the verifying. What is decided
-on the host (rewards, stop, what is on disk) is told to all by `gather`, or decided by the first and told by
-`from_first`, so that no process can go another way. With a single process all of this costs nothing.
+Every process runs the same program and makes the same calls in the same order (but while sampling, which each replica
+of the parameters does with its own processes). A batch is split over the mesh's data and fsdp axes; processes that hold
+the same rows are a `team`. A group of completions belongs to one team: it never straddles processes that do not share
+it; the team samples it, and its members share out the verifying. What is decided on the host (rewards, stop, what is on
+disk) is told to all by `gather`, or decided by the first and told by `from_first`, so that no process can go another
+way. With a single process all of this costs nothing.
 """
 
 from __future__ import annotations

@@ -153,12 +153,12 @@ def replicas(mesh: jax.sharding.Mesh) -> list[jax.sharding.Mesh]:
 
 
 def on_replica(params, replica: jax.sharding.Mesh):
-    """Parameters that are laid out over the whole mesh -> a replica's own, where they lie: nothing is copied (but
-    arrays that are on one device alone)."""
+    """Parameters that are laid out over the whole mesh -> a replica's own, where they lie: nothing is copied but what
+    does not lie on all of the replica's devices."""
     devices = set(replica.devices.flat)
 
     def own(x: jax.Array) -> jax.Array:
-        if not isinstance(x.sharding, NamedSharding):
+        if not (isinstance(x.sharding, NamedSharding) and devices <= x.sharding.device_set):
             return jax.device_put(x, replicated(replica))
         shards = [shard.data for shard in x.addressable_shards if shard.device in devices]
         return jax.make_array_from_single_device_arrays(x.shape, NamedSharding(replica, x.sharding.spec), shards)

@@ -122,6 +122,8 @@ def main() -> None:
     print(f"this machine: {speed['flops'] / 1e9:.0f} GFLOP/s (1024^3, float32), {speed['hbm'] / 1e9:.1f} GB/s (x + 1)")
     work = Work.read(work_files.write_work(args.workload, args.folder))
     at = sapo_jobs.Setting.of(work)
+    if at.mesh.size > 1:
+        parser.error("JAX_NUM_CPU_DEVICES: the programs of one device are traced; unset it")
     for job in [args.job] if args.job else PROGRAMS:
         report(job, at, work)
 

@@ -49,12 +49,12 @@ def plan(
     programs = Programs(cfg, mesh)
     work, reports = programs.work, {}
     for name in functions or FUNCTIONS:
-        running = programs.running(name)
-        compiled, fabric = compile_cached(running.lower(name), topology.name), Fabric.of(topology, running.mesh)
+        own = programs.of(name)
+        compiled, fabric = compile_cached(own.lower(name), topology.name), Fabric.of(topology, own.mesh)
         resident = 0 if name == "update" else programs.moment_bytes
         reports[name] = function_report(name, compiled, programs, topology, fabric, resident)
         if not reports[name]["largest_buffers"]:  # refused, and the compiler names none
-            reports[name]["largest_buffers"] = running.largest_arguments(name)
+            reports[name]["largest_buffers"] = own.largest_arguments(name)
     mean = work.new_tokens if mean_tokens is None else mean_tokens
     return {
         "config": cfg.name, "topology": topology.name, "devices": topology.devices, "mesh": dict(mesh.shape),

@@ -52,18 +52,18 @@ def calibrate(rounds: int = 16) -> dict[str, float]:
 
 
 def measure(cfg: Config, functions: Sequence[str]) -> dict[str, Any]:
-    """{"calibration", "functions": {name: predicted and measured seconds, ...}}."""
+    """{"calibration", "functions": {name: predicted and measured seconds, ...}}; prefill and decode of one replica."""
     speed, reports = calibrate(), {}
     programs = Programs(cfg, sharding.make_mesh(cfg.mesh))
-    work, devices = programs.work, programs.mesh.size
     for name in functions:
-        running = programs.running(name)
-        compiled = running.lower(name).compile()
-        costs = program_costs(parse(compiled.as_text()), open_trips=running.open_trips(name), live=running.live)
-        predicted = running.mesh.size * (costs.flops / speed["flops"] + costs.hbm_bytes / speed["hbm"])
-        arguments = lambda name=name, running=running: _arguments(running, name)
+        own = programs.of(name)
+        devices = own.mesh.size
+        compiled = own.lower(name).compile()
+        costs = program_costs(parse(compiled.as_text()), open_trips=own.open_trips(name), live=own.live)
+        predicted = devices * (costs.flops / speed["flops"] + costs.hbm_bytes / speed["hbm"])
+        arguments = lambda name=name, own=own: _arguments(own, name)
         measured = median_seconds(compiled, arguments=arguments)
-        useful = useful_flops(cfg, work)[name]
+        useful = useful_flops(own.cfg, own.work)[name]
         reports[name] = {
             "flops": costs.flops * devices,
             "flops_ratio": costs.flops * devices / useful,

@@ -108,11 +108,13 @@ class Programs:
     def replica(self) -> Programs:
         """Of a replica of the parameters, which samples its share of the prompts by itself (rollout.Sampler)."""
         rollout, n = self.cfg.rollout, len(self.mesh.devices)
-        share = dataclasses.replace(rollout, prompts_per_step=rollout.prompts_per_step // n, slots=rollout.slots // n)
+        share = dataclasses.replace(
+            rollout, prompts_per_step=rollout.prompts_per_step // n, slots=-(-rollout.slots // n)
+        )
         return Programs(dataclasses.replace(self.cfg, rollout=share), sharding.replicas(self.mesh)[0])
 
-    def running(self, name: str) -> Programs:
-        """Those that the function is of: of the whole mesh, or of each of its replicas."""
+    def of(self, name: str) -> Programs:
+        """Those to lower a function with, as runs have it: of the whole mesh, or of each of its replicas."""
         return self.replica if name in SAMPLING else self
 
     @functools.cached_property
@@ -222,7 +224,7 @@ class Programs:
         return jax.jit(run), self.params, *self._prompts()
 
     def _decode(self):
-        """The decode loop over all completions, from what prefill leaves."""
+        """The decode loop over all completions of the mesh, from what prefill leaves."""
         sampler = self.sampler
         placed = sharding.batch_sharding(self.mesh)
         rows = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed if x.ndim else None)

@@ -25,7 +25,7 @@ MODEL = (
 def function_report(
     name: str, compiled: Compiled, programs: Programs, topology: Topology, fabric: Fabric, resident: int
 ) -> dict[str, Any]:
-    """One function, over all devices. fabric: of those that one program runs on (`Programs.running`). resident: bytes
+    """One function, over all devices. fabric: of those that one program runs on (`Programs.of`). resident: bytes
     on a device that stay there, unseen by the program."""
     limit, work = topology.chip.memory, programs.work
     common = {"usable_gib": limit / GiB, "resident_elsewhere_gib": resident / GiB, "compile_seconds": compiled.seconds}
@@ -40,7 +40,8 @@ def function_report(
             **common,
         }
     module = parse(compiled.hlo)
-    costs = program_costs(module, open_trips=programs.running(name).open_trips(name), live=programs.live)
+    own = programs.of(name)
+    costs = program_costs(module, open_trips=own.open_trips(name), live=own.live)
     found = times(costs, topology.chip, fabric)
     useful, peak = useful_flops(programs.cfg, work)[name], compiled.peak + resident
     at_peak = topology.chip.flops * topology.devices

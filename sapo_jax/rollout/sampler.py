@@ -26,7 +26,8 @@ STOP, LENGTH = (FINISH_REASONS.index(reason) for reason in ("stop", "length"))
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """Draws completions from a policy. One program per (number of prompts, prompt bucket); all else is fixed here."""
+    """Draws completions from a policy. One program per (number of prompts, prompt bucket), and for each replica of the
+    parameters on a mesh; all else is fixed here."""
 
     policy: Policy
     rule: Rule
@@ -72,8 +73,13 @@ class Sampler:
     def _on_mesh(self, mesh: jax.sharding.Mesh, params: Params, inputs: tuple[np.ndarray, ...], key: Array) -> Rollout:
         """Each replica of the parameters samples its share of the prompts in a program of its own, so that no step
         waits for another replica. Of several processes each runs those of the replicas that it has devices of."""
-        own = [r for r in replicas(mesh) if any(d.process_index == jax.process_index() for d in r.devices.flat)]
+        here = lambda replica: sum(d.process_index == jax.process_index() for d in replica.devices.flat)
+        own = list(filter(here, replicas(mesh)))
         P, n = len(inputs[0]), len(own)
+        if len(set(map(here, own))) > 1:
+            raise ValueError(
+                "this process has more devices of one replica (mesh.data) than of another; change the mesh"
+            )
         if P % n:
             raise ValueError(f"{P} prompts cannot be split over {n} replicas (mesh.data); pad them with batch_prompts")
         sampler = dataclasses.replace(self, slots=-(-self.slots // len(mesh.devices)))
@@ -85,8 +91,8 @@ class Sampler:
                 return _sample(sampler, on_replica(params, replica), *put_batch(share, replica), key)
 
         shares = zip(*(np.split(x, n) for x in inputs), strict=True)
-        with ThreadPoolExecutor(n) as pool:  # the first time each compiles its program
-            started = list(pool.map(start, own, shares))
+        with ThreadPoolExecutor(n) as pool:  # the first time each compiles its program; one alone stays in this thread
+            started = list((pool.map if n > 1 else map)(start, own, shares))
         rollouts = [host_rows(rollout, replica) for rollout, replica in zip(started, own, strict=True)]
         return jax.tree.map(lambda *rows: np.concatenate(rows), *rollouts)
 

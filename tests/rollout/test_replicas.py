@@ -38,6 +38,9 @@ def on_mesh(data: int, fsdp: int) -> tuple[dict, object]:
     with jax.set_mesh(mesh):
         rollout = SAMPLER(params, PROMPTS, jax.random.key(1), limit_B=LIMITS)
         padded = SAMPLER(params, PROMPTS[:3], jax.random.key(1), batch_prompts=4, limit_B=LIMITS[:6])
+        if fsdp == 1:  # parameters that nobody has laid out over the mesh
+            unplaced = SAMPLER(tiny.params(tiny.DENSE), PROMPTS, jax.random.key(1), limit_B=LIMITS)
+            np.testing.assert_array_equal(unplaced.tokens_BC, rollout.tokens_BC)
         unpadded = ""
         if data > 1:
             with pytest.raises(ValueError) as error:
