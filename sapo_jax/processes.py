@@ -141,9 +141,22 @@ def share_of(process_SX: np.ndarray, process: int) -> Share:
     return Share(teams.index(shards[process]), len(teams), members.index(process), len(members))
 
 
+def check_replicas(process_RX: np.ndarray) -> None:
+    """Raises ProcessError where a process would have to share its prompts out unevenly, having more devices of one
+    replica of the parameters than of another. process_RX: for each replica the processes of its devices."""
+    for p in np.unique(process_RX):
+        devices_R = (process_RX == p).sum(axis=1)
+        if len(set(devices_R.tolist()) - {0}) > 1:
+            raise ProcessError(
+                f"process {p} has {devices_R.tolist()} devices of the {len(process_RX)} replicas (mesh.data); choose "
+                "mesh axes that give it equally many of each that it has a part of"
+            )
+
+
 def mesh_share(mesh: jax.sharding.Mesh) -> Share:
     """This process's share of the batches on a mesh."""
     axes = [mesh.axis_names.index(axis) for axis in RULES["batch"]]
     shards = math.prod(mesh.devices.shape[axis] for axis in axes)
     process = np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices)
+    check_replicas(process.reshape(len(process), -1))  # `data` comes first
     return share_of(np.moveaxis(process, axes, range(len(axes))).reshape(shards, -1), jax.process_index())

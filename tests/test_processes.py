@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 
 from sapo_jax.objectives.weights import token_weights
-from sapo_jax.processes import ALONE, ProcessError, Share, any_true, from_first, gather, is_first, share_of
+from sapo_jax.processes import (
+    ALONE,
+    ProcessError,
+    Share,
+    any_true,
+    check_replicas,
+    from_first,
+    gather,
+    is_first,
+    share_of,
+)
 from sapo_jax.rollout import Packing, rollout_rows
 from sapo_jax.types import Rollout
 from tests.models import tiny
@@ -41,6 +51,16 @@ def test_meshes_that_make_no_teams():
         share_of(np.array([[0, 0], [0, 1], [1, 1]]), 0)
     with pytest.raises(ProcessError, match="no device of process 2 is in the mesh"):
         share_of(ONE_EACH, 2)
+
+
+def test_replicas_of_which_a_process_has_unequal_parts():
+    """Of three replicas of four devices two processes have one and a half each."""
+    check_replicas(np.repeat([0, 0, 1, 1], 3).reshape(2, 6))
+    check_replicas(np.repeat([0, 1, 2], 2).reshape(1, 6))
+    with pytest.raises(
+        ProcessError, match=r"process 0 has \[4, 2, 0\] devices of the 3 replicas \(mesh.data\); choose"
+    ):
+        check_replicas(np.repeat([0, 1], 6).reshape(3, 4))
 
 
 def test_teams_share_out_every_block_once():

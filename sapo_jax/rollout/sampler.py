@@ -73,13 +73,8 @@ class Sampler:
     def _on_mesh(self, mesh: jax.sharding.Mesh, params: Params, inputs: tuple[np.ndarray, ...], key: Array) -> Rollout:
         """Each replica of the parameters samples its share of the prompts in a program of its own, so that no step
         waits for another replica. Of several processes each runs those of the replicas that it has devices of."""
-        here = lambda replica: sum(d.process_index == jax.process_index() for d in replica.devices.flat)
-        own = list(filter(here, replicas(mesh)))
+        own = [r for r in replicas(mesh) if any(d.process_index == jax.process_index() for d in r.devices.flat)]
         P, n = len(inputs[0]), len(own)
-        if len(set(map(here, own))) > 1:
-            raise ValueError(
-                "this process has more devices of one replica (mesh.data) than of another; change the mesh"
-            )
         if P % n:
             raise ValueError(f"{P} prompts cannot be split over {n} replicas (mesh.data); pad them with batch_prompts")
         sampler = dataclasses.replace(self, slots=-(-self.slots // len(mesh.devices)))

@@ -22,6 +22,7 @@ from sapo_jax import sharding
 from sapo_jax.config import Mesh
 from sapo_jax.rollout import Rule, Sampler
 from sapo_jax.rollout.sampler import _sample
+from sapo_jax.types import Rollout
 from tests.models import tiny
 
 PROMPTS = [tiny.prompt(i, n) for i, n in enumerate((3, 9, 16, 5))]
@@ -30,8 +31,8 @@ LIMITS = [1, 12, 5, 7, 12, 2, 9, 12]
 COLLECTIVES = re.compile(r"all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter")
 
 
-def on_mesh(data: int, fsdp: int) -> tuple[dict, object]:
-    """A rollout on a mesh; and the text of a replica's program."""
+def on_mesh(data: int, fsdp: int) -> tuple[dict, list[Rollout]]:
+    """What is true of sampling on a mesh; and the rollouts, with and without all prompts."""
     mesh = sharding.make_mesh(Mesh(data=data, fsdp=fsdp), jax.devices()[: data * fsdp])
     placed = sharding.shardings(mesh, SAMPLER.policy.dims)
     params = jax.device_put(tiny.params(tiny.DENSE), placed)
@@ -48,10 +49,8 @@ def on_mesh(data: int, fsdp: int) -> tuple[dict, object]:
             unpadded = str(error.value)
     replica = sharding.replicas(mesh)[-1]
     own = sharding.on_replica(params, replica)
-    sampler, share = (
-        dataclasses.replace(SAMPLER, slots=4 // data),
-        [x[: len(x) // data] for x in SAMPLER.inputs(PROMPTS)],
-    )
+    sampler = dataclasses.replace(SAMPLER, slots=4 // data)
+    share = [x[: len(x) // data] for x in SAMPLER.inputs(PROMPTS)]
     with jax.set_mesh(replica):
         lowered = _sample.lower(sampler, own, *sharding.put_batch(share, replica), jax.random.key(1))
     pointers = lambda tree: [

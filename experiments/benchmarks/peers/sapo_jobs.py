@@ -19,7 +19,7 @@ from worker import Job, Requests, Work, reward, serve
 from sapo_jax import sharding
 from sapo_jax.config import GRPO, Config, Data, Diagnostics, Mesh, Optimizer, Train
 from sapo_jax.config import Rollout as RolloutConfig
-from sapo_jax.learner import init_state, make_optimizer, make_update, policy_loss
+from sapo_jax.learner import init_state, make_optimizer, make_update, policy_loss, state_shardings
 from sapo_jax.models import make_policy
 from sapo_jax.models.hf import load_params
 from sapo_jax.processes import ALONE
@@ -58,7 +58,7 @@ def prompts_of(ids: list[list[int]]) -> list[Prompt]:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A policy on the mesh, which is set."""
+    """A policy on a mesh."""
 
     cfg: Config
     mesh: jax.sharding.Mesh
@@ -68,16 +68,16 @@ class Setting:
     @classmethod
     def of(cls, work: Work) -> Setting:
         cfg, mesh = config(work), sharding.make_mesh(Mesh())
-        jax.set_mesh(mesh)  # from here on, as `run.open_run` does
+        jax.set_mesh(mesh)  # for good: programs run in it, as those of `run.open_run`
         policy = make_policy(cfg.model)
         return cls(cfg, mesh, policy, load_params(work.model, policy, mesh))
 
 
-def given_rows(work: Work, cfg: Config, shards: int) -> tuple[Rows, Batch]:
+def given_rows(at: Setting, work: Work) -> tuple[Rows, Batch]:
     """The completions to score and to train on, as the trainer packs them; B = P G values go to their tokens."""
     B, C = len(work.completions), len(work.completions[0])
     rollout = Rollout(np.array(work.completions, np.int32), None, np.full(B, C, np.int32), None)
-    rows = rollout_rows(prompts_of(work.prompts), rollout, PAD, 1, packing(cfg, shards))
+    rows = rollout_rows(prompts_of(work.prompts), rollout, PAD, 1, packing(at.cfg, sharding.shards("batch", at.mesh)))
     batch = Batch(
         **rows.arrays,
         adv_BT=rows.spread(np.array(work.advantages, np.float32)),
@@ -89,7 +89,7 @@ def given_rows(work: Work, cfg: Config, shards: int) -> tuple[Rows, Batch]:
 
 def score_job(work: Work) -> Job:
     at = Setting.of(work)
-    rows, batch = given_rows(work, at.cfg, sharding.shards("batch", at.mesh))
+    rows, batch = given_rows(at, work)
     scorer = make_scorer(at.policy, at.cfg.rollout.temperature, rows.micro_batch)
     run = lambda: np.asarray(scorer(at.params, sharding.put_batch(batch, at.mesh))[0])
 
@@ -105,9 +105,10 @@ def updating(at: Setting, work: Work) -> tuple:
     """The jitted update, the state that it starts from, and its batch on the host."""
     tx = make_optimizer(at.cfg.optimizer, 1000)
     loss = policy_loss(dataclasses.replace(at.cfg, diagnostics=Diagnostics(every=0)))
-    rows, batch = given_rows(work, at.cfg, sharding.shards("batch", at.mesh))
-    state = jax.device_put(init_state(at.params, tx), sharding.replicated(at.mesh))  # as the next ones will be
-    return make_update(at.policy, tx, loss, rows.micro_batch), state, batch
+    rows, batch = given_rows(at, work)
+    placed = state_shardings(at.policy, tx, at.mesh)
+    state = jax.device_put(init_state(at.params, tx), placed)
+    return make_update(at.policy, tx, loss, rows.micro_batch, placed), state, batch
 
 
 def repeated(update: Callable, state: TrainState, batch: Batch) -> Callable[[], tuple[TrainState, dict]]:
