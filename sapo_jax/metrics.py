@@ -13,17 +13,20 @@ import io
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from sapo_jax.folder import Folder
 from sapo_jax.processes import is_first
+
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
 
 DIAGNOSTICS = "diagnostics.jsonl"
 STAGES = ("cold_start", "rl")  # in the order they run
@@ -107,6 +110,19 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     text = "".join(map(_line, rows))
     with path.open("a", encoding="utf-8") as file:
         file.write(text)
+
+
+def _summary_writer() -> type[SummaryWriter]:
+    """tensorboardX imports torch where that is installed (187 MB, 1.8 s), for a type hint: here it finds none."""
+    hide = "torch" not in sys.modules
+    if hide:
+        sys.modules["torch"] = None  # `import torch` raises ImportError
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hide:
+            del sys.modules["torch"]
+    return SummaryWriter
 
 
 def open_log(folder: Folder) -> RunLog | Silent:
@@ -218,7 +234,7 @@ class RunLog:
         The suffix: file names hold whole seconds, and a second file of that name would overwrite the first.
         """
         folder, suffix = str(self.run_dir / "tb" / stage), f".{time.time_ns()}"
-        return SummaryWriter(folder, purge_step=step, flush_secs=1, filename_suffix=suffix)
+        return _summary_writer()(folder, purge_step=step, flush_secs=1, filename_suffix=suffix)
 
     def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         """Rewrites the files with the wanted rows, and without a torn last line, where that changes them."""

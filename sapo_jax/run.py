@@ -23,6 +23,7 @@ from sapo_jax.config import Config, ConfigError, ModelDirError, diff, dump, load
 from sapo_jax.data import Problems, PromptBatches, Tokenizer, load_problems, load_tokenizer
 from sapo_jax.folder import Folder, FolderError, as_path, open_folder
 from sapo_jax.learner import init_state, state_shardings
+from sapo_jax.memory import trim_after_compiling
 from sapo_jax.metrics import write_atomically
 from sapo_jax.models import Policy, make_policy
 from sapo_jax.models.hf import check_weights, load_params
@@ -159,6 +160,7 @@ def open_run(cfg: Config, *, write: bool = True) -> Iterator[Run]:
     Raises RunError if another process works in the folder, or if it holds a run with another config.
     """
     stop = {"now": False}
+    trim_after_compiling()
     with contextlib.ExitStack() as stack:
         try:
             tokenizer = load_tokenizer(cfg.data.tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import math
@@ -10,6 +11,7 @@ import signal
 import struct
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -324,3 +326,21 @@ def test_summary_table(tmp_path):
         assert text in output
     short = shown(False, lambda display: display.summary({"held_out_after": 0.5}, "runs/q"))
     assert "50.0%" in short and "pass@" not in short
+
+
+def test_neither_the_package_nor_its_log_imports_torch(tmp_path):
+    """It is installed here; tensorboardX would import it where it can."""
+    script = """
+        import pkgutil, sys
+        import sapo_jax
+        from sapo_jax.metrics import RunLog
+
+        for module in pkgutil.walk_packages(sapo_jax.__path__, "sapo_jax."):
+            __import__(module.name)
+        with RunLog(sys.argv[1]) as log:
+            log.write("rl", 1, {"loss": 1.0})
+        print([name for name in ("torch", "transformers") if name in sys.modules])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "[]\n"
+    assert importlib.util.find_spec("torch") and len(events(tmp_path / "tb" / "rl")) == 1

@@ -148,7 +148,7 @@ def to_hub(row: Row, array: np.ndarray, size: dict[str, int]) -> np.ndarray:
 
 
 class Weights:
-    """The open safetensors files of a model directory; a context manager. Headers are read, and checked, at once.
+    """The safetensors files of a model directory; a context manager. Headers are read, and checked, at once.
 
     Raises ModelDirError with ALL that is wrong: files that are missing or damaged, and tensors that are missing,
     unknown, given twice, or of another shape or dtype than `cfg` asks for. The tensors themselves are not read yet.
@@ -156,30 +156,35 @@ class Weights:
 
     def __init__(self, folder: str | Path, cfg: Model):
         self.folder, self.size = Path(folder), sizes(cfg)
-        self._stack = contextlib.ExitStack()
-        self._where: dict[str, safe_open] = {}
-        self._file_of: dict[str, str] = {}
-        try:
-            if problems := self._open() or self._compare(cfg):
+        self._stack = contextlib.ExitStack()  # of the files that are open
+        self._open: dict[str, safe_open] = {}
+        self._file_of: dict[str, str] = {}  # by tensor
+        with self:
+            if problems := self._index() or self._compare(cfg):
                 raise ModelDirError(folder, problems)
-        except BaseException:
-            self._stack.close()
-            raise
 
     def __enter__(self) -> Weights:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._where.clear()
+        self.close()
+
+    def close(self) -> None:
+        """Until the next `read`: pages of an open file that were read count as this process's memory."""
+        self._open.clear()
         self._stack.close()
 
-    def _open(self) -> list[str]:
+    def _file(self, name: str) -> safe_open:
+        if name not in self._open:
+            self._open[name] = self._stack.enter_context(safe_open(self.folder / name, framework="numpy"))
+        return self._open[name]
+
+    def _index(self) -> list[str]:
         names, indexed, problems = _file_names(self.folder)
         opened = set()
         for name in names:
             try:
-                file = self._stack.enter_context(safe_open(self.folder / name, framework="numpy"))
-                keys = list(file.keys())
+                keys = list(self._file(name).keys())
             except FileNotFoundError:
                 problems.append(f"{name}: {INDEX} names this file, but it is not there; fetch it again")
                 continue
@@ -188,22 +193,22 @@ class Weights:
                 continue
             opened.add(name)
             for key in keys:
-                if key in self._where:
+                if key in self._file_of:
                     problems.append(f"{name}: tensor {key} is in {self._file_of[key]} too")
-                self._where[key], self._file_of[key] = file, name
-        lost = [(key, name) for key, name in indexed.items() if name in opened and key not in self._where]
+                self._file_of[key] = name
+        lost = [(key, name) for key, name in indexed.items() if name in opened and key not in self._file_of]
         return problems + [f"{name}: {INDEX} says it holds {key}, but it does not" for key, name in lost]
 
     def _compare(self, cfg: Model) -> list[str]:
         expected = {name: leaf.row for leaf in leaves(cfg) for i in range(len(leaf.prefixes)) for name in leaf.names(i)}
-        problems = [f"tensor {name} is missing" for name in expected if name not in self._where]
+        problems = [f"tensor {name} is missing" for name in expected if name not in self._file_of]
         optional = {row.hub for row in HEAD} if cfg.tie_word_embeddings else set()  # some files hold the tied head too
-        for name, file in self._where.items():
-            where, row = f"{self._file_of[name]}: tensor {name}", expected.get(name)
+        for name, file in self._file_of.items():
+            where, row = f"{file}: tensor {name}", expected.get(name)
             if row is None:
                 problems += [] if name in optional else [f"{where} is unknown to this model"]
                 continue
-            slice_ = file.get_slice(name)
+            slice_ = self._file(file).get_slice(name)
             shape, wanted = tuple(slice_.get_shape()), hub_shape(row, self.size)
             if shape != wanted:
                 problems.append(f"{where} has the shape {list(shape)}, config.json asks for {list(wanted)}")
@@ -222,9 +227,9 @@ class Weights:
             cut = index.get(first, slice(None)).indices(self.size[first])
             size[first] = cut[1] - cut[0]
             hub_index.append(slice(cut[0] * inner, cut[1] * inner))
-        tensor = self._where[name].get_slice(name)[tuple(hub_index)].astype(np.float32)
+        file = self._file_of[name]
+        tensor = self._file(file).get_slice(name)[tuple(hub_index)].astype(np.float32, copy=False)
         if not np.isfinite(tensor).all():
-            file = self._file_of[name]
             raise ModelDirError(self.folder, [f"{file}: tensor {name} holds NaN or infinity; fetch the file again"])
         return to_ours(row, tensor, size)
 
@@ -296,7 +301,9 @@ def _load_layer(weights: Weights, leaf: Leaf, layer: int, shape: tuple[int, ...]
             found[e - first] = weights.read(leaf.row, names[e], cuts)
         return found
 
-    return jax.make_array_from_callback(shape, target, shard)
+    array = jax.make_array_from_callback(shape, target, shard)
+    weights.close()
+    return array
 
 
 # ---------------------------------------------------------------- out

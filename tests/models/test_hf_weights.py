@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from sapo_jax import sharding
 from sapo_jax.config import ConfigError, Mesh, Model, ModelDirError, Yarn, load, read_model_keys, to_hugging_face
 from sapo_jax.models import make_policy
-from sapo_jax.models.hf import check_weights, hub_shapes, hub_tensors, load_params
+from sapo_jax.models.hf import Weights, check_weights, hub_shapes, hub_tensors, load_params
 from sapo_jax.models.model_dir import INDEX, new_model_dir, write_json, write_shards
 from tests.models.test_hf_parity import CASES
 from tests.references import hf
@@ -144,9 +144,8 @@ def test_loading_gives_the_tensors_bit_for_bit(name, tmp_path):
     expected = hf.params(hugging_face(name).state_dict(), CASES[name])
     assert jax.tree.structure(params) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
-    jax.tree.map(
-        lambda x, shape: x.dtype == np.float32 and x.shape == shape.shape, params, make_policy(CASES[name]).shapes
-    )
+    same = lambda x, shape: x.dtype == np.float32 and x.shape == shape.shape
+    assert jax.tree.all(jax.tree.map(same, params, make_policy(CASES[name]).shapes))
 
 
 @each_case
@@ -207,6 +206,24 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path):
 
 
 # ---------------------------------------------------------------- damage
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what is mapped")
+def test_no_file_stays_mapped_after_a_tensor_is_placed(tmp_path, monkeypatch):
+    """Else all weights that were read would be resident, beside the parameters."""
+    folder, before = saved("qwen3", tmp_path / "model"), []
+    mapped = lambda: str(folder) in Path("/proc/self/maps").read_text()
+    read = Weights.read
+
+    def watched(self, *args):
+        before.append(mapped())
+        found = read(self, *args)
+        assert mapped()
+        return found
+
+    monkeypatch.setattr(Weights, "read", watched)
+    load_case("qwen3", folder)
+    assert len(before) > 10 and not any(before)
 
 
 def damaged(folder: Path, change) -> list[str]:

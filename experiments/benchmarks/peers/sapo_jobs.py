@@ -20,6 +20,7 @@ from sapo_jax import sharding
 from sapo_jax.config import GRPO, Config, Data, Diagnostics, Mesh, Optimizer, Train
 from sapo_jax.config import Rollout as RolloutConfig
 from sapo_jax.learner import init_state, make_optimizer, make_update, policy_loss, state_shardings
+from sapo_jax.memory import trim_after_compiling
 from sapo_jax.models import make_policy
 from sapo_jax.models.hf import load_params
 from sapo_jax.processes import ALONE
@@ -67,6 +68,7 @@ class Setting:
 
     @classmethod
     def of(cls, work: Work) -> Setting:
+        trim_after_compiling()  # as `run.open_run` does
         cfg, mesh = config(work), sharding.make_mesh(Mesh())
         jax.set_mesh(mesh)  # for good: programs run in it, as those of `run.open_run`
         policy = make_policy(cfg.model)
