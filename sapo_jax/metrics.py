@@ -113,7 +113,8 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _summary_writer() -> type[SummaryWriter]:
-    """tensorboardX imports torch where that is installed (187 MB, 1.8 s), for a type hint: here it finds none."""
+    """tensorboardX imports torch where that is installed (187 MB, 1.8 s), for a type hint. While it is imported here
+    there is no torch, for other threads neither."""
     hide = "torch" not in sys.modules
     if hide:
         sys.modules["torch"] = None  # `import torch` raises ImportError

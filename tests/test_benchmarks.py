@@ -70,6 +70,32 @@ def test_a_row_of_the_table_is_of_one_run(module, tmp_path):
     assert table.read(tmp_path / "none.csv") == []
 
 
+def test_one_and_two_devices_are_told_side_by_side(module, monkeypatch, tmp_path, capsys):
+    devices = module("cpu_devices")
+    monkeypatch.setattr(devices, "write_work", lambda *_: tmp_path / "workload.json")
+    monkeypatch.setattr(devices, "Runner", lambda line, env: (line[-1], env["JAX_NUM_CPU_DEVICES"]))
+    seen, loss = [], {"1": 1.0, "2": 1.0}
+
+    def turns(start, found, runs, lock, progress):
+        seen.append(([make() for make in start.values()], runs, lock))
+        for n, one in found.items():
+            for seconds in (9.0, 2.0, 3.0, 4.0):  # the first is the warm-up
+                evidence = {"loss": loss[n], "grad_norm": 1.0}
+                one.add({"seconds": seconds / int(n), "peak_mb": 1000 * int(n), "evidence": evidence}, 0.0)
+
+    monkeypatch.setattr(devices, "take_turns", turns)
+    devices.main(["small", "--jobs", "score,update", "--runs", "3"])
+    assert seen == [([(job, "1"), (job, "2")], 3, None) for job in ("update", "score")]
+    rows = capsys.readouterr().out.splitlines()[-2:]
+    assert rows == [f"| small | {job} | 3 (1,000) | 1.5 (2,000) | 2.00 |" for job in ("update", "score")]
+    loss["2"] = 2.0
+    with pytest.raises(SystemExit, match="did other work: loss 2"):
+        devices.main(["small", "--jobs", "update"])
+    for words in (["update"], ["small", "--jobs", "sing"], ["small", "--runs", "0"]):
+        with pytest.raises(SystemExit, match="2"):
+            devices.main(words)
+
+
 # ---------------------------------------------------------------- the same work
 
 

@@ -148,10 +148,11 @@ def to_hub(row: Row, array: np.ndarray, size: dict[str, int]) -> np.ndarray:
 
 
 class Weights:
-    """The safetensors files of a model directory; a context manager. Headers are read, and checked, at once.
+    """The safetensors files of a model directory. Headers are read, and checked, at once.
 
     Raises ModelDirError with ALL that is wrong: files that are missing or damaged, and tensors that are missing,
     unknown, given twice, or of another shape or dtype than `cfg` asks for. The tensors themselves are not read yet.
+    `read` opens their files until the end of a `with`: what was read of an open file counts as this process's memory.
     """
 
     def __init__(self, folder: str | Path, cfg: Model):
@@ -167,10 +168,6 @@ class Weights:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Until the next `read`: pages of an open file that were read count as this process's memory."""
         self._open.clear()
         self._stack.close()
 
@@ -219,7 +216,7 @@ class Weights:
     def read(self, row: Row, name: str, index: dict[str, slice]) -> np.ndarray:
         """The part of a tensor at `index` (a slice by dim; a dim that is not named is taken whole), float32, our dims.
 
-        Raises ModelDirError if it holds a number that is not finite.
+        Raises ModelDirError if it holds a number that is not finite, or if its file is no longer what it was.
         """
         hub_index, size = [], dict(self.size)
         for first, *rest in _groups(row.hub_dims):
@@ -228,7 +225,11 @@ class Weights:
             size[first] = cut[1] - cut[0]
             hub_index.append(slice(cut[0] * inner, cut[1] * inner))
         file = self._file_of[name]
-        tensor = self._file(file).get_slice(name)[tuple(hub_index)].astype(np.float32, copy=False)
+        try:
+            tensor = self._file(file).get_slice(name)[tuple(hub_index)].astype(np.float32, copy=False)
+        except (SafetensorError, OSError) as error:
+            problem = f"{file}: changed while it was read ({error}); fetch the directory again"
+            raise ModelDirError(self.folder, [problem]) from error
         if not np.isfinite(tensor).all():
             raise ModelDirError(self.folder, [f"{file}: tensor {name} holds NaN or infinity; fetch the file again"])
         return to_ours(row, tensor, size)
@@ -249,8 +250,7 @@ def _file_names(folder: Path) -> tuple[list[str], dict[str, str], list[str]]:
 
 def check_weights(folder: str | Path, cfg: Model) -> None:
     """Raise ModelDirError if `load_params` would, for any reason that the files' headers show."""
-    with Weights(folder, cfg):
-        pass
+    Weights(folder, cfg)
 
 
 # ---------------------------------------------------------------- in
@@ -260,16 +260,15 @@ def load_params(folder: str | Path, policy: Policy, mesh: jax.sharding.Mesh) -> 
     """The parameters in `folder`, float32, each in its shards on the mesh.
 
     Host memory beyond the parameters themselves stays below two of the largest tensors (a layer's experts count as
-    one). Raises ModelDirError.
+    one), and the pages of one that are mapped. Raises ModelDirError.
     """
-    placed = sharding.shardings(mesh, policy.dims)
-    with Weights(folder, policy.cfg) as weights:
-        params: Params = {}
-        for leaf in leaves(policy.cfg):
-            shape, target = _at(policy.shapes, leaf.path).shape, _at(placed, leaf.path)
-            node = functools.reduce(lambda tree, key: tree.setdefault(key, {}), leaf.path[:-1], params)
-            node[leaf.path[-1]] = _load_stack(weights, leaf, shape, target)
-        return params
+    placed, weights = sharding.shardings(mesh, policy.dims), Weights(folder, policy.cfg)
+    params: Params = {}
+    for leaf in leaves(policy.cfg):
+        shape, target = _at(policy.shapes, leaf.path).shape, _at(placed, leaf.path)
+        node = functools.reduce(lambda tree, key: tree.setdefault(key, {}), leaf.path[:-1], params)
+        node[leaf.path[-1]] = _load_stack(weights, leaf, shape, target)
+    return params
 
 
 def _at(tree: Params, path: tuple[str | int, ...]):
@@ -301,9 +300,8 @@ def _load_layer(weights: Weights, leaf: Leaf, layer: int, shape: tuple[int, ...]
             found[e - first] = weights.read(leaf.row, names[e], cuts)
         return found
 
-    array = jax.make_array_from_callback(shape, target, shard)
-    weights.close()
-    return array
+    with weights:
+        return jax.make_array_from_callback(shape, target, shard)
 
 
 # ---------------------------------------------------------------- out

@@ -226,6 +226,20 @@ def test_no_file_stays_mapped_after_a_tensor_is_placed(tmp_path, monkeypatch):
     assert len(before) > 10 and not any(before)
 
 
+def test_a_file_that_vanishes_while_it_is_read_is_told(tmp_path, monkeypatch):
+    folder = saved("qwen3", tmp_path / "model")
+    read, (file,) = Weights.read, folder.glob("*.safetensors")
+
+    def last(self, row, name, index):
+        if name == "model.norm.weight":  # the second; the file is closed before it
+            file.unlink()
+        return read(self, row, name, index)
+
+    monkeypatch.setattr(Weights, "read", last)
+    with pytest.raises(ModelDirError, match="model.safetensors: changed while it was read"):
+        load_case("qwen3", folder)
+
+
 def damaged(folder: Path, change) -> list[str]:
     """The problems found once `change(tensors)` has been applied to the one file of the MoE case."""
     tensors = load_file(saved("moe", folder) / "model.safetensors")
