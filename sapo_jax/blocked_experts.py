@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from sapo_jax.types import Array
 
 BLOCKS = 16, 128  # rows of a matmul, least and most: large ones waste more at the borders of experts, small are slower
-HIDDEN = "experts"  # name of the hidden units, for `jax.checkpoint` policies that keep them
+SORTED = "experts"  # name of the Blocks, for `jax.checkpoint` policies: integers, which take long to sort anew
 
 
 class Blocks(NamedTuple):
@@ -24,8 +24,7 @@ class Blocks(NamedTuple):
 
     copy_nb: Array  # which copy: token * k + choice
     place_Nk: Array  # where it is among the n b
-    expert_n: Array
-    used: Array  # scalar: blocks from here on are empty
+    start_E1: Array  # expert e has the blocks from start[e] to start[e + 1]; E + 1 numbers
 
 
 def sort_into_blocks(ids_Nk: Array, E: int, block: int) -> Blocks:
@@ -43,8 +42,7 @@ def sort_into_blocks(ids_Nk: Array, E: int, block: int) -> Blocks:
     return Blocks(
         copy_nb=jnp.full(n * block, m).at[place_m].set(order_m, mode="drop").reshape(n, block),
         place_Nk=jnp.zeros(m, place_m.dtype).at[order_m].set(place_m, unique_indices=True).reshape(ids_Nk.shape),
-        expert_n=jnp.minimum(jnp.searchsorted(end_E, jnp.arange(n) * block, side="right"), E - 1),
-        used=end_E[-1] // block,
+        start_E1=jnp.pad(end_E // block, (1, 0)),
     )
 
 
@@ -57,12 +55,14 @@ def mix_experts(x_ND, ids_Nk, gate_Nk, gate_EDF, up_EDF, down_EFD, *, block: int
     """
     E, (least, most) = len(gate_EDF), BLOCKS
     block = block or min(most, max(least, 1 << (ids_Nk.size // E).bit_length()))
-    return _mix_blocks(x_ND, gate_Nk, gate_EDF, up_EDF, down_EFD, sort_into_blocks(ids_Nk, E, block))
+    blocks = jax.tree.map(lambda x: checkpoint_name(x, SORTED), sort_into_blocks(ids_Nk, E, block))
+    return _mix_blocks(x_ND, gate_Nk, gate_EDF, up_EDF, down_EFD, blocks)
 
 
 @jax.custom_vjp
 def _mix_blocks(x_ND, gate_Nk, gate_EDF, up_EDF, down_EFD, blocks: Blocks) -> Array:
-    """Differentiated by hand: JAX would keep its expert's weights for each block."""
+    """Differentiated by hand: JAX would keep its expert's weights for each block. Hidden units are computed again: as
+    fast as keeping them, which for all layers is more than a processor's cache holds."""
     return _mix_blocks_fwd(x_ND, gate_Nk, gate_EDF, up_EDF, down_EFD, blocks)[0]
 
 
@@ -79,55 +79,67 @@ def _back(y_nbD: Array, place_Nk: Array) -> Array:
     return jnp.take(y_nbD.reshape(-1, *y_nbD.shape[2:]), place_Nk, axis=0, mode="fill", fill_value=0)
 
 
+def _gates(gate_Nk: Array, blocks: Blocks) -> Array:
+    return gate_Nk.ravel().at[blocks.copy_nb].get(mode="fill", fill_value=0)
+
+
 def _mix_blocks_fwd(x_ND, gate_Nk, gate_EDF, up_EDF, down_EFD, blocks: Blocks):
-    (n, b), k = blocks.copy_nb.shape, gate_Nk.shape[1]
-    both_EDf = jnp.concatenate([gate_EDF, up_EDF], axis=-1)  # f = 2F
-    gate_nb = gate_Nk.ravel().at[blocks.copy_nb].get(mode="fill", fill_value=0)
+    gate_nb, k = _gates(gate_Nk, blocks), gate_Nk.shape[1]
 
-    def one_block(i, written):
-        y_nbD, hidden_nbf = written
-        e = blocks.expert_n[i]
-        hidden_bf = _rows(x_ND, blocks.copy_nb[i], k) @ both_EDf[e]
-        gate_bF, up_bF = jnp.split(hidden_bf, 2, axis=-1)
-        y_bD = (jax.nn.silu(gate_bF) * up_bF * gate_nb[i][:, None]) @ down_EFD[e]
-        return _put(y_nbD, y_bD, i), _put(hidden_nbf, hidden_bf, i)
+    def one_expert(e, y_nbD):
+        both_Df, down_FD = jnp.concatenate([gate_EDF[e], up_EDF[e]], axis=-1), down_EFD[e]  # f = 2F
 
-    zeros = lambda width: jnp.zeros((n, b, width), x_ND.dtype)
-    y_nbD, hidden_nbf = jax.lax.fori_loop(0, blocks.used, one_block, (zeros(x_ND.shape[1]), zeros(both_EDf.shape[2])))
-    hidden_nbf = checkpoint_name(hidden_nbf, HIDDEN)
-    saved = x_ND, gate_nb, gate_EDF, up_EDF, down_EFD, blocks, hidden_nbf
+        def one_block(i, y_nbD):
+            gate_bF, up_bF = jnp.split(_rows(x_ND, blocks.copy_nb[i], k) @ both_Df, 2, axis=-1)
+            return _put(y_nbD, (jax.nn.silu(gate_bF) * up_bF * gate_nb[i][:, None]) @ down_FD, i)
+
+        return jax.lax.fori_loop(blocks.start_E1[e], blocks.start_E1[e + 1], one_block, y_nbD)
+
+    y_nbD = jnp.zeros((*gate_nb.shape, x_ND.shape[1]), x_ND.dtype)
+    y_nbD = jax.lax.fori_loop(0, len(gate_EDF), one_expert, y_nbD)
+    saved = x_ND, gate_Nk, gate_EDF, up_EDF, down_EFD, blocks
     return _back(y_nbD, blocks.place_Nk).sum(axis=1), saved
 
 
 def _mix_blocks_bwd(saved, dy_ND):
-    x_ND, gate_nb, gate_EDF, up_EDF, down_EFD, blocks, hidden_nbf = saved
-    both_EDf, k = jnp.concatenate([gate_EDF, up_EDF], axis=-1), blocks.place_Nk.shape[1]
+    x_ND, gate_Nk, gate_EDF, up_EDF, down_EFD, blocks = saved
+    gate_nb, k = _gates(gate_Nk, blocks), gate_Nk.shape[1]
     product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)  # summed over blocks
 
-    def one_block(i, sums):
-        dx_nbD, d_gate_nb, d_both_EDf, d_down_EFD = sums
-        e, copy_b, g_b1 = blocks.expert_n[i], blocks.copy_nb[i], gate_nb[i][:, None]
-        x_bD, dy_bD = _rows(x_ND, copy_b, k), _rows(dy_ND, copy_b, k)
-        gate_bF, up_bF = jnp.split(hidden_nbf[i], 2, axis=-1)
-        sigmoid_bF = jax.nn.sigmoid(gate_bF)
-        mixed_bF = gate_bF * sigmoid_bF * up_bF
-        d_gated_bF = dy_bD @ down_EFD[e].T
-        d_mixed_bF = d_gated_bF * g_b1
-        d_gate_bF = d_mixed_bF * up_bF * sigmoid_bF * (1 + gate_bF * (1 - sigmoid_bF))
-        d_hidden_bf = jnp.concatenate([d_gate_bF, d_mixed_bF * gate_bF * sigmoid_bF], axis=-1)
-        return (
-            _put(dx_nbD, d_hidden_bf @ both_EDf[e].T, i),
-            _put(d_gate_nb, (d_gated_bF * mixed_bF).sum(axis=-1), i),
-            _put(d_both_EDf, d_both_EDf[e] + product(x_bD.T, d_hidden_bf), e),
-            _put(d_down_EFD, d_down_EFD[e] + product((mixed_bF * g_b1).T, dy_bD), e),
-        )
+    def one_expert(e, written):
+        dx_nbD, d_gate_nb, *d_weights = written
+        both_Df, down_FD = jnp.concatenate([gate_EDF[e], up_EDF[e]], axis=-1), down_EFD[e]
 
-    of_weights = (jnp.zeros(w.shape, jnp.float32) for w in (both_EDf, down_EFD))
-    zeros = jnp.zeros((*gate_nb.shape, x_ND.shape[1]), x_ND.dtype), jnp.zeros_like(gate_nb), *of_weights
-    dx_nbD, d_gate_nb, d_both_EDf, d_down_EFD = jax.lax.fori_loop(0, blocks.used, one_block, zeros)
-    dx_ND = _back(dx_nbD, blocks.place_Nk).sum(axis=1)
-    d_weights = (d.astype(down_EFD.dtype) for d in (*jnp.split(d_both_EDf, 2, axis=-1), d_down_EFD))
-    return dx_ND, _back(d_gate_nb, blocks.place_Nk), *d_weights, None
+        def one_block(i, sums):
+            dx_nbD, d_gate_nb, d_both_Df, d_down_FD = sums
+            copy_b, g_b1 = blocks.copy_nb[i], gate_nb[i][:, None]
+            x_bD, dy_bD = _rows(x_ND, copy_b, k), _rows(dy_ND, copy_b, k)
+            gate_bF, up_bF = jnp.split(x_bD @ both_Df, 2, axis=-1)
+            sigmoid_bF = jax.nn.sigmoid(gate_bF)
+            mixed_bF = gate_bF * sigmoid_bF * up_bF
+            d_gated_bF = dy_bD @ down_FD.T
+            d_mixed_bF = d_gated_bF * g_b1
+            d_gate_bF = d_mixed_bF * up_bF * sigmoid_bF * (1 + gate_bF * (1 - sigmoid_bF))
+            d_hidden_bf = jnp.concatenate([d_gate_bF, d_mixed_bF * gate_bF * sigmoid_bF], axis=-1)
+            return (
+                _put(dx_nbD, d_hidden_bf @ both_Df.T, i),
+                _put(d_gate_nb, (d_gated_bF * mixed_bF).sum(axis=-1), i),
+                d_both_Df + product(x_bD.T, d_hidden_bf),
+                d_down_FD + product((mixed_bF * g_b1).T, dy_bD),
+            )
+
+        of_weights = (jnp.zeros(w.shape, jnp.float32) for w in (both_Df, down_FD))
+        sums = jax.lax.fori_loop(
+            blocks.start_E1[e], blocks.start_E1[e + 1], one_block, (dx_nbD, d_gate_nb, *of_weights)
+        )
+        dx_nbD, d_gate_nb, d_both_Df, d_down_FD = sums
+        found = *jnp.split(d_both_Df, 2, axis=-1), d_down_FD
+        return dx_nbD, d_gate_nb, *(_put(d, w.astype(d.dtype), e) for d, w in zip(d_weights, found, strict=True))
+
+    nothing = jnp.zeros((*gate_nb.shape, x_ND.shape[1]), x_ND.dtype), jnp.zeros_like(gate_nb)
+    of_weights = (jnp.zeros_like(w) for w in (gate_EDF, up_EDF, down_EFD))
+    dx_nbD, d_gate_nb, *d_weights = jax.lax.fori_loop(0, len(gate_EDF), one_expert, (*nothing, *of_weights))
+    return _back(dx_nbD, blocks.place_Nk).sum(axis=1), _back(d_gate_nb, blocks.place_Nk), *d_weights, None
 
 
 _mix_blocks.defvjp(_mix_blocks_fwd, _mix_blocks_bwd)

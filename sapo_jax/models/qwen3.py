@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sapo_jax.blocked_attention import ATTENTION
-from sapo_jax.blocked_experts import HIDDEN
+from sapo_jax.blocked_experts import SORTED
 from sapo_jax.config.schema import Model
 from sapo_jax.kernels import few_rows_product
 from sapo_jax.models.attention import Attention, KVCache
@@ -30,7 +30,7 @@ from sapo_jax.types import Array
 REMAT = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(HIDDEN, ATTENTION),
+        jax.checkpoint_policies.save_only_these_names(SORTED, ATTENTION),
     ),
     "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),
     "full": jax.checkpoint_policies.nothing_saveable,
