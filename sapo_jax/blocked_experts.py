@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from sapo_jax.types import Array
 
 BLOCKS = 16, 128  # rows of a matmul, least and most: large ones waste more at the borders of experts, small are slower
-SORTED = "experts"  # name of the Blocks, for `jax.checkpoint` policies: integers, which take long to sort anew
+SORTED = "sorted"  # name of the Blocks, for `jax.checkpoint` policies that keep them: integers, long to sort anew
 
 
 class Blocks(NamedTuple):
@@ -24,7 +24,7 @@ class Blocks(NamedTuple):
 
     copy_nb: Array  # which copy: token * k + choice
     place_Nk: Array  # where it is among the n b
-    start_E1: Array  # expert e has the blocks from start[e] to start[e + 1]; E + 1 numbers
+    start_e: Array  # expert i has the blocks from start[i] to start[i + 1]; e = E + 1
 
 
 def sort_into_blocks(ids_Nk: Array, E: int, block: int) -> Blocks:
@@ -42,7 +42,7 @@ def sort_into_blocks(ids_Nk: Array, E: int, block: int) -> Blocks:
     return Blocks(
         copy_nb=jnp.full(n * block, m).at[place_m].set(order_m, mode="drop").reshape(n, block),
         place_Nk=jnp.zeros(m, place_m.dtype).at[order_m].set(place_m, unique_indices=True).reshape(ids_Nk.shape),
-        start_E1=jnp.pad(end_E // block, (1, 0)),
+        start_e=jnp.pad(end_E // block, (1, 0)),
     )
 
 
@@ -55,7 +55,7 @@ def mix_experts(x_ND, ids_Nk, gate_Nk, gate_EDF, up_EDF, down_EFD, *, block: int
     """
     E, (least, most) = len(gate_EDF), BLOCKS
     block = block or min(most, max(least, 1 << (ids_Nk.size // E).bit_length()))
-    blocks = jax.tree.map(lambda x: checkpoint_name(x, SORTED), sort_into_blocks(ids_Nk, E, block))
+    blocks = checkpoint_name(sort_into_blocks(ids_Nk, E, block), SORTED)
     return _mix_blocks(x_ND, gate_Nk, gate_EDF, up_EDF, down_EFD, blocks)
 
 
@@ -86,19 +86,20 @@ def _gates(gate_Nk: Array, blocks: Blocks) -> Array:
 def _mix_blocks_fwd(x_ND, gate_Nk, gate_EDF, up_EDF, down_EFD, blocks: Blocks):
     gate_nb, k = _gates(gate_Nk, blocks), gate_Nk.shape[1]
 
-    def one_expert(e, y_nbD):
-        both_Df, down_FD = jnp.concatenate([gate_EDF[e], up_EDF[e]], axis=-1), down_EFD[e]  # f = 2F
+    def one_expert(y_nbD, expert):
+        gate_DF, up_DF, down_FD, start, end = expert
+        both_Df = jnp.concatenate([gate_DF, up_DF], axis=-1)  # f = 2F
 
         def one_block(i, y_nbD):
             gate_bF, up_bF = jnp.split(_rows(x_ND, blocks.copy_nb[i], k) @ both_Df, 2, axis=-1)
             return _put(y_nbD, (jax.nn.silu(gate_bF) * up_bF * gate_nb[i][:, None]) @ down_FD, i)
 
-        return jax.lax.fori_loop(blocks.start_E1[e], blocks.start_E1[e + 1], one_block, y_nbD)
+        return jax.lax.fori_loop(start, end, one_block, y_nbD), None
 
     y_nbD = jnp.zeros((*gate_nb.shape, x_ND.shape[1]), x_ND.dtype)
-    y_nbD = jax.lax.fori_loop(0, len(gate_EDF), one_expert, y_nbD)
-    saved = x_ND, gate_Nk, gate_EDF, up_EDF, down_EFD, blocks
-    return _back(y_nbD, blocks.place_Nk).sum(axis=1), saved
+    experts = gate_EDF, up_EDF, down_EFD, blocks.start_e[:-1], blocks.start_e[1:]
+    y_nbD, _ = jax.lax.scan(one_expert, y_nbD, experts)
+    return _back(y_nbD, blocks.place_Nk).sum(axis=1), (x_ND, gate_Nk, gate_EDF, up_EDF, down_EFD, blocks)
 
 
 def _mix_blocks_bwd(saved, dy_ND):
@@ -106,9 +107,9 @@ def _mix_blocks_bwd(saved, dy_ND):
     gate_nb, k = _gates(gate_Nk, blocks), gate_Nk.shape[1]
     product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)  # summed over blocks
 
-    def one_expert(e, written):
-        dx_nbD, d_gate_nb, *d_weights = written
-        both_Df, down_FD = jnp.concatenate([gate_EDF[e], up_EDF[e]], axis=-1), down_EFD[e]
+    def one_expert(written, expert):
+        gate_DF, up_DF, down_FD, start, end = expert
+        both_Df = jnp.concatenate([gate_DF, up_DF], axis=-1)
 
         def one_block(i, sums):
             dx_nbD, d_gate_nb, d_both_Df, d_down_FD = sums
@@ -129,16 +130,13 @@ def _mix_blocks_bwd(saved, dy_ND):
             )
 
         of_weights = (jnp.zeros(w.shape, jnp.float32) for w in (both_Df, down_FD))
-        sums = jax.lax.fori_loop(
-            blocks.start_E1[e], blocks.start_E1[e + 1], one_block, (dx_nbD, d_gate_nb, *of_weights)
-        )
-        dx_nbD, d_gate_nb, d_both_Df, d_down_FD = sums
-        found = *jnp.split(d_both_Df, 2, axis=-1), d_down_FD
-        return dx_nbD, d_gate_nb, *(_put(d, w.astype(d.dtype), e) for d, w in zip(d_weights, found, strict=True))
+        *written, d_both_Df, d_down_FD = jax.lax.fori_loop(start, end, one_block, (*written, *of_weights))
+        d_weights = *jnp.split(d_both_Df, 2, axis=-1), d_down_FD
+        return tuple(written), tuple(d.astype(down_FD.dtype) for d in d_weights)
 
     nothing = jnp.zeros((*gate_nb.shape, x_ND.shape[1]), x_ND.dtype), jnp.zeros_like(gate_nb)
-    of_weights = (jnp.zeros_like(w) for w in (gate_EDF, up_EDF, down_EFD))
-    dx_nbD, d_gate_nb, *d_weights = jax.lax.fori_loop(0, len(gate_EDF), one_expert, (*nothing, *of_weights))
+    experts = gate_EDF, up_EDF, down_EFD, blocks.start_e[:-1], blocks.start_e[1:]
+    (dx_nbD, d_gate_nb), d_weights = jax.lax.scan(one_expert, nothing, experts)
     return _back(dx_nbD, blocks.place_Nk).sum(axis=1), _back(d_gate_nb, blocks.place_Nk), *d_weights, None
 
 

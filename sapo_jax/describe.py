@@ -76,8 +76,9 @@ def flops(cfg: Config, vocab_size: int) -> Flops:
         scoring  = forward of B sequences of T, once for the old policy (old_logp: scorer), once for a KL reference,
                    once every live_mismatch_every steps
         update   = epochs * forward of B sequences of T * 3 (backward is twice a forward: 6 N), plus what is
-                   recomputed: the head always, all but attention with remat `attention`, all of it with
-                   `full`; attention of short rows (kernels.attention on CPU) with any but `none`
+                   recomputed: the head always, experts' gate and up with remat `dots`, all but attention with
+                   `attention`, all of it with `full`; attention of short rows (kernels.attention on CPU) with any but
+                   `none`
     """
     model, P, B = cfg.model, cfg.rollout.prompts_per_step, cfg.rollout.prompts_per_step * cfg.rollout.group_size
     S, C = cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens
@@ -92,7 +93,9 @@ def flops(cfg: Config, vocab_size: int) -> Flops:
     passes = (cfg.train.old_logp == "scorer") + (cfg.loss.kl != "none") + (1 / every if every else 0)
     in_body, in_keys, in_head = B * T * body, B * keys_of(T) * key, B * (T - 1) * head
     of_short = in_keys if T <= SHORT else 0
-    again = {"none": 0, "dots": of_short, "attention": in_body + of_short, "full": in_body + in_keys}
+    sparse, k = sum(model.sparse_layers), model.num_experts_per_tok
+    hidden = B * T * sparse * k * 4 * model.hidden_size * model.moe_intermediate_size
+    again = {"none": 0, "dots": hidden + of_short, "attention": in_body + of_short, "full": in_body + in_keys}
     update = cfg.train.epochs * (3 * (in_body + in_keys + in_head) + again[model.remat] + in_head)
     return Flops(prefill + decode, passes * (in_body + in_keys + in_head), update)
 
@@ -139,9 +142,10 @@ def memory(cfg: Config, vocab_size: int) -> Memory:
 
     Parameters are split over fsdp * tensor, experts also over expert; sequences over data * fsdp * expert
     (`mesh.data: 0` counts as 1). Rows are counted as one sequence each, or as train.row_tokens. Activations of n rows
-    on a device: with remat `none` all that a layer computes, with `dots` the results of its matmuls and of attention,
-    with `full` its input, with `attention` also attention's output; all but `none` also hold one layer that is being
-    recomputed. The KV cache is that of the rollout or of an evaluation batch, whichever has more; see rollout.decode.
+    on a device: with remat `none` all that a layer computes, with `dots` the results of attention and of all matmuls
+    but experts', with `full` its input, with `attention` also attention's output; all but `none` also hold one layer
+    that is being recomputed. The KV cache is that of the rollout or of an evaluation batch, whichever has more; see
+    rollout.decode.
     """
     model, mesh = cfg.model, cfg.mesh
     T = cfg.train.row_tokens or cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
@@ -205,7 +209,7 @@ def _decode_weights(cfg: Config, vocab_size: int, itemsize: int) -> float:
 
 
 def _layer_bytes(model: Model, sparse: bool, tokens: float, T: int, itemsize: int, tensor: int):
-    """Bytes of one layer's activations for `tokens` tokens in rows of T: all, matmul results, input.
+    """Bytes of one layer's activations for `tokens` tokens in rows of T: all, results of matmuls but experts', input.
 
     Per token: residual stream and norms 4 D; q, k, v as projected, then normed and rotated, and attention's output,
     3 (H + K) h; in short rows scores (float32) and probabilities, H T each; SwiGLU's gate, up and product 3 F, k times
@@ -216,7 +220,7 @@ def _layer_bytes(model: Model, sparse: bool, tokens: float, T: int, itemsize: in
     F = k * model.moe_intermediate_size if sparse else model.intermediate_size
     scores = (4 + itemsize) * H * T if T <= SHORT else 0
     everything = itemsize * (4 * D + 2 * k * D + (3 * (H + K) * h + 3 * F) / tensor) + scores / tensor
-    results = itemsize * (3 * D + ((H + 2 * K) * h + 2 * F) / tensor)
+    results = itemsize * (3 * D + ((H + 2 * K) * h + (0 if sparse else 2 * F)) / tensor)
     return tokens * everything, tokens * results, tokens * itemsize * D
 
 

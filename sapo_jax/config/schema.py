@@ -71,8 +71,8 @@ class Model:
     norm_topk_prob: bool = True  # gate weights of the k chosen experts sum to 1
     router_aux_loss_coef: NonNegative = 0.0  # load-balancing loss (Switch, arXiv 2101.03961 Eq. 4)
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # parameters are always float32
-    # What backward recomputes: nothing / all but matmuls and attention / all but attention / all. Of rows of 32 tokens
-    # and fewer, on CPU, attention is recomputed, too.
+    # What backward recomputes: nothing / all but attention and matmuls (experts' are recomputed) / all but attention /
+    # all. On CPU experts' hidden units always are, and attention of rows of 32 tokens and fewer.
     remat: Literal["none", "dots", "attention", "full"] = "dots"
     vocab_chunk: Count = 16384  # largest slice of the vocabulary whose logits the scorer holds at once
 

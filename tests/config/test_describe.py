@@ -93,6 +93,9 @@ def test_rows_that_are_not_short_keep_attention():
 def test_flops_count_active_experts_and_one_head():
     moe = Model(**vars(TINY) | {"num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 2})
     assert flops(config(model=moe), 10).scoring == 20 * 2 * (968 - 288 - 80) + 4 * 15 * 64 + 16 * 160
+    forward, again = 20 * 1200 + 4 * 15 * 64 + 16 * 160, 20 * 2 * 2 * (2 * 8 * 2)  # gate and up of one expert a layer
+    dots = Model(**vars(moe) | {"remat": "dots"})
+    assert flops(config(model=dots), 10).update == 3 * forward + again + 4 * 15 * 64 + 16 * 160
     untied = Model(**vars(TINY) | {"tie_word_embeddings": False})
     assert flops(config(model=untied), 10) == flops(config(), 10)  # the table is looked up, not multiplied
 
@@ -116,6 +119,10 @@ def test_memory_by_remat_dtype_and_batch():
     assert with_model(remat="dots").activations == 2 * results + layer
     assert with_model(remat="full").activations == 2 * 10 * 4 * 8 + layer
     assert with_model(remat="attention").activations == 2 * 10 * 4 * 8 + layer
+    moe = {"num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 2}
+    sparse, results = 10 * (4 * (32 + 16 + 36 + 6) + 80), 10 * 4 * (24 + 16)  # nothing of experts is kept with `dots`
+    assert with_model(**moe).activations == 2 * sparse
+    assert with_model(remat="dots", **moe).activations == 2 * results + sparse
     assert with_model(compute_dtype="bfloat16").activations == 2 * 10 * (2 * (32 + 36 + 48) + 60)
     assert with_model(compute_dtype="bfloat16").kv_cache == 512
     assert with_model(compute_dtype="bfloat16").parameters == 4 * 1288

@@ -236,6 +236,20 @@ def test_remat_keeps_less_for_the_backward_pass():
     assert residuals("full") < residuals("attention") < residuals("dots") < residuals("none")
 
 
+def test_tokens_are_sorted_by_expert_once_where_dots_are_kept():
+    """The integers that backward has: with `dots` also which token goes where."""
+    batch = tiny.batch()
+
+    def integers(remat: str) -> int:
+        policy = tiny.policy(dataclasses.replace(tiny.MOE, remat=remat))
+        logp = lambda params: score(policy.bind(params), batch, 1.0).logp_BT
+        kept = jax.eval_shape(lambda params: jax.vjp(logp, params)[1], tiny.params(tiny.MOE))
+        return sum(x.size for x in jax.tree.leaves(kept) if jnp.issubdtype(x.dtype, jnp.integer))
+
+    copies = tiny.MOE.num_hidden_layers * batch.tokens_BT.size * tiny.MOE.num_experts_per_tok
+    assert integers("dots") >= integers("attention") + 2 * copies
+
+
 def test_bfloat16_compute_is_close_and_its_log_probs_are_float32():
     """bfloat16 has 8 bits: after two layers the log-probs are within 2^-4 of 1 nat or of their own size, if that
     is more, and within 0.03 on average. The sampler's cache is bfloat16 too; it agrees with the bfloat16 scorer in half of
