@@ -102,10 +102,10 @@ def report(job: str, at: sapo_jobs.Setting, work: Work) -> None:
     for name, seconds in traced(run).items():
         if name in of:
             by_kind[of[name]] += seconds
-    model, B, S, C = at.cfg.model, len(work.completions), len(work.prompts[0]), len(work.completions[0])
-    prompts, passes = {"rollout": (len(work.prompts), 1), "update": (B, 3)}[job]  # backward: twice the forward
-    layers, head = layer_flops(model)[0], 2 * model.vocab_size * model.hidden_size
-    needed = passes * ((B * C + prompts * S) * layers + B * C * head)
+    model, predicted = at.cfg.model, len(work.completions) * len(work.completions[0])
+    tokens = predicted + len(work.prompts) * len(work.prompts[0])  # a group shares its prompt, in both jobs
+    passes = {"rollout": 1, "update": 3}[job]  # backward: twice the forward
+    needed = passes * (tokens * layer_flops(model)[0] + predicted * 2 * model.vocab_size * model.hidden_size)
     print(f"{work.name}, {job}: {plain:.2f} s, {sum(by_kind.values()):.2f} s of operations when traced")
     for kind, seconds in by_kind.most_common():
         rate = f"{needed / seconds / 1e9:6.0f} GFLOP/s" if kind == WEIGHTS else ""
