@@ -21,15 +21,17 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
+from sapo_jax.analysis.figures import TAU, finish
 from sapo_jax.config import GRPO, GSPO, SAPO
-from sapo_jax.diagnostics.figures import TAU, finish
-from sapo_jax.metrics import write_csv
+from sapo_jax.io.files import write_csv
+from sapo_jax.io.plots import BLUE, GREEN, GREY, ORANGE
 from sapo_jax.objectives import OBJECTIVES
-from sapo_jax.plots import BLUE, GREEN, GREY, ORANGE
 
 RESULTS = Path(__file__).parent / "results"
 # Not the clips' corners themselves, where a derivative is a matter of convention; but both sides of each.
-RATIO = np.append(np.linspace(0.02, 3.0, 150), [0.799, 0.801, 0.9996, 0.9998, 1.0002, 1.0005, 1.269, 1.271])
+RATIO = np.append(
+    np.linspace(0.02, 3.0, 150), [0.799, 0.801, 0.9996, 0.9998, 1.0002, 1.0005, 1.269, 1.271]
+)
 RATIO = np.sort(RATIO[np.abs(RATIO - 0.8) > 1e-6])
 
 
@@ -80,7 +82,9 @@ COLUMNS = (
 def plot(found: list[dict]) -> Figure:
     figure = Figure(figsize=(14.5, 8), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
-    colours = dict(zip(variants(), ("#9ECAE9", BLUE, GREEN, "#0B3C5D", ORANGE, "black"), strict=True))
+    colours = dict(
+        zip(variants(), ("#9ECAE9", BLUE, GREEN, "#0B3C5D", ORANGE, "black"), strict=True)
+    )
     panels = figure.subplots(2, 3)
     for axes_row, adv in zip(panels, (1.0, -1.0), strict=True):
         for axes, column in zip(axes_row, COLUMNS, strict=True):
@@ -108,7 +112,10 @@ def main() -> None:
     found = rows()
     write_csv(RESULTS / "fig1_gates.csv", found)
     plot(found).savefig(RESULTS / "fig1_gates.png", dpi=110, facecolor="white")
-    peak = max((row for row in found if row["tau"] == 1.0 and row["adv"] > 0), key=lambda row: row["grad_weight"])
+    peak = max(
+        (row for row in found if row["tau"] == 1.0 and row["adv"] > 0),
+        key=lambda row: row["grad_weight"],
+    )
     print(f"tau = 1: r f'(r) peaks at {peak['grad_weight']:.3f} at r = {peak['r']:.2f}")
 
 

@@ -29,13 +29,14 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from sapo_jax.analyze import Diagnosed, read_diagnostics, table
+from sapo_jax.analysis.figures import GAP, VAR, bound_panel, ratio_histogram, variance_histogram
+from sapo_jax.analysis.phases import table
+from sapo_jax.analysis.read import Diagnosed, read_diagnostics
 from sapo_jax.config import load
 from sapo_jax.diagnostics.evidence import SIGNS
-from sapo_jax.diagnostics.figures import GAP, VAR, bound_panel, ratio_histogram, variance_histogram
 from sapo_jax.diagnostics.histograms import POSITIVE_EDGES, SIGNED_EDGES
-from sapo_jax.metrics import DIAGNOSTICS, write_csv
-from sapo_jax.train import train
+from sapo_jax.io.files import DIAGNOSTICS, write_csv
+from sapo_jax.training.loop import train
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -74,7 +75,11 @@ def histograms(found: dict[str, Diagnosed]) -> list[dict]:
         ):
             for sign, counts in zip(SIGNS, sums[name], strict=True):
                 for i in counts.nonzero()[0]:
-                    place = {"low": float(edges[i]), "high": float(edges[i + 1]), "count": int(counts[i])}
+                    place = {
+                        "low": float(edges[i]),
+                        "high": float(edges[i + 1]),
+                        "count": int(counts[i]),
+                    }
                     rows.append({"run": label, "quantity": quantity, "sign": sign} | place)
     return rows
 
@@ -86,14 +91,22 @@ def sequences(found: dict[str, Diagnosed]) -> list[dict]:
         samples = diagnosed.samples()
         several = (samples["length"] > 1).nonzero()[0]
         for i in several[:: max(1, len(several) // SEQUENCES)][:SEQUENCES]:
-            values = {name: samples[name][i] for name in ("adv", "mean", "variance", "gap_log", "gap_real")}
-            rows.append({"run": label, "length": int(samples["length"][i])} | {k: float(v) for k, v in values.items()})
+            values = {
+                name: samples[name][i]
+                for name in ("adv", "mean", "variance", "gap_log", "gap_real")
+            }
+            rows.append(
+                {"run": label, "length": int(samples["length"][i])}
+                | {k: float(v) for k, v in values.items()}
+            )
     return rows
 
 
 def tables(found: dict[str, Diagnosed]) -> dict[str, list[dict]]:
     """Rows of the CSV files, by name."""
-    phases = [{"run": label} | row for label, diagnosed in found.items() for row in table(diagnosed)]
+    phases = [
+        {"run": label} | row for label, diagnosed in found.items() for row in table(diagnosed)
+    ]
     return {
         "fig2_fig3_assumptions": phases,
         "fig2_fig3_histograms": histograms(found),
@@ -107,9 +120,18 @@ def plot(found: dict[str, Diagnosed]) -> Figure:
     panels = figure.subplots(len(found), 3, squeeze=False)
     for (ratio, variance, bound), (label, diagnosed) in zip(panels, found.items(), strict=True):
         evidence = diagnosed.pooled()
-        ratio_histogram(ratio, evidence, diagnosed.gates, f"{label}: r of {evidence.sum['tokens'].sum():,} tokens")
-        variance_histogram(variance, evidence, f"{label}: {VAR} of {evidence.sum['sequences'].sum():,} sequences")
-        bound_panel(bound, diagnosed.samples(), diagnosed.gates, f"{label}: {GAP} against its bound")
+        ratio_histogram(
+            ratio,
+            evidence,
+            diagnosed.gates,
+            f"{label}: r of {evidence.sum['tokens'].sum():,} tokens",
+        )
+        variance_histogram(
+            variance, evidence, f"{label}: {VAR} of {evidence.sum['sequences'].sum():,} sequences"
+        )
+        bound_panel(
+            bound, diagnosed.samples(), diagnosed.gates, f"{label}: {GAP} against its bound"
+        )
     return figure
 
 

@@ -46,9 +46,13 @@ def table() -> str:
             continue
         found = json.loads(path.read_text(encoding="utf-8"))
         for function, r in found["functions"].items():
-            row = f"| {name} | {found['topology']} | {found['workload']['row_tokens']} | {function} "
+            row = (
+                f"| {name} | {found['topology']} | {found['workload']['row_tokens']} | {function} "
+            )
             if "mfu" not in r:
-                fraction = "" if r["peak_fraction"] is None else f", {100 * r['peak_fraction']:.0f} %"
+                fraction = (
+                    "" if r["peak_fraction"] is None else f", {100 * r['peak_fraction']:.0f} %"
+                )
                 lines.append(f"{row}| **no**{fraction} | | | | | {r['compile_seconds']:.0f} s |")
                 continue
             lines.append(
@@ -71,7 +75,9 @@ def iterations() -> str:
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if one := found.get("iteration"):
             work, mean = found["workload"], options.split("--mean-tokens ")[1]
-            phases = " | ".join(f"{one['phases'][phase]:,.3g}" for phase in ("prefill", "decode", "score", "update"))
+            phases = " | ".join(
+                f"{one['phases'][phase]:,.3g}" for phase in ("prefill", "decode", "score", "update")
+            )
             lines.append(
                 f"| {name} | {work['sequences']:,}, {int(mean):,}, {work['new_tokens']:,} | {phases} "
                 f"| {one['seconds']:,.0f} | {one['completion_tokens_per_second_per_chip']:,.0f} |"

@@ -24,10 +24,16 @@ ERRORS = (-2, -1, 1, 2)
 
 def main() -> None:
     cfg = load(CONFIGS / "quickstart.yaml", ["cold_start.demonstrations=null"])
-    prompts = load_problems(cfg.data, load_tokenizer(cfg.data.tokenizer)).train["basic_arithmetic"] * DRAWS
+    prompts = (
+        load_problems(cfg.data, load_tokenizer(cfg.data.tokenizer)).train["basic_arithmetic"]
+        * DRAWS
+    )
     chance = random.Random(0)
     errors = [chance.choice(ERRORS) if chance.random() < SLOPPY else 0 for _ in prompts]
-    rows = [{"prompt": p.question, "answer": str(int(p.answer) + e)} for p, e in zip(prompts, errors, strict=True)]
+    rows = [
+        {"prompt": p.question, "answer": str(int(p.answer) + e)}
+        for p, e in zip(prompts, errors, strict=True)
+    ]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (CONFIGS / "quickstart_demonstrations.jsonl").write_text(text, encoding="utf-8")
     print(f"{len(rows)} demonstrations, {sum(map(bool, errors))} of them wrong")

@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from sapo_jax.analysis.figures import finish
 from sapo_jax.config import SAPO
 from sapo_jax.diagnostics import vocabulary_gradient, vocabulary_spread
-from sapo_jax.diagnostics.figures import finish
-from sapo_jax.metrics import write_csv
-from sapo_jax.plots import BLUE, GREY, ORANGE
+from sapo_jax.io.files import write_csv
+from sapo_jax.io.plots import BLUE, GREY, ORANGE
 
 RESULTS = Path(__file__).parent / "results"
 V = 151_936
@@ -51,7 +51,10 @@ def rows() -> list[dict]:
     for p_y, a, adv in variants():
         spread = vocabulary_spread(gradient(p_y, a, adv), 0)
         names = ("sampled", "moved", "raised", "lowered", "largest", "norm")
-        found.append({"p_y": p_y, "a": a, "adv": adv} | {name: float(getattr(spread, name)) for name in names})
+        found.append(
+            {"p_y": p_y, "a": a, "adv": adv}
+            | {name: float(getattr(spread, name)) for name in names}
+        )
     return found
 
 
@@ -67,7 +70,12 @@ def plot(found: list[dict]) -> Figure:
         mine = [row for row in found if row["adv"] == adv]
         by_p = [(row["p_y"], row["moved"]) for row in mine if row["a"] == ZIPF]
         by_a = sorted((row["a"], row["raised"]) for row in mine if row["p_y"] == P_Y)
-        moved.plot(*zip(*by_p, strict=True), "o-" if adv > 0 else "x--", color=colour, label=f"A = {adv:+.0f}")
+        moved.plot(
+            *zip(*by_p, strict=True),
+            "o-" if adv > 0 else "x--",
+            color=colour,
+            label=f"A = {adv:+.0f}",
+        )
         raised.plot(*zip(*by_a, strict=True), "o-", color=colour, label=f"A = {adv:+.0f}")
     push.set_xscale("log")
     push.set_yscale("symlog", linthresh=1e-5)
@@ -76,9 +84,19 @@ def plot(found: list[dict]) -> Figure:
     push.minorticks_off()
     raised.set_yscale("log")
     push.set_ylim(-3, 3)
-    finish(push, f"Gradient on each logit, p_y = {P_Y}, a = {ZIPF}", "rank among the others", "d surrogate / d logit")
+    finish(
+        push,
+        f"Gradient on each logit, p_y = {P_Y}, a = {ZIPF}",
+        "rank among the others",
+        "d surrogate / d logit",
+    )
     finish(moved, "Moved between y and all others", "p_y", "|A| (1 - p_y)")
-    finish(raised, f"Logits that are raised, p_y = {P_Y}", "steepness a of the tail", "effective number, of 151,936")
+    finish(
+        raised,
+        f"Logits that are raised, p_y = {P_Y}",
+        "steepness a of the tail",
+        "effective number, of 151,936",
+    )
     for axes in (push, moved, raised):
         axes.spines["right"].set_visible(False)
         axes.legend(frameon=False, fontsize=9)

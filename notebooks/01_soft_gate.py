@@ -33,10 +33,22 @@ from sapo_jax.diagnostics import Gates, vocabulary_gradient, vocabulary_spread
 from sapo_jax.diagnostics.sequences import sequences
 from sapo_jax.objectives import OBJECTIVES
 
-plt.rcParams.update({"figure.dpi": 80, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False, "font.size": 11})
-plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold"})
+plt.rcParams.update(
+    {
+        "figure.dpi": 80,
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+        "legend.frameon": False,
+        "font.size": 11,
+    }
+)
+plt.rcParams.update(
+    {"axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold"}
+)
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
-SHADES = dict(zip((0.5, 1.0, 2.0, 5.0), plt.get_cmap("viridis")([0.85, 0.6, 0.35, 0.1]), strict=True))
+SHADES = dict(
+    zip((0.5, 1.0, 2.0, 5.0), plt.get_cmap("viridis")([0.85, 0.6, 0.35, 0.1]), strict=True)
+)
 
 r = np.linspace(0.005, 4, 1500)
 surrogate = lambda r, tau: 4 / tau / (1 + np.exp(-tau * (r - 1)))
@@ -44,7 +56,9 @@ gate = lambda r, tau: 1 / np.cosh(tau / 2 * (r - 1)) ** 2
 
 figure, panels = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
 for tau, colour in SHADES.items():
-    panels[0].plot(r, surrogate(r, tau) - 2 / tau, color=colour, linewidth=2, label=rf"$\tau$ = {tau:g}")
+    panels[0].plot(
+        r, surrogate(r, tau) - 2 / tau, color=colour, linewidth=2, label=rf"$\tau$ = {tau:g}"
+    )
     panels[1].plot(r, gate(r, tau), color=colour, linewidth=2)
     panels[2].plot(r, r * gate(r, tau), color=colour, linewidth=2)
 titles = ("surrogate  f(r) - f(1)", "gate  f'(r)", "gradient weight  r f'(r)")
@@ -93,16 +107,38 @@ def weight_of(cfg, r, adv):
 figure, panels = plt.subplots(1, 2, figsize=(12, 4), layout="constrained", sharey=True)
 near = np.linspace(0.013, 3, 400)
 for axes, adv in zip(panels, (1.0, -1.0), strict=True):
-    axes.plot(near, weight_of(SAPO(), near, adv), color=BLUE, linewidth=2.5, label=r"SAPO, $\tau$ = 1.0 / 1.05")
-    axes.plot(near, weight_of(GRPO(), near, adv), "--", color=ORANGE, linewidth=2, label="GRPO, 0.2 / 0.27")
-    axes.plot(near, weight_of(GSPO(), near, adv), ":", color="black", linewidth=2, label="GSPO, r of the sequence")
+    axes.plot(
+        near,
+        weight_of(SAPO(), near, adv),
+        color=BLUE,
+        linewidth=2.5,
+        label=r"SAPO, $\tau$ = 1.0 / 1.05",
+    )
+    axes.plot(
+        near,
+        weight_of(GRPO(), near, adv),
+        "--",
+        color=ORANGE,
+        linewidth=2,
+        label="GRPO, 0.2 / 0.27",
+    )
+    axes.plot(
+        near,
+        weight_of(GSPO(), near, adv),
+        ":",
+        color="black",
+        linewidth=2,
+        label="GSPO, r of the sequence",
+    )
     axes.axvline(1, color="black", linewidth=0.6)
     axes.set(title=f"factor on A grad log pi, A {'> 0' if adv > 0 else '< 0'}", xlabel="r")
 panels[0].legend(loc="upper right")
 plt.show()
 
 for adv, tau in ((1.0, SAPO().tau_pos), (-1.0, SAPO().tau_neg)):
-    np.testing.assert_allclose(weight_of(SAPO(), near, adv), near * gate(near, tau), rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        weight_of(SAPO(), near, adv), near * gate(near, tau), rtol=2e-5, atol=1e-6
+    )
 
 # %% [markdown]
 # ## The log gate and the real gate
@@ -123,29 +159,54 @@ mean_B1 = rng.normal(0, 0.3, (B, 1)) * spread_B1
 z_BT = (mean_B1 + spread_B1 * rng.standard_t(4, (B, T))).clip(-8, 8).astype(np.float32)
 one_BT = np.ones((B, T), np.int32)
 made_up = sequences(z_BT, one_BT.astype(np.float32), one_BT.astype(bool), one_BT, Gates.of(cfg))
-variance, log_gap, real_gap = (np.asarray(x)[:, 1] for x in (made_up.variance, made_up.gap_log, made_up.gap_real))
+variance, log_gap, real_gap = (
+    np.asarray(x)[:, 1] for x in (made_up.variance, made_up.gap_log, made_up.gap_real)
+)
 
 figure, (gates, gaps) = plt.subplots(1, 2, figsize=(13, 4.4), layout="constrained")
 ratio = np.geomspace(0.05, 8, 400)
 for tau, colour in ((1.0, SHADES[1.0]), (2.0, SHADES[2.0])):
-    gates.plot(ratio, gate(ratio, tau), color=colour, linewidth=2, label=rf"real gate f'(r), $\tau$ = {tau:g}")
+    gates.plot(
+        ratio,
+        gate(ratio, tau),
+        color=colour,
+        linewidth=2,
+        label=rf"real gate f'(r), $\tau$ = {tau:g}",
+    )
     log_gate = 1 / np.cosh(tau / 2 * np.log(ratio)) ** 2
-    gates.plot(ratio, log_gate, "--", color=colour, linewidth=2, label=rf"log gate g(log r), $\tau$ = {tau:g}")
+    gates.plot(
+        ratio,
+        log_gate,
+        "--",
+        color=colour,
+        linewidth=2,
+        label=rf"log gate g(log r), $\tau$ = {tau:g}",
+    )
 gates.set_xscale("log")
 gates.set_xticks([0.1, 0.2, 0.5, 1, 2, 5], ["0.1", "0.2", "0.5", "1", "2", "5"])
 gates.minorticks_off()
 gates.set(title="A1: alike near r = 1 only", xlabel="r", ylim=(0, 1.45))
 gates.legend(ncol=2, fontsize=9, loc="upper center")
-gaps.loglog(variance, real_gap, ".", markersize=4, alpha=0.4, color=ORANGE, label="$D_i$ of the real gate")
-gaps.loglog(variance, log_gap, ".", markersize=4, alpha=0.4, color=BLUE, label="$D_i$ of the log gate")
+gaps.loglog(
+    variance, real_gap, ".", markersize=4, alpha=0.4, color=ORANGE, label="$D_i$ of the real gate"
+)
+gaps.loglog(
+    variance, log_gap, ".", markersize=4, alpha=0.4, color=BLUE, label="$D_i$ of the log gate"
+)
 line = np.geomspace(variance.min(), variance.max(), 50)
 gaps.loglog(line, cfg.tau_pos**2 / 4 * line, color="black", label=r"$\tau^2/4\;\mathrm{Var}_i$")
-gaps.set(title="A2: made-up sequences, heavy tails", xlabel=r"$\mathrm{Var}_i$ of log r", ylabel="$D_i$")
+gaps.set(
+    title="A2: made-up sequences, heavy tails", xlabel=r"$\mathrm{Var}_i$ of log r", ylabel="$D_i$"
+)
 gaps.legend(markerscale=3)
 plt.show()
 
-print("log gate above the bound: ", np.asarray(made_up.breaks_bound(made_up.gap_log)).sum(), "of", B)
-print("real gate above the bound:", np.asarray(made_up.breaks_bound(made_up.gap_real)).sum(), "of", B)
+print(
+    "log gate above the bound: ", np.asarray(made_up.breaks_bound(made_up.gap_log)).sum(), "of", B
+)
+print(
+    "real gate above the bound:", np.asarray(made_up.breaks_bound(made_up.gap_real)).sum(), "of", B
+)
 assert not np.asarray(made_up.breaks_bound(made_up.gap_log)).any()
 
 # %% [markdown]
@@ -167,7 +228,10 @@ def by_autodiff(logits, token, adv, log_ratio):
     """Through log softmax and the package's own objective."""
     old = jax.nn.log_softmax(logits)[token] - log_ratio
     value = lambda x: OBJECTIVES["sapo"](
-        (jax.nn.log_softmax(x)[token] - old)[None, None], jnp.array([[adv]]), jnp.array([[True]]), cfg
+        (jax.nn.log_softmax(x)[token] - old)[None, None],
+        jnp.array([[adv]]),
+        jnp.array([[True]]),
+        cfg,
     )[0].sum()
     return jax.grad(value)(logits)
 

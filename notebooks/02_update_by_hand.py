@@ -25,15 +25,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import colors
 
-from sapo_jax.advantages import advantages
+from sapo_jax.objectives.advantages import advantages
 from sapo_jax.config import SAPO, Advantage, Config, Model, Optimizer, Rollout
-from sapo_jax.learner import init_state, make_optimizer, make_update, policy_loss
+from sapo_jax.learner.update import init_state, make_optimizer, make_update, policy_loss
 from sapo_jax.models import make_policy
 from sapo_jax.objectives import OBJECTIVES
 from sapo_jax.objectives.weights import token_weights
-from sapo_jax.rollout import token_rows
-from sapo_jax.scoring import make_scorer
-from sapo_jax.types import Batch
+from sapo_jax.rollout import pad_sequences
+from sapo_jax.learner.scoring import make_scorer
+from sapo_jax.batch import Batch
 
 plt.rcParams.update({"figure.dpi": 80, "font.size": 11, "axes.titleweight": "bold"})
 
@@ -54,10 +54,12 @@ cfg = Config(
 policy = make_policy(cfg.model)
 init = jax.jit(policy.init)
 old_params, noise = init(jax.random.key(0)), init(jax.random.key(1))
-params = jax.tree.map(lambda x, n: x + 0.1 * n, old_params, noise)  # the policy has moved since it sampled
+params = jax.tree.map(
+    lambda x, n: x + 0.1 * n, old_params, noise
+)  # the policy has moved since it sampled
 
 ids = [[WORDS.index(word) for word in (*PROMPT, *completion)] for completion in COMPLETIONS]
-rows = token_rows([(row, len(PROMPT)) for row in ids], pad_id=0)  # one sequence per row; T is 16
+rows = pad_sequences([(row, len(PROMPT)) for row in ids], pad_id=0)  # one sequence per row; T is 16
 mask_BT = rows["mask_BT"]  # True on the completions
 adv_P4 = advantages(REWARD[None], np.ones((1, 4), bool), Advantage())
 batch = Batch(
@@ -67,17 +69,23 @@ batch = Batch(
 )
 score = make_scorer(policy, cfg.rollout.temperature, micro_batch=0)
 old_logp_BT, logp_BT = (np.asarray(score(p, batch)[0]) for p in (old_params, params))
-surrogate_BT, diagnostics = OBJECTIVES["sapo"](logp_BT - old_logp_BT, batch.adv_BT, mask_BT, cfg.objective)
+surrogate_BT, diagnostics = OBJECTIVES["sapo"](
+    logp_BT - old_logp_BT, batch.adv_BT, mask_BT, cfg.objective
+)
 push_BT = batch.adv_BT * np.asarray(diagnostics["grad_weight"])
 
-push_B4, ratio_B4 = (x[:, len(PROMPT) : len(PROMPT) + 4] for x in (push_BT, np.exp(logp_BT - old_logp_BT)))
+push_B4, ratio_B4 = (
+    x[:, len(PROMPT) : len(PROMPT) + 4] for x in (push_BT, np.exp(logp_BT - old_logp_BT))
+)
 figure, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
 shown_B4 = np.where(mask_BT[:, len(PROMPT) : len(PROMPT) + 4], push_B4, np.nan)
 image = axes.imshow(shown_B4, cmap="RdBu", vmin=-2.5, vmax=2.5, aspect="auto")
 for b, completion in enumerate(COMPLETIONS):
     for t, word in enumerate(completion):
         colour = "white" if abs(push_B4[b, t]) > 1.5 else "black"
-        axes.text(t, b, word, ha="center", va="bottom", color=colour, fontsize=15, fontweight="bold")
+        axes.text(
+            t, b, word, ha="center", va="bottom", color=colour, fontsize=15, fontweight="bold"
+        )
         axes.text(t, b + 0.08, f"r = {ratio_B4[b, t]:.2f}", ha="center", va="top", color=colour)
 axes.set_yticks(range(4), [f"{' '.join(PROMPT)}\nA = {a:+.2f}" for a in adv_P4[0]])
 axes.set_xticks(range(4), [f"token {t}" for t in range(1, 5)])
@@ -104,7 +112,9 @@ token_N = rows["tokens_BT"][sequence_N, column_N]
 def hidden_states(params):
     """After the final norm, at the position before each of the 11 tokens, ND."""
     model = policy.bind(params)
-    out = model.forward(rows["tokens_BT"], rows["positions_BT"], rows["segment_ids_BT"], rows["prefix_ids_BT"])
+    out = model.forward(
+        rows["tokens_BT"], rows["positions_BT"], rows["segment_ids_BT"], rows["prefix_ids_BT"]
+    )
     return out.hidden_BTD[sequence_N, column_N - 1]
 
 
@@ -114,7 +124,9 @@ def log_softmax(z_NV):
 
 
 def by_hand(params):
-    hidden_ND, head_VD = (np.asarray(x, np.float64) for x in (hidden_states(params), params["head"]))
+    hidden_ND, head_VD = (
+        np.asarray(x, np.float64) for x in (hidden_states(params), params["head"])
+    )
     return hidden_ND, log_softmax(hidden_ND @ head_VD.T / cfg.rollout.temperature)
 
 
@@ -141,7 +153,9 @@ length_4 = np.bincount(sequence_N)
 adv_N, weight_N = adv_4[sequence_N].astype(np.float64), 1 / (4 * length_4[sequence_N])
 for b in range(4):
     weight = 1 / (4 * length_4[b])
-    print(f"y{b + 1}: R = {REWARD[b]:.0f}   A = {adv_4[b]:+.4f}   |y| = {length_4[b]}   weight = {weight:.5f}")
+    print(
+        f"y{b + 1}: R = {REWARD[b]:.0f}   A = {adv_4[b]:+.4f}   |y| = {length_4[b]}   weight = {weight:.5f}"
+    )
 
 # %% [markdown]
 # ## Gate, gradient weight, loss
@@ -161,7 +175,9 @@ for n in range(N):
         f"   y{sequence_N[n] + 1}     {WORDS[token_N[n]]:6s} {tau_N[n]:5.2f} {f_N[n]:8.4f} {gate_N[n]:8.4f}"
         f" {grad_weight_N[n]:8.4f} {weight_N[n] * f_N[n] * adv_N[n]:12.5f}"
     )
-print(f"\nloss = {loss:.6f}, of which {-np.sum(weight_N * 2 / tau_N * adv_N):.6f} is the constant f(1) = 2/tau")
+print(
+    f"\nloss = {loss:.6f}, of which {-np.sum(weight_N * 2 / tau_N * adv_N):.6f} is the constant f(1) = 2/tau"
+)
 
 # %% [markdown]
 # ## The gradient
@@ -178,17 +194,23 @@ logits_gradient_NV = -coefficient_N[:, None] * (np.eye(8)[token_N] - np.exp(logp
 head_gradient_VD = logits_gradient_NV.T @ hidden_ND
 
 figure, axes = plt.subplots(figsize=(10, 5.2), layout="constrained")
-scale = colors.AsinhNorm(linear_width=0.02, vmin=-0.4, vmax=0.4)  # linear near 0, logarithmic beyond
+scale = colors.AsinhNorm(
+    linear_width=0.02, vmin=-0.4, vmax=0.4
+)  # linear near 0, logarithmic beyond
 axes.imshow(-logits_gradient_NV, cmap="RdBu", norm=scale, aspect="auto")
 for n, v in np.ndindex(N, 8):
     value = -logits_gradient_NV[n, v]
     colour = "white" if abs(value) > 0.1 else "black"
     axes.text(v, n, f"{value:.3f}", ha="center", va="center", fontsize=9, color=colour)
     if v == token_N[n]:
-        axes.add_patch(plt.Rectangle((v - 0.5, n - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=2))
+        axes.add_patch(
+            plt.Rectangle((v - 0.5, n - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=2)
+        )
 axes.set_xticks(range(8), WORDS)
 axes.set_yticks(range(N), [f"y{sequence_N[n] + 1}   {WORDS[token_N[n]]}" for n in range(N)])
-axes.set(title="Descent on each logit: - d loss / d z (the token itself is boxed)", xlabel="logit of")
+axes.set(
+    title="Descent on each logit: - d loss / d z (the token itself is boxed)", xlabel="logit of"
+)
 plt.show()
 print("gradient on the head, one row per word:")
 for word, row in zip(WORDS, head_gradient_VD, strict=True):
@@ -216,8 +238,12 @@ print(f"gradient norm {norm:.6f}, clipped to {cfg.optimizer.max_grad_norm}")
 opt = cfg.optimizer
 g_VD = head_gradient_VD * min(1, opt.max_grad_norm / norm)
 head_VD = np.asarray(params["head"], np.float64)
-new_head_VD = head_VD - opt.learning_rate * (g_VD / (np.abs(g_VD) + opt.eps) + opt.weight_decay * head_VD)
-print(f"the head moves by {np.abs(new_head_VD - head_VD).max():.4f} at most (rate {opt.learning_rate})")
+new_head_VD = head_VD - opt.learning_rate * (
+    g_VD / (np.abs(g_VD) + opt.eps) + opt.weight_decay * head_VD
+)
+print(
+    f"the head moves by {np.abs(new_head_VD - head_VD).max():.4f} at most (rate {opt.learning_rate})"
+)
 
 # %% [markdown]
 # ## And the package?
@@ -238,14 +264,18 @@ same(gate_N, np.asarray(diagnostics["gate"])[at])
 same(grad_weight_N, np.asarray(diagnostics["grad_weight"])[at])
 
 loss_fn = policy_loss(cfg)
-autodiff = jax.jit(jax.value_and_grad(lambda params: loss_fn(policy.bind(params), batch_with_old)[0]))
+autodiff = jax.jit(
+    jax.value_and_grad(lambda params: loss_fn(policy.bind(params), batch_with_old)[0])
+)
 their_loss, their_gradient = autodiff(params)
 same(loss, their_loss)
 same(head_gradient_VD, their_gradient["head"])
 jax.tree.map(same, gradient, their_gradient)
 
 tx = make_optimizer(cfg.optimizer, total_steps=10)
-update = make_update(policy, tx, loss_fn, micro_batch=2)  # two micro-batches of two sequences: the same
+update = make_update(
+    policy, tx, loss_fn, micro_batch=2
+)  # two micro-batches of two sequences: the same
 state, aux = update(init_state(jax.tree.map(jnp.array, params), tx), batch_with_old)
 same(loss, aux["loss"])
 same(norm, aux["grad_norm"])
@@ -253,7 +283,10 @@ same(new_head_VD, state.params["head"])
 
 print(f"loss           by hand {loss:.7f}   autodiff {their_loss:.7f}   learner {aux['loss']:.7f}")
 print(f"gradient norm  by hand {norm:.7f}   learner  {aux['grad_norm']:.7f}")
-worst = max(float(jnp.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (gradient, their_gradient)), strict=True))
+worst = max(
+    float(jnp.abs(a - b).max())
+    for a, b in zip(*map(jax.tree.leaves, (gradient, their_gradient)), strict=True)
+)
 print(f"largest difference of a gradient entry {worst:.1e}, of a head entry after the step "
       f"{np.abs(new_head_VD - np.asarray(state.params['head'])).max():.1e}")  # fmt: skip
 

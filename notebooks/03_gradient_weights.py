@@ -27,10 +27,14 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from sapo_jax.analyze import read_diagnostics, show
-from sapo_jax.diagnostics import figures, finalize_evidence, ratio_quantiles
+from sapo_jax.analysis.phases import show
+from sapo_jax.analysis.read import read_diagnostics
+from sapo_jax.analysis import figures
+from sapo_jax.diagnostics import finalize_evidence, ratio_quantiles
 
-ROOT = next(p for p in (Path.cwd(), *Path.cwd().parents) if (p / "experiments" / "results").is_dir())
+ROOT = next(
+    p for p in (Path.cwd(), *Path.cwd().parents) if (p / "experiments" / "results").is_dir()
+)
 COMMITTED = ROOT / "experiments" / "results" / "fig2_fig3_runs" / "tiny_dense"
 RUN = os.environ.get("SAPO_RUN", COMMITTED)
 
@@ -59,18 +63,37 @@ plt.show()
 
 # %%
 r = np.linspace(0.01, 20, 20_000)
-gate_of = lambda r, sign: 1 / np.cosh((gates.tau_pos if sign == "pos" else gates.tau_neg) / 2 * (r - 1)) ** 2
+gate_of = lambda r, sign: (
+    1 / np.cosh((gates.tau_pos if sign == "pos" else gates.tau_neg) / 2 * (r - 1)) ** 2
+)
 quantiles = [ratio_quantiles(e, gates)["grad_weight"] for e in found.evidence]
 figure, panels = plt.subplots(1, 2, figsize=(14, 4), layout="constrained", sharey=True)
 for axes, sign, colour in zip(panels, ("pos", "neg"), (BLUE, ORANGE), strict=True):
     with_tokens = [i for i, q in enumerate(quantiles) if q[sign]]
-    steps, q = [found.steps[i] for i in with_tokens], np.array([quantiles[i][sign] for i in with_tokens]).T
-    for low, high, alpha, label in ((0, 6, 0.15, "98 %"), (1, 5, 0.25, "90 %"), (2, 4, 0.5, "50 %")):
-        axes.fill_between(steps, q[low], q[high], color=colour, alpha=alpha, linewidth=0, label=label)
+    steps, q = (
+        [found.steps[i] for i in with_tokens],
+        np.array([quantiles[i][sign] for i in with_tokens]).T,
+    )
+    for low, high, alpha, label in (
+        (0, 6, 0.15, "98 %"),
+        (1, 5, 0.25, "90 %"),
+        (2, 4, 0.5, "50 %"),
+    ):
+        axes.fill_between(
+            steps, q[low], q[high], color=colour, alpha=alpha, linewidth=0, label=label
+        )
     axes.plot(steps, q[3], color="black", linewidth=1.2, label="median")
-    axes.axhline((r * gate_of(r, sign)).max(), color="black", linewidth=1, linestyle=":", label="most that can be")
+    axes.axhline(
+        (r * gate_of(r, sign)).max(),
+        color="black",
+        linewidth=1,
+        linestyle=":",
+        label="most that can be",
+    )
     axes.spines["right"].set_visible(False)
-    figures.finish(axes, f"r f'(r) of the tokens, {figures.NAMES[sign]}", "RL step", "gradient weight")
+    figures.finish(
+        axes, f"r f'(r) of the tokens, {figures.NAMES[sign]}", "RL step", "gradient weight"
+    )
     axes.legend(loc="lower right", ncol=3, fontsize=9)
     axes.set_ylim(0, 1.7)
 plt.show()
@@ -88,8 +111,17 @@ figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
 thirds = np.array_split(drift, min(3, len(drift)))
 shades = plt.get_cmap("viridis")((0.05, 0.45, 0.8))
 for part, label, colour in zip(thirds, ("early", "middle", "late"), shades, strict=False):
-    axes.plot(updates, part.mean(axis=0), "o-", color=colour, linewidth=2, label=f"{label} third of the run")
-    axes.fill_between(updates, part.min(axis=0), part.max(axis=0), color=colour, alpha=0.12, linewidth=0)
+    axes.plot(
+        updates,
+        part.mean(axis=0),
+        "o-",
+        color=colour,
+        linewidth=2,
+        label=f"{label} third of the run",
+    )
+    axes.fill_between(
+        updates, part.min(axis=0), part.max(axis=0), color=colour, alpha=0.12, linewidth=0
+    )
 axes.set_xticks(updates)
 figures.finish(axes, "Mean |log r| in each update of a rollout", "update", "nats per token")
 axes.spines["right"].set_visible(False)
@@ -106,7 +138,10 @@ plt.show()
 
 # %%
 figure, (shares, effective) = plt.subplots(1, 2, figsize=(14, 4), layout="constrained")
-clipped = {"grad_share/grpo_clipped": "GRPO would clip", "grad_share/gspo_clipped": "GSPO would clip"}
+clipped = {
+    "grad_share/grpo_clipped": "GRPO would clip",
+    "grad_share/gspo_clipped": "GSPO would clip",
+}
 spread = {"effective_tokens/pos_fraction": "A > 0", "effective_tokens/neg_fraction": "A < 0"}
 for axes, curves, title in (
     (shares, clipped, "Gradient that hard clipping throws away"),
@@ -136,7 +171,12 @@ figures.bound_panel(bound, found.samples(), gates)
 plt.show()
 
 breaches = [int(m["a2/breaches"]) for m in metrics]
-print("sequences whose log gate breaks the bound:", sum(breaches), "of", evidence.sum["sequences"].sum())
+print(
+    "sequences whose log gate breaks the bound:",
+    sum(breaches),
+    "of",
+    evidence.sum["sequences"].sum(),
+)
 assert not any(breaches)
 
 # %% [markdown]

@@ -31,11 +31,15 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from sapo_jax.curves import curves_of, read_arms
-from sapo_jax.statistics import bootstrap_interval, interquartile_mean
+from sapo_jax.analysis.curves import curves_of, read_arms
+from sapo_jax.diagnostics.bootstrap import bootstrap_interval, interquartile_mean
 
-plt.rcParams.update({"figure.dpi": 80, "font.size": 11, "legend.frameon": False, "axes.titleweight": "bold"})
-plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25})
+plt.rcParams.update(
+    {"figure.dpi": 80, "font.size": 11, "legend.frameon": False, "axes.titleweight": "bold"}
+)
+plt.rcParams.update(
+    {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
+)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 BASE = """
@@ -66,12 +70,25 @@ seeds: [0, 1, 2]
 
 def small_sweep(home):
     """The folder of a sweep that was made just now; what its command printed last."""
-    problems = [{"prompt": f"max({a},{b})=", "answer": str(max(a, b))} for a in range(10) for b in range(10)]
-    (home / "problems.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    problems = [
+        {"prompt": f"max({a},{b})=", "answer": str(max(a, b))} for a in range(10) for b in range(10)
+    ]
+    (home / "problems.jsonl").write_text(
+        "".join(json.dumps(problem) + "\n" for problem in problems)
+    )
     (home / "base.yaml").write_text(BASE)
     (home / "sweep.yaml").write_text(SWEEP)
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(home / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    command = [sys.executable, "-m", "sapo_jax.cli", "sweep", "sweep.yaml"]  # that is: sapo-jax sweep sweep.yaml
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(home / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "sapo_jax.cli",
+        "sweep",
+        "sweep.yaml",
+    ]  # that is: sapo-jax sweep sweep.yaml
     done = subprocess.run(command, cwd=home, env=os.environ | cache, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(done.stdout[-3000:] + done.stderr[-3000:])
@@ -82,7 +99,11 @@ given = os.environ.get("SAPO_SWEEP")
 folder = Path(given) if given else small_sweep(Path(tempfile.mkdtemp()))
 arms, notes = read_arms([folder])
 colour_of = dict(zip((arm.label for arm in arms), COLOURS, strict=False))
-print(f"{folder.name}: " + ", ".join(f"{arm.label} ({len(arm.runs)} seeds)" for arm in arms), *notes, sep="\n")
+print(
+    f"{folder.name}: " + ", ".join(f"{arm.label} ({len(arm.runs)} seeds)" for arm in arms),
+    *notes,
+    sep="\n",
+)
 
 
 def draw(axes, metric, title, percent=False):
@@ -92,7 +113,9 @@ def draw(axes, metric, title, percent=False):
         axes.plot(curve.step_T, curve.value_TN, color=colour, linewidth=0.8, alpha=0.5)
         axes.plot(curve.step_T, curve.iqm_T, color=colour, linewidth=2.5, label=curve.arm)
         if curve.interval_T2 is not None:
-            axes.fill_between(curve.step_T, *curve.interval_T2.T, color=colour, alpha=0.12, linewidth=0)
+            axes.fill_between(
+                curve.step_T, *curve.interval_T2.T, color=colour, alpha=0.12, linewidth=0
+            )
     axes.set(title=title, xlabel="RL step")
     if percent:
         axes.yaxis.set_major_formatter(lambda v, _: f"{100 * v:.0f} %")
@@ -119,7 +142,14 @@ plt.show()
 # %%
 with (folder / "results.csv").open() as file:
     results = list(csv.DictReader(file))
-shown = ("run", "held_out_before", "held_out_after", "interval_after_low", "interval_after_high", "entropy/mean")
+shown = (
+    "run",
+    "held_out_before",
+    "held_out_after",
+    "interval_after_low",
+    "interval_after_high",
+    "entropy/mean",
+)
 print(f"{'run':24s}" + "".join(f"{name:>21s}" for name in shown[1:]))
 for row in results:
     print(f"{row['run']:24s}" + "".join(f"{float(row[name]):21.3f}" for name in shown[1:]))
@@ -133,26 +163,41 @@ for row in results:
 # %%
 after = {(row["arm"], row["seed"]): float(row["held_out_after"]) for row in results}
 before = {(row["arm"], row["seed"]): float(row["held_out_before"]) for row in results}
-labels, seeds = list(dict.fromkeys(row["arm"] for row in results)), sorted({row["seed"] for row in results})
+labels, seeds = (
+    list(dict.fromkeys(row["arm"] for row in results)),
+    sorted({row["seed"] for row in results}),
+)
 complete = [seed for seed in seeds if all((arm, seed) in after for arm in labels)]
 
 figure, (gains, differences) = plt.subplots(1, 2, figsize=(14, 4.2), layout="constrained")
 for x, arm in enumerate(labels):
-    value = np.array([after[arm, seed] - before[arm, seed] for seed in seeds if (arm, seed) in after])
+    value = np.array(
+        [after[arm, seed] - before[arm, seed] for seed in seeds if (arm, seed) in after]
+    )
     gains.plot(np.full(len(value), x), value, "o", color=colour_of[arm], markersize=8, alpha=0.6)
-    gains.plot([x - 0.2, x + 0.2], 2 * [interquartile_mean(value)], color=colour_of[arm], linewidth=3)
+    gains.plot(
+        [x - 0.2, x + 0.2], 2 * [interquartile_mean(value)], color=colour_of[arm], linewidth=3
+    )
 gains.set_xticks(range(len(labels)), labels)
 gains.set(title="Gain in held-out accuracy, one dot per seed", xlim=(-0.6, len(labels) - 0.4))
 for x, arm in enumerate(labels[1:]):
     value = np.array([after[arm, seed] - after[labels[0], seed] for seed in complete])
     low, high = bootstrap_interval(value)
-    differences.plot(np.full(len(value), x), value, "o", color=colour_of[arm], markersize=8, alpha=0.6)
+    differences.plot(
+        np.full(len(value), x), value, "o", color=colour_of[arm], markersize=8, alpha=0.6
+    )
     mean = value.mean()
-    differences.errorbar(x + 0.15, mean, [[mean - low], [high - mean]], fmt="D", color="black", capsize=5)
-    print(f"{arm} - {labels[0]}, {len(value)} seeds: mean {mean:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}")
+    differences.errorbar(
+        x + 0.15, mean, [[mean - low], [high - mean]], fmt="D", color="black", capsize=5
+    )
+    print(
+        f"{arm} - {labels[0]}, {len(value)} seeds: mean {mean:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
+    )
 differences.axhline(0, color="black", linewidth=0.8)
 differences.set_xticks(range(len(labels) - 1), [f"{arm} - {labels[0]}" for arm in labels[1:]])
-differences.set(title=f"After RL, against {labels[0]} with the same seed", xlim=(-0.6, len(labels) - 1.4))
+differences.set(
+    title=f"After RL, against {labels[0]} with the same seed", xlim=(-0.6, len(labels) - 1.4)
+)
 for axes in (gains, differences):
     axes.yaxis.set_major_formatter(lambda v, _: f"{100 * v:+.0f} pts")
 plt.show()
@@ -179,4 +224,6 @@ plt.show()
 if not given:
     gain = np.array([after[key] - before[key] for key in after])
     assert len(results) == 9 and gain.mean() > 0.1, gain
-    print(f"RL helped {(gain > 0).sum()} of {len(gain)} runs, by {100 * gain.mean():.0f} points on average")
+    print(
+        f"RL helped {(gain > 0).sum()} of {len(gain)} runs, by {100 * gain.mean():.0f} points on average"
+    )

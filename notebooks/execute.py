@@ -38,7 +38,9 @@ def execute(script: Path) -> NotebookNode:
     environment = {name: value for name, value in os.environ.items() if name not in YOURS}
     environment |= {"PYTHONPATH": str(HERE.parent), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK}
     where = {"metadata": {"path": str(script.parent)}}
-    client = NotebookClient(notebook, timeout=SECONDS, kernel_name="python3", record_timing=False, resources=where)
+    client = NotebookClient(
+        notebook, timeout=SECONDS, kernel_name="python3", record_timing=False, resources=where
+    )
     client.execute(env=environment)
     for i, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{i}"

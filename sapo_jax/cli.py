@@ -49,26 +49,43 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands, name: str, summary: str, what: str = "a YAML file", *further: str) -> argparse.ArgumentParser:
+def _command(
+    commands, name: str, summary: str, what: str = "a YAML file", *further: str
+) -> argparse.ArgumentParser:
     """A command on a config."""
     sub = commands.add_parser(name, help=summary, description=summary)
     sub.add_argument("config", metavar="CONFIG", type=Path, help=what)
     for word in further:
         sub.add_argument(word, metavar=word.upper(), type=Path)
-    sub.add_argument("overrides", metavar="key=value", nargs="*", help="changes to the config, e.g. train.steps=50")
+    sub.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        help="changes to the config, e.g. train.steps=50",
+    )
     return sub
 
 
 def _add_runs(commands) -> None:
     training = _command(
-        commands, "train", "cold start (if cold_start.steps > 0), then RL; on an existing run folder, resume it", RUN
+        commands,
+        "train",
+        "cold start (if cold_start.steps > 0), then RL; on an existing run folder, resume it",
+        RUN,
     )
     training.add_argument(
-        "--profile", type=_count, default=0, metavar="N", help="leave a trace of N RL steps in the run folder, trace/"
+        "--profile",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="leave a trace of N RL steps in the run folder, trace/",
     )
     together = [training, _command(commands, "sft", "the cold start alone", RUN)]
     _command(
-        commands, "config", "dry run: the resolved config, parameters, tokens, FLOPs, memory; compiles nothing", RUN
+        commands,
+        "config",
+        "dry run: the resolved config, parameters, tokens, FLOPs, memory; compiles nothing",
+        RUN,
     )
     for name, summary in (
         ("eval", "avg@k and pass@k of a run's checkpoint on its held-out problems"),
@@ -78,9 +95,20 @@ def _add_runs(commands) -> None:
         sub.add_argument("--step", type=int, help="RL step of the checkpoint (default: the newest)")
         together += [sub] * (name == "eval")
         if name == "sample":
-            sub.add_argument("--prompt", action="append", help="a question (repeatable; default: held-out problems)")
-            sub.add_argument("-n", type=int, default=4, help="completions per prompt, and held-out problems shown (4)")
-            sub.add_argument("--greedy", action="store_true", help="the most probable tokens instead of samples")
+            sub.add_argument(
+                "--prompt",
+                action="append",
+                help="a question (repeatable; default: held-out problems)",
+            )
+            sub.add_argument(
+                "-n",
+                type=int,
+                default=4,
+                help="completions per prompt, and held-out problems shown (4)",
+            )
+            sub.add_argument(
+                "--greedy", action="store_true", help="the most probable tokens instead of samples"
+            )
     for sub in together:
         sub.add_argument(
             "--processes", metavar="HOW", help="one of several processes that are one job, each started with the same "
@@ -91,44 +119,103 @@ def _add_runs(commands) -> None:
 def _add_plan_and_export(commands) -> None:
     summary = "compile the run's programs for a TPU topology that need not be here: what fits, what bounds it"
     sub = _command(commands, "plan", summary)
-    sub.add_argument("--topology", required=True, help="e.g. v5p:4x4x4, v5e:4x4, v6e:16x16; cpu: check the model here")
+    sub.add_argument(
+        "--topology",
+        required=True,
+        help="e.g. v5p:4x4x4, v5e:4x4, v6e:16x16; cpu: check the model here",
+    )
     sub.add_argument("--json", type=Path, metavar="FILE", help="write the whole report there")
-    sub.add_argument("--functions", default="update,score,prefill,decode", help="some of them, with commas (all)")
-    sub.add_argument("--mean-tokens", type=float, help="mean length of completions (default: rollout.max_new_tokens)")
-    sub.add_argument("--sweep-mesh", action="store_true", help="try every mesh that divides, rank them")
-    sub = _command(commands, "export", "write a run's policy as a Hugging Face model directory", RUN, "directory")
+    sub.add_argument(
+        "--functions", default="update,score,prefill,decode", help="some of them, with commas (all)"
+    )
+    sub.add_argument(
+        "--mean-tokens",
+        type=float,
+        help="mean length of completions (default: rollout.max_new_tokens)",
+    )
+    sub.add_argument(
+        "--sweep-mesh", action="store_true", help="try every mesh that divides, rank them"
+    )
+    sub = _command(
+        commands,
+        "export",
+        "write a run's policy as a Hugging Face model directory",
+        RUN,
+        "directory",
+    )
     sub.add_argument("--step", type=int, help="RL step of the checkpoint (default: the newest)")
-    sub.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (float32: nothing is rounded)")
+    sub.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="of the weights (float32: nothing is rounded)",
+    )
 
 
 def _add_files(commands) -> None:
     summary = "a GGUF file (llama.cpp) into a Hugging Face model directory"
     sub = commands.add_parser("convert", help=summary, description=summary)
-    sub.add_argument("source", metavar="FILE.gguf", type=Path, help="architecture llama, qwen3 or qwen3moe")
-    sub.add_argument("target", metavar="DIR", type=Path, help="new or empty; appears when it is complete")
+    sub.add_argument(
+        "source", metavar="FILE.gguf", type=Path, help="architecture llama, qwen3 or qwen3moe"
+    )
+    sub.add_argument(
+        "target", metavar="DIR", type=Path, help="new or empty; appears when it is complete"
+    )
     sub.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
 
     summary = "A1/A2 statistics, gate and gradient shares of a run, from its diagnostics.jsonl: a table and plots"
     sub = commands.add_parser("analyze", help=summary, description=summary)
-    sub.add_argument("run", metavar="RUN", type=Path, help="the folder of a run; nothing else of it is needed")
-    sub.add_argument("--out", type=Path, help="folder of phases.csv and the plots (default: RUN/analysis)")
+    sub.add_argument(
+        "run", metavar="RUN", type=Path, help="the folder of a run; nothing else of it is needed"
+    )
+    sub.add_argument(
+        "--out", type=Path, help="folder of phases.csv and the plots (default: RUN/analysis)"
+    )
 
 
 def _add_sweeps(commands) -> None:
-    summary = "train the runs of a sweep file (arms x seeds) that are not finished; writes results.csv"
+    summary = (
+        "train the runs of a sweep file (arms x seeds) that are not finished; writes results.csv"
+    )
     sub = commands.add_parser("sweep", help=summary, description=summary, epilog=THREADS)
-    sub.add_argument("file", metavar="FILE", type=Path, help="a sweep file, e.g. configs/sweeps/temperature.yaml")
-    sub.add_argument("overrides", metavar="key=value", nargs="*", help="changes to the config of all its runs")
-    sub.add_argument("--folder", type=Path, help="of the runs and results.csv (default: the file's, or runs/NAME)")
-    sub.add_argument("--max-parallel", type=_count, default=1, metavar="N", help="runs at a time (1)")
-    sub.add_argument("--shard", type=_shard, default=(1, 1), metavar="i/n", help="only the i-th of n parts, i from 1")
-    sub.add_argument("--dry-run", action="store_true", help="list the runs and how far they are; start nothing")
+    sub.add_argument(
+        "file", metavar="FILE", type=Path, help="a sweep file, e.g. configs/sweeps/temperature.yaml"
+    )
+    sub.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="changes to the config of all its runs"
+    )
+    sub.add_argument(
+        "--folder",
+        type=Path,
+        help="of the runs and results.csv (default: the file's, or runs/NAME)",
+    )
+    sub.add_argument(
+        "--max-parallel", type=_count, default=1, metavar="N", help="runs at a time (1)"
+    )
+    sub.add_argument(
+        "--shard",
+        type=_shard,
+        default=(1, 1),
+        metavar="i/n",
+        help="only the i-th of n parts, i from 1",
+    )
+    sub.add_argument(
+        "--dry-run", action="store_true", help="list the runs and how far they are; start nothing"
+    )
 
     summary = "curves of the arms of a sweep, or of runs, over their seeds: a table, report.png, curves.csv, final.csv"
     sub = commands.add_parser("report", help=summary, description=summary)
-    sub.add_argument("paths", metavar="FOLDER", type=Path, nargs="+", help="folders of sweeps or runs")
-    sub.add_argument("--metric", metavar="NAME,...", help="metrics to show (held_out/avg,reward/mean,entropy/mean)")
-    sub.add_argument("--out", type=Path, help="folder to write to (default: report/ in FOLDER, or where all lie)")
+    sub.add_argument(
+        "paths", metavar="FOLDER", type=Path, nargs="+", help="folders of sweeps or runs"
+    )
+    sub.add_argument(
+        "--metric",
+        metavar="NAME,...",
+        help="metrics to show (held_out/avg,reward/mean,entropy/mean)",
+    )
+    sub.add_argument(
+        "--out", type=Path, help="folder to write to (default: report/ in FOLDER, or where all lie)"
+    )
 
 
 def _count(text: str) -> int:
@@ -140,7 +227,9 @@ def _count(text: str) -> int:
 def _shard(text: str) -> tuple[int, int]:
     i, _, n = text.partition("/")
     if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not i/n with i from 1 to n, such as 1/3, 2/3, 3/3")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not i/n with i from 1 to n, such as 1/3, 2/3, 3/3"
+        )
     return int(i), int(n)
 
 
@@ -171,16 +260,20 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         return args
-    if wrong := [word for word in [*args.overrides, *rest] if word.startswith("-") or "=" not in word]:
-        parser.error(f"unrecognized arguments: {' '.join(wrong)} (overrides look like key.path=value)")
+    if wrong := [
+        word for word in [*args.overrides, *rest] if word.startswith("-") or "=" not in word
+    ]:
+        parser.error(
+            f"unrecognized arguments: {' '.join(wrong)} (overrides look like key.path=value)"
+        )
     args.overrides += rest
     return args
 
 
 def _one_of_several(command, cfg: Config, args: argparse.Namespace) -> int:
     """As `_guarded`, in a job of several processes."""
-    from sapo_jax import processes
-    from sapo_jax.run import STOPPED
+    from sapo_jax.distributed import processes
+    from sapo_jax.errors import STOPPED
 
     try:
         processes.start(args.processes)
@@ -198,17 +291,24 @@ def _guarded(command, cfg: Config, args: argparse.Namespace) -> int:
     """Errors with a message for people become that message; anything else is a bug and keeps its traceback."""
     if command in (describe_command, plan_command):
         return command(cfg, args)
-    from sapo_jax.checkpoint import CheckpointError
-    from sapo_jax.data import DataError
-    from sapo_jax.folder import FolderError
-    from sapo_jax.rewards import WorkerError
-    from sapo_jax.run import STOPPED, RunError, Stopped
+    from sapo_jax.errors import (
+        STOPPED,
+        CheckpointError,
+        DataError,
+        FolderError,
+        RunError,
+        Stopped,
+        WorkerError,
+    )
 
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         command(cfg, args)
     except Stopped:
-        print("stopped as told; the state is saved, and the same command goes on from here", file=sys.stderr)
+        print(
+            "stopped as told; the state is saved, and the same command goes on from here",
+            file=sys.stderr,
+        )
         return STOPPED
     except (CheckpointError, ConfigError, DataError, FolderError, RunError, WorkerError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -220,20 +320,20 @@ def _guarded(command, cfg: Config, args: argparse.Namespace) -> int:
 
 
 def train_command(cfg: Config, args: argparse.Namespace) -> None:
-    from sapo_jax.train import train
+    from sapo_jax.training.loop import train
 
     train(cfg, traced=args.profile)
 
 
 def sft_command(cfg: Config, _args: argparse.Namespace) -> None:
-    from sapo_jax.sft import sft
+    from sapo_jax.training.sft import sft
 
     sft(cfg)
 
 
 def describe_command(cfg: Config, _args: argparse.Namespace) -> int:
     from sapo_jax.data import load_tokenizer
-    from sapo_jax.describe import describe
+    from sapo_jax.plan.dry_run import describe
 
     print(describe(cfg, load_tokenizer(cfg.data.tokenizer).vocab_size))
     return 0
@@ -251,25 +351,26 @@ def plan_command(cfg: Config, args: argparse.Namespace) -> int:
 
 
 def eval_command(cfg: Config, args: argparse.Namespace) -> None:
-    from sapo_jax.evaluate import evaluate_run
+    from sapo_jax.training.evaluate import evaluate_run
 
     evaluate_run(cfg, args.step)
 
 
 def sample_command(cfg: Config, args: argparse.Namespace) -> None:
-    from sapo_jax.evaluate import show_samples
+    from sapo_jax.training.evaluate import show_samples
 
     show_samples(cfg, args.step, args.prompt, args.n, args.greedy)
 
 
 def export_command(cfg: Config, args: argparse.Namespace) -> None:
-    from sapo_jax.export import export_run
+    from sapo_jax.training.export import export_run
 
     export_run(cfg, args.directory, args.step, args.dtype)
 
 
 def convert_command(args: argparse.Namespace) -> int:
-    from sapo_jax.models.gguf import GGUFError, convert
+    from sapo_jax.errors import GGUFError
+    from sapo_jax.hub.gguf import convert
 
     try:
         found = convert(args.source, args.target, args.dtype)
@@ -277,12 +378,15 @@ def convert_command(args: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     millions, gigabytes = found.parameters / 1e6, found.bytes / 1e9
-    print(f"{args.target}: {found.config['model_type']}, {millions:,.1f} M parameters, {gigabytes:.2f} GB {args.dtype}")
+    print(
+        f"{args.target}: {found.config['model_type']}, {millions:,.1f} M parameters, {gigabytes:.2f} GB {args.dtype}"
+    )
     return 0
 
 
 def analyze_command(args: argparse.Namespace) -> int:
-    from sapo_jax.analyze import AnalysisError, analyze
+    from sapo_jax.analysis.phases import analyze
+    from sapo_jax.errors import AnalysisError
 
     try:
         analyze(args.run, args.out)
@@ -293,7 +397,7 @@ def analyze_command(args: argparse.Namespace) -> int:
 
 
 def sweep_command(args: argparse.Namespace) -> int:
-    from sapo_jax.config.sweeps import load_sweep
+    from sapo_jax.sweeps.load import load_sweep
 
     try:
         plan = load_sweep(args.file, args.overrides, args.folder)
@@ -302,24 +406,27 @@ def sweep_command(args: argparse.Namespace) -> int:
         return 2
     for warning in plan.warnings():
         print(f"warning: {warning}", file=sys.stderr)
-    from sapo_jax.folder import FolderError
-    from sapo_jax.run import RunError
-    from sapo_jax.sweep import plan_lines, sweep
+    from sapo_jax.errors import FolderError, RunError
+    from sapo_jax.sweeps.launch import plan_lines, sweep
 
     try:
         if args.dry_run:
             print("\n".join(plan_lines(plan, args.shard)))
             return 0
         return sweep(plan, max_parallel=args.max_parallel, shard=args.shard)
-    except (ConfigError, FolderError, RunError, OSError) as error:  # of a run's stored config; of the folder, the disk
+    except (
+        ConfigError,
+        FolderError,
+        RunError,
+        OSError,
+    ) as error:  # of a run's stored config; of the folder, the disk
         print(f"error: {error}", file=sys.stderr)
         return 1
 
 
 def report_command(args: argparse.Namespace) -> int:
-    from sapo_jax.curves import ReportError
-    from sapo_jax.report import report
-    from sapo_jax.run import RunError
+    from sapo_jax.analysis.report import report
+    from sapo_jax.errors import ReportError, RunError
 
     try:
         report(args.paths, args.metric.split(",") if args.metric else None, args.out)

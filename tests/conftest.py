@@ -10,7 +10,7 @@ import pytest
 
 from sapo_jax.config import Config, Data, Model
 from sapo_jax.data import load_tokenizer
-from sapo_jax.export import write_model
+from sapo_jax.hub.export import write_model
 from sapo_jax.models import make_policy
 
 
@@ -24,7 +24,10 @@ def shared_programs(tmp_path_factory, request):
     """What one test compiled, the others and the processes that they start read."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if hasattr(request.config, "workerinput") else base) / "programs"
-    options = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    options = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
     for name, value in options.items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)
@@ -44,6 +47,11 @@ def tiny_model(tmp_path_factory) -> Path:
         vocab_size=259, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
         intermediate_size=64, qk_norm=False,
     )  # fmt: skip
-    folder, whole = tmp_path_factory.mktemp("model") / "model", Config(model=cfg, data=Data(chat_template="chatml"))
-    write_model(folder, make_policy(cfg).init(jax.random.key(0)), whole, load_tokenizer("byte"), "float32")
+    folder, whole = (
+        tmp_path_factory.mktemp("model") / "model",
+        Config(model=cfg, data=Data(chat_template="chatml")),
+    )
+    write_model(
+        folder, make_policy(cfg).init(jax.random.key(0)), whole, load_tokenizer("byte"), "float32"
+    )
     return folder

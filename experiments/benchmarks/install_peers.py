@@ -43,7 +43,9 @@ def install(folder: Path, environment: str) -> None:
         python = str(python_of(folder, environment))
         quiet = ["--quiet", "--disable-pip-version-check"]
         packages = str(LISTS / f"{environment}.txt")
-        subprocess.run([python, "-m", "pip", "install", *quiet, "--no-deps", "-r", packages], check=True)
+        subprocess.run(
+            [python, "-m", "pip", "install", *quiet, "--no-deps", "-r", packages], check=True
+        )
         subprocess.run([python, "-c", ENVIRONMENTS[environment]], check=True)
     except BaseException:
         shutil.rmtree(home, ignore_errors=True)
@@ -52,8 +54,12 @@ def install(folder: Path, environment: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(ENVIRONMENTS)} (default: all)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(ENVIRONMENTS)} (default: all)"
+    )
     parser.add_argument("--folder", type=Path, default=Path(".cache/peers"))
     args = parser.parse_args()
     if unknown := [name for name in args.names if name not in ENVIRONMENTS]:
@@ -70,7 +76,9 @@ def main() -> int:
             install(args.folder, name)
         except subprocess.CalledProcessError as error:
             failed.append(name)
-            print(f"{name}: could not be installed ({error}); what pip said is above", file=sys.stderr)
+            print(
+                f"{name}: could not be installed ({error}); what pip said is above", file=sys.stderr
+            )
     return 1 if failed else 0
 
 

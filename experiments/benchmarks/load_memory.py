@@ -44,11 +44,13 @@ def measure(folder: str) -> dict[str, float]:
     """In a process of its own: load, and report bytes."""
     import jax
 
-    from sapo_jax import sharding
+    from sapo_jax.distributed import sharding
+    from sapo_jax.hub.weights import hub_shapes, load_params
     from sapo_jax.models import make_policy
-    from sapo_jax.models.hf import hub_shapes, load_params
 
-    cfg = Model(**{k: tuple(v) if isinstance(v, list) else v for k, v in read_model_keys(folder).items()})
+    cfg = Model(
+        **{k: tuple(v) if isinstance(v, list) else v for k, v in read_model_keys(folder).items()}
+    )
     policy, mesh = make_policy(cfg), sharding.make_mesh(Mesh())
     jax.block_until_ready(jax.jit(lambda: jax.numpy.zeros(8))())  # the runtime's own memory
     before, peak, done = anonymous_bytes(), 0, threading.Event()
@@ -75,8 +77,8 @@ def measure(folder: str) -> dict[str, float]:
 
 
 def make_synthetic(folder: Path) -> None:
-    from sapo_jax.models.hf import hub_shapes
-    from sapo_jax.models.model_dir import write_json, write_shards
+    from sapo_jax.hub.weights import hub_shapes
+    from sapo_jax.hub.writer import write_json, write_shards
 
     rng, shapes = np.random.default_rng(0), hub_shapes(SYNTHETIC)
     tensors = (rng.standard_normal(shape, np.float32) for shape in shapes.values())
@@ -85,20 +87,29 @@ def make_synthetic(folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", help="measure this directory alone, in this process, as JSON")
     if (folder := parser.parse_args().model) is not None:
         print(json.dumps(measure(folder)))
         return
     with tempfile.TemporaryDirectory() as made:
         make_synthetic(Path(made))
-        folders = {"synthetic 2 GB": made} | ({"SmolLM2-135M": str(SMOLLM2)} if SMOLLM2.exists() else {})
+        folders = {"synthetic 2 GB": made} | (
+            {"SmolLM2-135M": str(SMOLLM2)} if SMOLLM2.exists() else {}
+        )
         rows = []
         for name, folder in folders.items():
             out = subprocess.run(
-                [sys.executable, __file__, "--model", folder], check=True, capture_output=True, text=True
+                [sys.executable, __file__, "--model", folder],
+                check=True,
+                capture_output=True,
+                text=True,
             )
-            rows.append({"model": name, **{k: round(v, 2) for k, v in json.loads(out.stdout).items()}})
+            rows.append(
+                {"model": name, **{k: round(v, 2) for k, v in json.loads(out.stdout).items()}}
+            )
             print(rows[-1], flush=True)
     with RESULTS.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])

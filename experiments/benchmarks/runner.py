@@ -29,7 +29,12 @@ class Runner:
     def __init__(self, command: Sequence[str], env: dict[str, str] | None = None):
         self._log = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=env
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=env,
         )
 
     def answer(self) -> dict[str, Any]:
@@ -112,7 +117,9 @@ def take_turns(
                     busy = busy_seconds() - before
                     one.add(answer, max(0.0, (busy - answer["cpu"]) / answer["seconds"]))
                     what = f"run {turn}" if turn else "warm-up"
-                    progress(f"{name}, {what}: {answer['seconds']:.2f} s, {answer['peak_mb']:.0f} MB")
+                    progress(
+                        f"{name}, {what}: {answer['seconds']:.2f} s, {answer['peak_mb']:.0f} MB"
+                    )
 
 
 @contextlib.contextmanager
@@ -169,6 +176,8 @@ def disagreement(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
     if "loss" in ours:
         loss, norm = (abs(ours[name] - theirs[name]) for name in ("loss", "grad_norm"))
         if loss > 1e-5 or norm > 1e-3 * ours["grad_norm"]:
-            return f"loss {theirs['loss']:.3g}, gradient norm {theirs['grad_norm']:.3g}; ours {ours}"
+            return (
+                f"loss {theirs['loss']:.3g}, gradient norm {theirs['grad_norm']:.3g}; ours {ours}"
+            )
         return ""
     return "" if ours["new_tokens"] == theirs["new_tokens"] else "other numbers of new tokens"

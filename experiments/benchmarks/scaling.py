@@ -33,12 +33,12 @@ import sapo_jobs  # noqa: E402
 import workloads  # noqa: E402
 from worker import Work  # noqa: E402
 
-from sapo_jax import sharding  # noqa: E402
-from sapo_jax.analyze import write_csv  # noqa: E402
+from sapo_jax.analysis.phases import write_csv  # noqa: E402
 from sapo_jax.config import Mesh, Model  # noqa: E402
+from sapo_jax.distributed import sharding  # noqa: E402
+from sapo_jax.io.plots import save  # noqa: E402
 from sapo_jax.models import make_policy  # noqa: E402
-from sapo_jax.plots import save  # noqa: E402
-from sapo_jax.rollout import Rule, Sampler  # noqa: E402
+from sapo_jax.rollout import Sampler, SamplingParams  # noqa: E402
 
 RESULTS = Path(__file__).parents[1] / "results"
 PROMPT, GROUP = workloads.PROMPT_TOKENS, workloads.GROUP
@@ -69,7 +69,11 @@ def random_work(shape: Model, tokens: int, sequences: int) -> Work:
 def measure(shape: Model, tokens: int, sequences: int, repeats: int) -> dict[str, float]:
     """QUANTITIES of one point."""
     jax.clear_caches()  # axes share points: a program that is there already would compile in no time
-    work, policy, mesh = random_work(shape, tokens, sequences), make_policy(shape), sharding.make_mesh(Mesh())
+    work, policy, mesh = (
+        random_work(shape, tokens, sequences),
+        make_policy(shape),
+        sharding.make_mesh(Mesh()),
+    )
     params = jax.jit(policy.init)(jax.random.key(0))
     rollout_s, rollout_compile_s = sampling(policy, params, work, repeats)
     cfg = dataclasses.replace(sapo_jobs.config(work), model=shape)
@@ -89,7 +93,7 @@ def measure(shape: Model, tokens: int, sequences: int, repeats: int) -> dict[str
 def sampling(policy, params, work: Work, repeats: int) -> tuple[float, float]:
     """Median seconds of a rollout of equal lengths, and of its first one beyond that."""
     prompts = sapo_jobs.prompts_of(work.prompts)
-    sampler = Sampler(policy, Rule(), GROUP, len(work.completions[0]), (), sapo_jobs.PAD)
+    sampler = Sampler(policy, SamplingParams(), GROUP, len(work.completions[0]), (), sapo_jobs.PAD)
     keys = iter(jax.random.split(jax.random.key(0), repeats + 2))
     run = lambda: sampler(params, prompts, next(keys))
     start = time.perf_counter()
@@ -118,11 +122,17 @@ def slope(x: np.ndarray, y: np.ndarray) -> float:
 def plot(rows: list[dict]) -> Figure:
     """A column for each axis; seconds, temporaries and compile times below each other, with their exponents."""
     axes = [axis for axis in AXES if any(row["axis"] == axis for row in rows)]
-    panels = (("update_s", "rollout_s"), ("temporaries_mb",), ("update_compile_s", "rollout_compile_s"))
+    panels = (
+        ("update_s", "rollout_s"),
+        ("temporaries_mb",),
+        ("update_compile_s", "rollout_compile_s"),
+    )
     figure = Figure(figsize=(3.8 * len(axes), 9), layout="constrained")
     grid = figure.subplots(len(panels), len(axes), squeeze=False, sharex="col", sharey="row")
     for i, axis in enumerate(axes):
-        points = sorted((row for row in rows if row["axis"] == axis), key=lambda row: float(row["value"]))
+        points = sorted(
+            (row for row in rows if row["axis"] == axis), key=lambda row: float(row["value"])
+        )
         x = np.array([float(row["value"]) for row in points])
         for ax, names in zip(grid[:, i], panels, strict=True):
             for name in names:
@@ -138,7 +148,9 @@ def plot(rows: list[dict]) -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--axes", default=",".join(AXES), help=", ".join(AXES))
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
@@ -151,12 +163,15 @@ def main() -> None:
         for value in AXES[axis]:
             at = BASE | {axis: value}
             shape = dataclasses.replace(
-                workloads.model("small"), vocab_size=at["vocabulary"], num_hidden_layers=at["layers"]
+                workloads.model("small"),
+                vocab_size=at["vocabulary"],
+                num_hidden_layers=at["layers"],
             )
             found = measure(shape, at["tokens"], at["sequences"], args.repeats)
             rows.append({"axis": axis, "value": value} | found)
             print(
-                f"{axis} {value}: " + ", ".join(f"{label} {found[q]:.3g}" for q, label in QUANTITIES.items()),
+                f"{axis} {value}: "
+                + ", ".join(f"{label} {found[q]:.3g}" for q, label in QUANTITIES.items()),
                 flush=True,
             )
         kept = rows

@@ -29,10 +29,10 @@ import work as work_files  # noqa: E402
 import workloads  # noqa: E402
 from worker import Work  # noqa: E402
 
-from sapo_jax import sharding  # noqa: E402
-from sapo_jax.describe import layer_flops  # noqa: E402
+from sapo_jax.distributed import sharding  # noqa: E402
+from sapo_jax.models.size import layer_flops  # noqa: E402
 from sapo_jax.plan.measure import calibrate  # noqa: E402
-from sapo_jax.rollout import Rule, Sampler  # noqa: E402
+from sapo_jax.rollout import Sampler, SamplingParams  # noqa: E402
 from sapo_jax.rollout.sampler import _sample  # noqa: E402
 
 # attention's einsums: decode_attention, _whole, blocked_attention
@@ -46,7 +46,9 @@ Program = tuple[str, Callable[[], object]]  # its text, and one run
 
 
 def rollout_program(at: sapo_jobs.Setting, work: Work) -> Program:
-    sampler = Sampler(at.policy, Rule(), work.group, len(work.completions[0]), (), sapo_jobs.PAD)
+    sampler = Sampler(
+        at.policy, SamplingParams(), work.group, len(work.completions[0]), (), sapo_jobs.PAD
+    )
     inputs = sharding.put_batch(sampler.inputs(sapo_jobs.prompts_of(work.prompts)), at.mesh)
     compiled = _sample.lower(sampler, at.params, *inputs, jax.random.key(0)).compile()
     return compiled.as_text(), lambda: compiled(at.params, *inputs, jax.random.key(0))
@@ -74,7 +76,9 @@ def kinds(text: str) -> dict[str, str]:
             if " dot(" in line:
                 for name in (match[1], inside):
                     products[name].append(source[1] if source else "")
-    kind = lambda sources: ATTENTIONS if ATTENTION.search(" ".join(sources)) else WEIGHTS if sources else REST
+    kind = lambda sources: (
+        ATTENTIONS if ATTENTION.search(" ".join(sources)) else WEIGHTS if sources else REST
+    )
     return {name: kind(products.get(target, ())) for name, target in called.items()}
 
 
@@ -103,23 +107,35 @@ def report(job: str, at: sapo_jobs.Setting, work: Work) -> None:
         if name in of:
             by_kind[of[name]] += seconds
     model, predicted = at.cfg.model, len(work.completions) * len(work.completions[0])
-    tokens = predicted + len(work.prompts) * len(work.prompts[0])  # a group shares its prompt, in both jobs
+    tokens = predicted + len(work.prompts) * len(
+        work.prompts[0]
+    )  # a group shares its prompt, in both jobs
     passes = {"rollout": 1, "update": 3}[job]  # backward: twice the forward
-    needed = passes * (tokens * layer_flops(model)[0] + predicted * 2 * model.vocab_size * model.hidden_size)
-    print(f"{work.name}, {job}: {plain:.2f} s, {sum(by_kind.values()):.2f} s of operations when traced")
+    needed = passes * (
+        tokens * layer_flops(model)[0] + predicted * 2 * model.vocab_size * model.hidden_size
+    )
+    print(
+        f"{work.name}, {job}: {plain:.2f} s, {sum(by_kind.values()):.2f} s of operations when traced"
+    )
     for kind, seconds in by_kind.most_common():
         rate = f"{needed / seconds / 1e9:6.0f} GFLOP/s" if kind == WEIGHTS else ""
         print(f"  {kind:22} {seconds:6.2f} s {seconds / sum(by_kind.values()):5.0%} {rate}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("workload", nargs="?", default="small", choices=workloads.SHAPES)
     parser.add_argument("job", nargs="?", choices=PROGRAMS, help="one of the two alone")
-    parser.add_argument("--folder", type=Path, default=Path(".cache/peers/work"), help="of the workloads' models")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(".cache/peers/work"), help="of the workloads' models"
+    )
     args = parser.parse_args()
     speed = calibrate()
-    print(f"this machine: {speed['flops'] / 1e9:.0f} GFLOP/s (1024^3, float32), {speed['hbm'] / 1e9:.1f} GB/s (x + 1)")
+    print(
+        f"this machine: {speed['flops'] / 1e9:.0f} GFLOP/s (1024^3, float32), {speed['hbm'] / 1e9:.1f} GB/s (x + 1)"
+    )
     work = Work.read(work_files.write_work(args.workload, args.folder))
     at = sapo_jobs.Setting.of(work)
     if at.mesh.size > 1:

@@ -9,13 +9,13 @@ import jax
 import numpy as np
 import workloads
 
+from sapo_jax.batch import Batch
 from sapo_jax.config import Config, Data
 from sapo_jax.data import ByteTokenizer
-from sapo_jax.export import write_model
+from sapo_jax.hub.export import write_model
+from sapo_jax.learner.scoring import make_scorer
 from sapo_jax.models import make_policy
-from sapo_jax.rollout import token_rows
-from sapo_jax.scoring import make_scorer
-from sapo_jax.types import Batch
+from sapo_jax.rollout import pad_sequences
 
 sys.path.append(str(Path(__file__).parent / "peers"))
 from worker import Requests, Work  # noqa: E402
@@ -67,9 +67,11 @@ def write_work(name: str, folder: Path) -> Path:
 def completion_logps(work: Work, policy, params) -> np.ndarray:
     """BC, from plain rows, one sequence each."""
     S = len(work.prompts[0])
-    arrays = token_rows([(ids, S) for ids in work.sequences], 0)
+    arrays = pad_sequences([(ids, S) for ids in work.sequences], 0)
     unused = np.zeros(arrays["tokens_BT"].shape, np.float32)
-    logp_BT, _ = make_scorer(policy, 1.0, 1)(params, Batch(**arrays, adv_BT=unused, weight_BT=unused))
+    logp_BT, _ = make_scorer(policy, 1.0, 1)(
+        params, Batch(**arrays, adv_BT=unused, weight_BT=unused)
+    )
     return np.asarray(logp_BT)[:, S : S + len(work.completions[0])]
 
 

@@ -39,12 +39,20 @@ def model(name: str):
 
 def prompt_ids(name: str, prompts: int = PROMPTS, tokens: int = PROMPT_TOKENS) -> list[list[int]]:
     """Random prompts of equal length; 0, which may be the pad id, is not among their tokens."""
-    return np.random.default_rng(0).integers(1, SHAPES[name]["vocab_size"], (prompts, tokens)).tolist()
+    return (
+        np.random.default_rng(0).integers(1, SHAPES[name]["vocab_size"], (prompts, tokens)).tolist()
+    )
 
 
-def completion_ids(name: str, sequences: int = PROMPTS * GROUP, tokens: int = NEW_TOKENS) -> list[list[int]]:
+def completion_ids(
+    name: str, sequences: int = PROMPTS * GROUP, tokens: int = NEW_TOKENS
+) -> list[list[int]]:
     """Random completions, for scoring and updates."""
-    return np.random.default_rng(1).integers(1, SHAPES[name]["vocab_size"], (sequences, tokens)).tolist()
+    return (
+        np.random.default_rng(1)
+        .integers(1, SHAPES[name]["vocab_size"], (sequences, tokens))
+        .tolist()
+    )
 
 
 def lengths(requests: int, mean: float = 64.0, longest: int = NEW_TOKENS) -> list[int]:
@@ -52,4 +60,8 @@ def lengths(requests: int, mean: float = 64.0, longest: int = NEW_TOKENS) -> lis
     draw = np.random.default_rng(0).lognormal(0.0, 1.0, requests)
     clipped = lambda scale: np.clip(np.rint(scale * draw), 1, longest)
     scales = np.geomspace(1.0, longest, 2000)
-    return clipped(min(scales, key=lambda scale: abs(clipped(scale).mean() - mean))).astype(int).tolist()
+    return (
+        clipped(min(scales, key=lambda scale: abs(clipped(scale).mean() - mean)))
+        .astype(int)
+        .tolist()
+    )

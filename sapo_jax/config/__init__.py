@@ -8,7 +8,7 @@ from sapo_jax.config.checks import check, verify
 from sapo_jax.config.errors import ConfigError, Problem
 from sapo_jax.config.load import diff, dump, load
 from sapo_jax.config.presets import PRESETS
-from sapo_jax.config.pretrained import ModelDirError, read_json_object, read_model_keys, to_hugging_face
+from sapo_jax.config.pretrained import read_json_object, read_model_keys, to_hugging_face
 from sapo_jax.config.schema import (
     CISPO,
     GRPO,
@@ -34,6 +34,7 @@ from sapo_jax.config.schema import (
     Train,
     Yarn,
 )
+from sapo_jax.errors import ModelDirError
 
 __all__ = [
     "CISPO", "GRPO", "GSPO", "PRESETS", "SAPO", "Advantage", "Checkpoint", "ColdStart", "Config", "ConfigError",

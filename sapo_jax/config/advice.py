@@ -19,7 +19,11 @@ def gate_cannot_act(cfg: Config) -> Iterator[tuple[str, str]]:
     if cfg.train.mini_batches * cfg.train.epochs > 1:
         return
     names = "tau_pos and tau_neg" if isinstance(cfg.objective, SAPO) else "clip_low and clip_high"
-    start = "r = 1 in every update" if cfg.train.old_logp == "scorer" else "r = 1 up to rounding in every update"
+    start = (
+        "r = 1 in every update"
+        if cfg.train.old_logp == "scorer"
+        else "r = 1 up to rounding in every update"
+    )
     text = (
         f"there is one optimiser step per rollout, so {start} and objective.{names} change nothing"
         f" (a {'tau' if isinstance(cfg.objective, SAPO) else 'clip'} sweep would be a no-op);"
@@ -49,7 +53,10 @@ def truncated_sampling(cfg: Config) -> Iterator[tuple[str, str]]:
     rollout = cfg.rollout
     if rollout.top_k or rollout.top_p < 1 or rollout.min_p > 0:
         text = "completions are drawn from a truncated distribution but scored under the whole one"
-        yield "rollout.top_k, top_p, min_p", f"{text}: the gradient is biased; leave them off for training"
+        yield (
+            "rollout.top_k, top_p, min_p",
+            f"{text}: the gradient is biased; leave them off for training",
+        )
 
 
 def correction(cfg: Config) -> Iterator[tuple[str, str]]:
@@ -60,7 +67,10 @@ def correction(cfg: Config) -> Iterator[tuple[str, str]]:
 
 def kl_estimator(cfg: Config) -> Iterator[tuple[str, str]]:
     if cfg.loss.kl == "k1" and cfg.loss.kl_coef > 0:
-        yield "loss.kl", "the expected gradient of k1 as a loss is 0, it only adds noise; use k3 or k2"
+        yield (
+            "loss.kl",
+            "the expected gradient of k1 as a loss is 0, it only adds noise; use k3 or k2",
+        )
 
 
 def sequence_ratio(cfg: Config) -> Iterator[tuple[str, str]]:
@@ -71,7 +81,11 @@ def sequence_ratio(cfg: Config) -> Iterator[tuple[str, str]]:
 
 def answer_form(cfg: Config) -> Iterator[tuple[str, str]]:
     needed = {"answer_tag": "<answer>", "boxed": "\\boxed{"}.get(cfg.rewards.extract, "")
-    if cfg.cold_start.steps and cfg.cold_start.demonstrations is None and needed not in cfg.cold_start.response:
+    if (
+        cfg.cold_start.steps
+        and cfg.cold_start.demonstrations is None
+        and needed not in cfg.cold_start.response
+    ):
         text = f"it teaches no {needed}, from which rewards.extract: {cfg.rewards.extract} takes the answer"
         yield "cold_start.response", f"{text}: every completion would be unparsable"
 
@@ -93,10 +107,16 @@ def never_evaluated(cfg: Config) -> Iterator[tuple[str, str]]:
 
 def yarn_reach(cfg: Config) -> Iterator[tuple[str, str]]:
     yarn = cfg.model.rope_scaling
-    if yarn and cfg.model.max_position_embeddings > yarn.factor * yarn.original_max_position_embeddings:
+    if (
+        yarn
+        and cfg.model.max_position_embeddings > yarn.factor * yarn.original_max_position_embeddings
+    ):
         reach = yarn.factor * yarn.original_max_position_embeddings
         text = f"{cfg.model.max_position_embeddings} positions are more than factor * original = {reach:g}"
-        yield "model.max_position_embeddings", f"{text}, which YaRN was set for; raise model.rope_scaling.factor"
+        yield (
+            "model.max_position_embeddings",
+            f"{text}, which YaRN was set for; raise model.rope_scaling.factor",
+        )
 
 
 ADVICE: tuple[Callable[[Config], Iterator[tuple[str, str]]], ...] = (

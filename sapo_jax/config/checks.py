@@ -39,11 +39,15 @@ def verify(cfg: Config, *, devices: int, vocab_size: int) -> None:
     full = dataclasses.replace(
         cfg,
         model=dataclasses.replace(cfg.model, vocab_size=max(cfg.model.vocab_size, vocab_size)),
-        mesh=dataclasses.replace(cfg.mesh, data=cfg.mesh.data or max(1, devices // _fixed_axes(cfg))),
+        mesh=dataclasses.replace(
+            cfg.mesh, data=cfg.mesh.data or max(1, devices // _fixed_axes(cfg))
+        ),
     )
     found = [Problem(keys, message) for keys, message in problems] + check(full)
     if found:
-        raise ConfigError(found, f"the configuration on {devices} devices with a vocabulary of {vocab_size}")
+        raise ConfigError(
+            found, f"the configuration on {devices} devices with a vocabulary of {vocab_size}"
+        )
 
 
 def _fixed_axes(cfg: Config) -> int:
@@ -53,7 +57,10 @@ def _fixed_axes(cfg: Config) -> int:
 def _devices(cfg: Config, devices: int) -> Breaches:
     fixed = _fixed_axes(cfg)
     if cfg.mesh.data == 0 and devices % fixed:
-        yield ("mesh",), f"the axes but data take {fixed} devices, which does not divide the {devices} there are"
+        yield (
+            ("mesh",),
+            f"the axes but data take {fixed} devices, which does not divide the {devices} there are",
+        )
     elif cfg.mesh.data * fixed > devices:
         yield ("mesh",), f"the axes take {cfg.mesh.data * fixed} devices, but there are {devices}"
 
@@ -64,19 +71,30 @@ def _devices(cfg: Config, devices: int) -> Breaches:
 def tasks(cfg: Config) -> Breaches:
     if not cfg.data.tasks:
         example = "tasks: [{kind: reasoning_gym, name: chain_sum}]"
-        yield ("data.tasks",), f"no task is given, so there is nothing to train on; write for example `{example}`"
+        yield (
+            ("data.tasks",),
+            f"no task is given, so there is nothing to train on; write for example `{example}`",
+        )
 
 
 def distinct_tasks(cfg: Config) -> Breaches:
     """A generator may come twice with different options (the data module numbers such tasks); nothing else may."""
     identity = [
-        (task.name, str(sorted(task.options.items()))) if isinstance(task, ReasoningGymTask) else (task_name(task), "")
+        (task.name, str(sorted(task.options.items())))
+        if isinstance(task, ReasoningGymTask)
+        else (task_name(task), "")
         for task in cfg.data.tasks
     ]
     for (name, options), count in Counter(identity).items():
         if count > 1:
-            keys = tuple(f"data.tasks.{i}" for i, key in enumerate(identity) if key == (name, options))
-            advice = "the options are the same too: make it one task" if options else "give each its own `name`"
+            keys = tuple(
+                f"data.tasks.{i}" for i, key in enumerate(identity) if key == (name, options)
+            )
+            advice = (
+                "the options are the same too: make it one task"
+                if options
+                else "give each its own `name`"
+            )
             yield keys, f"{count} tasks are called {name!r}; {advice}"
 
 
@@ -102,7 +120,9 @@ def task_sources(cfg: Config) -> Breaches:
 def _file_task(task: FileTask, here: str, plugins: tuple[str, ...]) -> Breaches:
     from sapo_jax.rewards import VERIFIERS
 
-    paths = {"path": task.path} | ({"held_out_path": task.held_out_path} if task.held_out_path is not None else {})
+    paths = {"path": task.path} | (
+        {"held_out_path": task.held_out_path} if task.held_out_path is not None else {}
+    )
     for key, path in paths.items():
         if not path:
             yield (f"{here}.{key}",), "the path of a JSONL or Parquet file is missing"
@@ -119,7 +139,10 @@ def _file_task(task: FileTask, here: str, plugins: tuple[str, ...]) -> Breaches:
 def task_shares(cfg: Config) -> Breaches:
     """Largest-remainder shares, as the batches are made: no task may come out empty."""
     weights = {i: task.weight for i, task in enumerate(cfg.data.tasks)}
-    totals = {"rollout.prompts_per_step": cfg.rollout.prompts_per_step, "data.held_out": cfg.data.held_out}
+    totals = {
+        "rollout.prompts_per_step": cfg.rollout.prompts_per_step,
+        "data.held_out": cfg.data.held_out,
+    }
     if cfg.cold_start.steps:
         totals["cold_start.batch_size"] = cfg.cold_start.batch_size
     for key, total in totals.items():
@@ -139,7 +162,9 @@ def starved(total: int, weights: Mapping[Key, float]) -> list[Key]:
 
 def named_files(cfg: Config) -> Breaches:
     tokenizer, template = cfg.data.tokenizer, cfg.data.chat_template
-    if tokenizer != "byte" and not (Path(tokenizer).is_file() or (Path(tokenizer) / "tokenizer.json").is_file()):
+    if tokenizer != "byte" and not (
+        Path(tokenizer).is_file() or (Path(tokenizer) / "tokenizer.json").is_file()
+    ):
         text = f"{tokenizer!r} is neither 'byte' nor a tokenizer.json nor a directory with one"
         yield ("data.tokenizer",), text + did_you_mean(tokenizer, ["byte"])
     names = "auto", "chatml", "plain"
@@ -151,19 +176,28 @@ def named_files(cfg: Config) -> Breaches:
         yield ("data.chat_template", "data.tokenizer"), text
     demonstrations = cfg.cold_start.demonstrations
     if demonstrations is not None and not Path(demonstrations).is_file():
-        yield ("cold_start.demonstrations",), f"there is no file {demonstrations!r} (from the working directory)"
+        yield (
+            ("cold_start.demonstrations",),
+            f"there is no file {demonstrations!r} (from the working directory)",
+        )
 
 
 def plugins(cfg: Config) -> Breaches:
     for i, name in enumerate(cfg.rewards.plugins):
         if not _importable(name):
-            yield (f"rewards.plugins.{i}",), f"there is no module {name!r}; install it, or put its folder on PYTHONPATH"
+            yield (
+                (f"rewards.plugins.{i}",),
+                f"there is no module {name!r}; install it, or put its folder on PYTHONPATH",
+            )
 
 
 def _importable(name: str) -> bool:
     """Whether there is such a module; nothing is imported, not even the packages it lies in."""
     top, *rest = name.split(".")
-    if not all(part.isidentifier() for part in (top, *rest)) or (spec := importlib.util.find_spec(top)) is None:
+    if (
+        not all(part.isidentifier() for part in (top, *rest))
+        or (spec := importlib.util.find_spec(top)) is None
+    ):
         return False
     for part in rest:
         path, name = spec.submodule_search_locations, f"{spec.name}.{part}"
@@ -190,20 +224,30 @@ def response_template(cfg: Config) -> Breaches:
     if "{answer}" not in response:
         yield ("cold_start.response",), f"{show(response)} must contain {{answer}}"
     elif command := re.search(r"\\[A-Za-z]+(?=\{answer\})", response):
-        text = f"{show(response)} loses the braces of {command[0]}; write {command[0]}{{{{answer}}}}"
+        text = (
+            f"{show(response)} loses the braces of {command[0]}; write {command[0]}{{{{answer}}}}"
+        )
         yield ("cold_start.response",), text
     elif other := re.findall(r"\{[A-Za-z_]\w*\}", response.replace("{answer}", "")):
-        yield ("cold_start.response",), f"{show(response)} holds {', '.join(other)}; the only placeholder is {{answer}}"
+        yield (
+            ("cold_start.response",),
+            f"{show(response)} holds {', '.join(other)}; the only placeholder is {{answer}}",
+        )
 
 
 def run_folder(cfg: Config) -> Breaches:
     try:
-        names = {name for _, name, _, _ in string.Formatter().parse(cfg.run_dir) if name is not None}
+        names = {
+            name for _, name, _, _ in string.Formatter().parse(cfg.run_dir) if name is not None
+        }
     except ValueError as error:
         yield ("run_dir",), f"{show(cfg.run_dir)}: {error}"
         return
     if unknown := sorted(names - {"name", "seed"}):
-        yield ("run_dir",), f"{show(cfg.run_dir)} holds {{{'}, {'.join(unknown)}}}; there are {{name}} and {{seed}}"
+        yield (
+            ("run_dir",),
+            f"{show(cfg.run_dir)} holds {{{'}, {'.join(unknown)}}}; there are {{name}} and {{seed}}",
+        )
     if "name" in names and not cfg.name:
         yield ("name", "run_dir"), "the name is empty, so the run has no folder of its own"
 
@@ -215,7 +259,10 @@ def whole_groups(cfg: Config) -> Breaches:
     P, n = cfg.rollout.prompts_per_step, cfg.train.mini_batches
     if P % n:
         text = f"{P} prompts cannot be split into {n} mini-batches of whole groups"
-        yield ("rollout.prompts_per_step", "train.mini_batches"), f"{text}; make prompts_per_step a multiple of {n}"
+        yield (
+            ("rollout.prompts_per_step", "train.mini_batches"),
+            f"{text}; make prompts_per_step a multiple of {n}",
+        )
 
 
 def batch_axes(cfg: Config) -> Breaches:
@@ -238,10 +285,17 @@ def batch_axes(cfg: Config) -> Breaches:
 
 
 def sequence_length(cfg: Config) -> Breaches:
-    prompt, completion, most = cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens, cfg.model.max_position_embeddings
+    prompt, completion, most = (
+        cfg.data.max_prompt_tokens,
+        cfg.rollout.max_new_tokens,
+        cfg.model.max_position_embeddings,
+    )
     if 0 < cfg.train.row_tokens < prompt + completion:
         keys = "train.row_tokens", "data.max_prompt_tokens", "rollout.max_new_tokens"
-        yield keys, f"a row of {cfg.train.row_tokens} tokens cannot hold a sequence of {prompt} + {completion}"
+        yield (
+            keys,
+            f"a row of {cfg.train.row_tokens} tokens cannot hold a sequence of {prompt} + {completion}",
+        )
     if prompt + completion > most:
         keys = "data.max_prompt_tokens", "rollout.max_new_tokens", "model.max_position_embeddings"
         yield keys, f"{prompt} + {completion} tokens are more than the model's {most}"
@@ -262,9 +316,15 @@ def heads(cfg: Config) -> Breaches:
 def experts(cfg: Config) -> Breaches:
     E, k = cfg.model.num_experts, cfg.model.num_experts_per_tok
     if 0 < E < k:
-        yield ("model.num_experts_per_tok", "model.num_experts"), f"a token cannot go to {k} of {E} experts"
+        yield (
+            ("model.num_experts_per_tok", "model.num_experts"),
+            f"a token cannot go to {k} of {E} experts",
+        )
     if E == 0 and cfg.mesh.expert > 1:
-        yield ("mesh.expert", "model.num_experts"), "the model is dense: there are no experts to spread; set it to 1"
+        yield (
+            ("mesh.expert", "model.num_experts"),
+            "the model is dense: there are no experts to spread; set it to 1",
+        )
     if E and not any(cfg.model.sparse_layers):
         keys = "model.num_experts", "model.decoder_sparse_step", "model.mlp_only_layers"
         yield keys, f"there are {E} experts, but no layer that has them; set num_experts: 0"
@@ -283,7 +343,10 @@ def model_axes(cfg: Config) -> Breaches:
         ways = getattr(cfg.mesh, axis)
         for name in names:
             if (size := getattr(cfg.model, name)) % ways:
-                yield (f"model.{name}", f"mesh.{axis}"), f"{size} cannot be split over {ways} devices"
+                yield (
+                    (f"model.{name}", f"mesh.{axis}"),
+                    f"{size} cannot be split over {ways} devices",
+                )
 
 
 def context_axis(cfg: Config) -> Breaches:
@@ -299,7 +362,9 @@ def context_axis(cfg: Config) -> Breaches:
 def truncated_sampling(cfg: Config) -> Breaches:
     """Log-probs of a truncated distribution are not the policy's: in a ratio to the policy's they do not cancel."""
     off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    used = tuple(f"rollout.{key}" for key, value in off.items() if getattr(cfg.rollout, key) != value)
+    used = tuple(
+        f"rollout.{key}" for key, value in off.items() if getattr(cfg.rollout, key) != value
+    )
     why = "the sampler's log-probs are those of the truncated distribution"
     if used and cfg.train.old_logp == "sampler":
         text = f"{why}, so the ratio would not start at 1; use old_logp: scorer, or do not truncate"
@@ -312,9 +377,15 @@ def truncated_sampling(cfg: Config) -> Breaches:
 def kl_penalty(cfg: Config) -> Breaches:
     keys = "loss.kl", "loss.kl_coef"
     if cfg.loss.kl_coef > 0 and cfg.loss.kl == "none":
-        yield keys, f"kl_coef is {cfg.loss.kl_coef:g} but no estimator is chosen; set kl: k3 (or k2), or kl_coef: 0"
+        yield (
+            keys,
+            f"kl_coef is {cfg.loss.kl_coef:g} but no estimator is chosen; set kl: k3 (or k2), or kl_coef: 0",
+        )
     if cfg.loss.kl_coef == 0 and cfg.loss.kl != "none":
-        yield keys, f"kl is {cfg.loss.kl} but kl_coef is 0, so it does nothing; set kl_coef > 0, or kl: none"
+        yield (
+            keys,
+            f"kl is {cfg.loss.kl} but kl_coef is 0, so it does nothing; set kl_coef > 0, or kl: none",
+        )
 
 
 def routing_replay(cfg: Config) -> Breaches:
@@ -327,15 +398,22 @@ def routing_replay(cfg: Config) -> Breaches:
         yield (*keys, "train.old_logp"), text
     if train.routing_replay != "r3" and train.live_mismatch_every:
         text = f"with {train.routing_replay} the scoring pass replays nothing: mismatch/mean is that without replay"
-        yield ("train.live_mismatch_every", *keys), f"{text} already; set live_mismatch_every: 0, or routing_replay: r3"
+        yield (
+            ("train.live_mismatch_every", *keys),
+            f"{text} already; set live_mismatch_every: 0, or routing_replay: r3",
+        )
 
 
 def warm_up(cfg: Config) -> Breaches:
     train, cold = cfg.train, cfg.cold_start
     total = train.steps * train.mini_batches * train.epochs
-    yield from _warm_up(cfg.optimizer, "optimizer", total, ("train.steps", "train.mini_batches", "train.epochs"))
+    yield from _warm_up(
+        cfg.optimizer, "optimizer", total, ("train.steps", "train.mini_batches", "train.epochs")
+    )
     if cold.steps:
-        yield from _warm_up(cold.optimizer, "cold_start.optimizer", cold.steps, ("cold_start.steps",))
+        yield from _warm_up(
+            cold.optimizer, "cold_start.optimizer", cold.steps, ("cold_start.steps",)
+        )
 
 
 def _warm_up(optimizer: Optimizer, where: str, total: int, keys: tuple[str, ...]) -> Breaches:

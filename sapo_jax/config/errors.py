@@ -8,6 +8,8 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from sapo_jax.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -29,7 +31,7 @@ def related(a: str, b: str) -> bool:
     return f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.")
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A configuration cannot be used. `problems` holds all of them; the text lists them under `source`."""
 
     def __init__(self, problems: Sequence[Problem], source: str = "the configuration"):

@@ -29,7 +29,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return cfg
 
 
-def resolve(layers: Sequence[dict[str, Any]], overrides: Sequence[str]) -> tuple[Config, list[Problem]]:
+def resolve(
+    layers: Sequence[dict[str, Any]], overrides: Sequence[str]
+) -> tuple[Config, list[Problem]]:
     """Layers (lowest first) and overrides as a Config, and all that is wrong with it; `load` without the files."""
     raw, unusable = compose(layers, overrides)
     cfg, mistakes = validate(raw)
@@ -39,7 +41,9 @@ def resolve(layers: Sequence[dict[str, Any]], overrides: Sequence[str]) -> tuple
 
 
 def _source(files: Sequence[Path], overrides: Sequence[str]) -> str:
-    details = [f"base {file}" for file in files[1:]] + ([f"with {' '.join(overrides)}"] if overrides else [])
+    details = [f"base {file}" for file in files[1:]] + (
+        [f"with {' '.join(overrides)}"] if overrides else []
+    )
     return f"{files[0]} ({', '.join(details)})" if details else str(files[0])
 
 
@@ -60,7 +64,11 @@ def _differing(a: Any, b: Any, path: str) -> list[str]:
         pairs = dict(enumerate(zip(a, b, strict=True)))
     else:
         return [] if type(a) is type(b) and a == b else [path]
-    return [found for key, (x, y) in pairs.items() for found in _differing(x, y, f"{path}.{key}".lstrip("."))]
+    return [
+        found
+        for key, (x, y) in pairs.items()
+        for found in _differing(x, y, f"{path}.{key}".lstrip("."))
+    ]
 
 
 _ABSENT = object()

@@ -8,9 +8,9 @@ from typing import Any
 from sapo_jax.config import outline
 from sapo_jax.config.errors import ConfigError, Problem
 from sapo_jax.config.presets import expand
-from sapo_jax.config.pretrained import ModelDirError
 from sapo_jax.config.schema import Config
 from sapo_jax.config.source import parse_override
+from sapo_jax.errors import ModelDirError
 
 # A section without a tag means this member; it lies under the files, so that `objective: {tau_pos: 2.0}` is complete.
 BOTTOM: dict[str, Any] = {"objective": {"name": Config().objective.name}}
@@ -20,7 +20,9 @@ class NoSuchItem(Exception):
     """An override speaks of a list item that is not there."""
 
 
-def compose(layers: Iterable[dict[str, Any]], overrides: Sequence[str]) -> tuple[dict[str, Any], list[Problem]]:
+def compose(
+    layers: Iterable[dict[str, Any]], overrides: Sequence[str]
+) -> tuple[dict[str, Any], list[Problem]]:
     """The layers, lowest first, then the overrides, left to right; and the overrides that could not be applied.
 
     Mappings merge key by key, all else is replaced. A union section whose tag changes (`objective.name`,
@@ -64,7 +66,11 @@ def _expanded(layer: dict[str, Any], paths: list[Any], problems: list[Problem]) 
     try:
         return expand(layer)
     except ModelDirError as error:  # nothing can be said of the shape, nor of the tokenizer
-        problems.append(Problem(("model.path",), str(error), meant=("model", "data.tokenizer", "data.chat_template")))
+        problems.append(
+            Problem(
+                ("model.path",), str(error), meant=("model", "data.tokenizer", "data.chat_template")
+            )
+        )
         return layer
 
 
@@ -79,7 +85,9 @@ def merge(under: Any, over: Any, node: outline.Node | None = outline.ROOT) -> An
         under = {}
     merged = dict(under)
     for key, value in over.items():
-        merged[str(key)] = merge(under.get(str(key)), value, outline.child(node, key, {**under, **over}))
+        merged[str(key)] = merge(
+            under.get(str(key)), value, outline.child(node, key, {**under, **over})
+        )
     return merged
 
 
@@ -87,7 +95,9 @@ def _merge_items(under: Any, over: dict[int, Any], node: outline.Node | None) ->
     items = list(under) if isinstance(under, list) else []
     for index, value in over.items():
         if not isinstance(index, int) or index >= len(items):
-            count = f"has {len(items)}, counted from 0" if isinstance(under, list) else "is not given"
+            count = (
+                f"has {len(items)}, counted from 0" if isinstance(under, list) else "is not given"
+            )
             raise NoSuchItem(f"there is no item {index} to change: the list {count}")
         items[index] = merge(items[index], value, outline.child(node, index))
     return items
@@ -102,4 +112,6 @@ def _is_tag(keys: tuple[str | int, ...]) -> bool:
     node: outline.Node | None = outline.ROOT
     for key in keys[:-1]:
         node = outline.child(node, key)
-    return keys in (("model", "preset"), ("model", "path")) or (node is not None and outline.tag_of(node) == keys[-1])
+    return keys in (("model", "preset"), ("model", "path")) or (
+        node is not None and outline.tag_of(node) == keys[-1]
+    )

@@ -9,8 +9,13 @@ from typing import Any
 
 from sapo_jax.config.errors import show
 from sapo_jax.config.schema import Model, Yarn
+from sapo_jax.errors import ModelDirError
 
-FAMILIES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "llama": "LlamaForCausalLM"}
+FAMILIES = {
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "llama": "LlamaForCausalLM",
+}
 
 # Keys of the same name and meaning on both sides, with transformers' default where a file may leave one out.
 _REQUIRED = object()
@@ -44,14 +49,6 @@ _ONLY = {  # what our models do; a file that wants something else is refused
 _YARN_KEYS = {field.name for field in dataclasses.fields(Yarn)}
 
 
-class ModelDirError(ValueError):
-    """A model directory cannot be used. `problems` holds all that is wrong with it; the text lists them."""
-
-    def __init__(self, folder: str | Path, problems: list[str]):
-        self.problems = problems
-        super().__init__("\n  ".join([f"{folder}: {len(problems)} problem{'s'[: len(problems) > 1]}", *problems]))
-
-
 def read_model_keys(folder: str | Path) -> dict[str, Any]:
     """The keys of `Model` that `folder`/config.json decides, as JSON values. Raises ModelDirError with all problems."""
     raw = read_json_object(Path(folder) / "config.json", folder)
@@ -68,9 +65,13 @@ def read_model_keys(folder: str | Path) -> dict[str, Any]:
             problems.append(f"config.json: {name} is missing")
     for name, needed in _ONLY.items():
         if raw.get(name, needed) not in (needed, None):
-            problems.append(f"config.json: {name} {show(raw[name])} is not supported, only {show(needed)}")
+            problems.append(
+                f"config.json: {name} {show(raw[name])} is not supported, only {show(needed)}"
+            )
     if "sliding_attention" in (raw.get("layer_types") or ()):
-        problems.append("config.json: layer_types has sliding_attention; only full_attention is supported")
+        problems.append(
+            "config.json: layer_types has sliding_attention; only full_attention is supported"
+        )
     rope, mistakes = _rope(raw, keys["max_position_embeddings"])
     if problems + mistakes:
         raise ModelDirError(folder, problems + mistakes)
@@ -90,7 +91,9 @@ def _rope(raw: dict[str, Any], max_positions: int) -> tuple[dict[str, Any], list
     if kind == "default":
         return {"rope_theta": float(theta), "rope_scaling": None}, []
     if kind != "yarn":
-        return {}, [f"config.json: {where} of type {show(kind)} is not supported, only default and yarn"]
+        return {}, [
+            f"config.json: {where} of type {show(kind)} is not supported, only default and yarn"
+        ]
     given = {name: value for name, value in given.items() if value is not None}
     if given.pop("truncate", True) is not True:
         return {}, [f"config.json: {where}.truncate false is not supported"]
@@ -106,11 +109,22 @@ def to_hugging_face(model: Model) -> dict[str, Any]:
     Raises ValueError for a shape that no Hugging Face family has: experts without qk-norm.
     """
     if model.num_experts and not model.qk_norm:
-        raise ValueError("Hugging Face has no model with experts but without qk_norm: it cannot be exported")
+        raise ValueError(
+            "Hugging Face has no model with experts but without qk_norm: it cannot be exported"
+        )
     family = "qwen3_moe" if model.num_experts else "qwen3" if model.qk_norm else "llama"
-    names = [*_DEFAULTS, "num_key_value_heads", "head_dim", "rope_theta", *(_MOE_DEFAULTS if model.num_experts else ())]
+    names = [
+        *_DEFAULTS,
+        "num_key_value_heads",
+        "head_dim",
+        "rope_theta",
+        *(_MOE_DEFAULTS if model.num_experts else ()),
+    ]
     yarn = model.rope_scaling
-    scaling = yarn and {"rope_type": "yarn", **{k: v for k, v in vars(yarn).items() if v is not None}}
+    scaling = yarn and {
+        "rope_type": "yarn",
+        **{k: v for k, v in vars(yarn).items() if v is not None},
+    }
     return {
         "architectures": [FAMILIES[family]],
         "model_type": family,
@@ -129,7 +143,9 @@ def read_json_object(path: Path, folder: str | Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelDirError(folder, [f"there is no {path.name}; a Hugging Face model directory has one"]) from None
+        raise ModelDirError(
+            folder, [f"there is no {path.name}; a Hugging Face model directory has one"]
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise ModelDirError(folder, [f"{path.name}: not a JSON file: {error}"]) from error
     if not isinstance(value, dict):

@@ -47,7 +47,9 @@ class Model:
     """
 
     preset: str | None = None
-    path: str | None = None  # a directory with config.json, safetensors, tokenizer.json; None: random weights
+    path: str | None = (
+        None  # a directory with config.json, safetensors, tokenizer.json; None: random weights
+    )
     vocab_size: CountOrZero = 0  # 0: the tokenizer's size
     hidden_size: Count = 128  # D
     num_hidden_layers: Count = 4  # L
@@ -65,8 +67,12 @@ class Model:
     initializer_range: Positive = 0.02
     num_experts: CountOrZero = 0  # E; 0: every MLP is dense
     num_experts_per_tok: Count = 2  # k
-    decoder_sparse_step: Count = 1  # with experts, every so many-th layer has them, the others a dense MLP
-    mlp_only_layers: tuple[CountOrZero, ...] = ()  # layers (from 0) that have a dense MLP all the same
+    decoder_sparse_step: Count = (
+        1  # with experts, every so many-th layer has them, the others a dense MLP
+    )
+    mlp_only_layers: tuple[
+        CountOrZero, ...
+    ] = ()  # layers (from 0) that have a dense MLP all the same
     moe_intermediate_size: Count = 96  # F of one expert
     norm_topk_prob: bool = True  # gate weights of the k chosen experts sum to 1
     router_aux_loss_coef: NonNegative = 0.0  # load-balancing loss (Switch, arXiv 2101.03961 Eq. 4)
@@ -74,14 +80,17 @@ class Model:
     # What backward recomputes: nothing / all but attention and matmuls (experts' are recomputed) / all but attention /
     # all. On CPU experts' hidden units always are, and attention of rows of 32 tokens and fewer.
     remat: Literal["none", "dots", "attention", "full"] = "dots"
-    vocab_chunk: Count = 16384  # largest slice of the vocabulary whose logits the scorer holds at once
+    vocab_chunk: Count = (
+        16384  # largest slice of the vocabulary whose logits the scorer holds at once
+    )
 
     @property
     def sparse_layers(self) -> tuple[bool, ...]:
         """For each layer, whether it has experts."""
         step, dense = self.decoder_sparse_step, self.mlp_only_layers
         return tuple(
-            self.num_experts > 0 and i not in dense and (i + 1) % step == 0 for i in range(self.num_hidden_layers)
+            self.num_experts > 0 and i not in dense and (i + 1) % step == 0
+            for i in range(self.num_hidden_layers)
         )
 
 
@@ -119,12 +128,16 @@ class Data:
     tokenizer: str = "byte"  # "byte", or the path of a tokenizer.json
     # "auto" (the one beside the tokenizer), "chatml", "plain" (the question alone), or the path of a Jinja template
     chat_template: str = "chatml"
-    chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)  # e.g. {enable_thinking: false}
+    chat_template_kwargs: dict[str, Any] = dataclasses.field(
+        default_factory=dict
+    )  # e.g. {enable_thinking: false}
     system_prompt: str = ""  # for problems that bring no system message of their own
     tasks: tuple[Task, ...] = ()
     held_out: Count = 256  # problems kept for evaluation over all tasks, never trained on
     max_prompt_tokens: Count = 256  # longer prompts are dropped and counted
-    seed: CountOrZero = 0  # problem generation and the train / held-out split; NOT the training seed
+    seed: CountOrZero = (
+        0  # problem generation and the train / held-out split; NOT the training seed
+    )
 
 
 @_config
@@ -132,7 +145,9 @@ class Rewards:
     extract: Literal["all", "final", "answer_tag", "boxed", "last_number"] = (
         "all"  # which part of the completion is the answer
     )
-    format_reward: NonNegative = 0.0  # added when the completion has the form that `extract` asks for
+    format_reward: NonNegative = (
+        0.0  # added when the completion has the form that `extract` asks for
+    )
     workers: Count = 2  # verifier processes
     deadline: Positive = 5.0  # seconds per completion; then its worker is killed
     memory_mb: Count = 2048  # address space of a worker
@@ -215,9 +230,13 @@ class Loss:
     """
 
     normalization: Literal["sequence_mean", "token_mean", "constant"] = "sequence_mean"
-    kl: Literal["none", "k1", "k2", "k3"] = "none"  # estimator of KL(policy || its start of the RL stage)
+    kl: Literal["none", "k1", "k2", "k3"] = (
+        "none"  # estimator of KL(policy || its start of the RL stage)
+    )
     kl_coef: NonNegative = 0.0
-    correction: Literal["none", "truncated", "masked"] = "none"  # weight exp(old logp - sampler logp)
+    correction: Literal["none", "truncated", "masked"] = (
+        "none"  # weight exp(old logp - sampler logp)
+    )
     correction_cap: Annotated[float, pydantic.Field(gt=1)] = 2.0
 
 
@@ -231,7 +250,9 @@ class Optimizer:
     learning_rate: Positive = 1e-3
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: CountOrZero = 0  # optimiser steps
-    final_fraction: Fraction = 0.1  # of the learning rate, at the end of a linear or cosine schedule
+    final_fraction: Fraction = (
+        0.1  # of the learning rate, at the end of a linear or cosine schedule
+    )
     b1: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.9
     b2: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.95
     eps: Positive = 1e-8
@@ -246,7 +267,9 @@ class ColdStart:
     steps: CountOrZero = 0
     batch_size: Count = 64  # sequences per optimiser step
     response: str = "{answer}"  # what the model learns to say; the end token is appended
-    demonstrations: str | None = None  # JSONL or Parquet whose `answer`s are whole responses; None: the tasks' problems
+    demonstrations: str | None = (
+        None  # JSONL or Parquet whose `answer`s are whole responses; None: the tasks' problems
+    )
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
 
 
@@ -258,11 +281,17 @@ class Train:
     micro_batch: CountOrZero = 0  # 0: the whole mini-batch
     row_tokens: CountOrZero = 0  # length of a packed row; 0: the cheapest, chosen for each rollout
     epochs: Count = 1  # passes over a rollout batch
-    old_logp: Literal["scorer", "sampler"] = "scorer"  # where the denominator of the ratio comes from
+    old_logp: Literal["scorer", "sampler"] = (
+        "scorer"  # where the denominator of the ratio comes from
+    )
     # The experts that updates replay. r2: of the scoring pass (arXiv 2507.18071); r3: of the sampler (arXiv 2510.11370)
     routing_replay: Literal["none", "r2", "r3"] = "none"
-    routing_on: Literal["host", "device"] = "host"  # where their ids wait: sent with each mini-batch, or once a rollout
-    live_mismatch_every: CountOrZero = 0  # r3: RL steps between scoring passes without replay, to log; 0: never
+    routing_on: Literal["host", "device"] = (
+        "host"  # where their ids wait: sent with each mini-batch, or once a rollout
+    )
+    live_mismatch_every: CountOrZero = (
+        0  # r3: RL steps between scoring passes without replay, to log; 0: never
+    )
     seed: CountOrZero = 0
     max_nonfinite: Count = 5  # stop after so many non-finite updates in a row
     log_samples: CountOrZero = 8  # completions of each step that go to samples.jsonl
@@ -273,7 +302,9 @@ class Train:
 class Diagnostics:
     """Evidence for SAPO's assumptions A1 and A2, and what hard clips would throw away (`diagnostics.jsonl`)."""
 
-    every: CountOrZero = 1  # RL steps between rows of diagnostics.jsonl; 0: none, and none of its scalars in metrics
+    every: CountOrZero = (
+        1  # RL steps between rows of diagnostics.jsonl; 0: none, and none of its scalars in metrics
+    )
 
 
 @_config

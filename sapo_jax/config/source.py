@@ -41,7 +41,9 @@ class _Loader(yaml.SafeLoader):
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             line = key.start_mark.line + 1
             if key.value in first:
-                self.duplicates.append(f"line {line}: {key.value!r} is already given in line {first[key.value]}")
+                self.duplicates.append(
+                    f"line {line}: {key.value!r} is already given in line {first[key.value]}"
+                )
             first.setdefault(key.value, line)
         return node
 
@@ -81,7 +83,9 @@ def parse_yaml(text: str) -> tuple[Any, list[str]]:
     try:
         return json.loads(json.dumps(value)), loader.duplicates  # keys become text
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"not made of text, numbers, true, false, null, lists and mappings alone: {error}") from error
+        raise ValueError(
+            f"not made of text, numbers, true, false, null, lists and mappings alone: {error}"
+        ) from error
 
 
 def dump_yaml(value: Any) -> str:
@@ -100,13 +104,17 @@ def read_files(path: str | Path) -> tuple[list[dict[str, Any]], list[Path], list
     while current is not None:
         if current.resolve() in [file.resolve() for file in files]:
             circle = " -> ".join(map(str, [*files, current]))
-            raise ConfigError([Problem(("base",), f"the base files go in a circle: {circle}")], str(path))
+            raise ConfigError(
+                [Problem(("base",), f"the base files go in a circle: {circle}")], str(path)
+            )
         files.append(current)
         layer, duplicates = read_mapping(current, str(path))
         problems += [Problem((), f"{current}, {text}") for text in duplicates]
         base = layer.pop("base", None)
         if base is not None and not isinstance(base, str):
-            raise ConfigError([Problem(("base",), f"expected the path of a file, got {base!r}")], str(current))
+            raise ConfigError(
+                [Problem(("base",), f"expected the path of a file, got {base!r}")], str(current)
+            )
         layers.insert(0, layer)
         current = None if base is None else current.parent / base
     return layers, files, problems
@@ -117,14 +125,23 @@ def read_mapping(file: Path, source: str) -> tuple[dict[str, Any], list[str]]:
     try:
         value, duplicates = parse_yaml(file.read_text(encoding="utf-8"))
     except OSError as error:
-        near = did_you_mean(file.name, [p.name for p in file.parent.glob("*.y*ml")]) if file.parent.is_dir() else ""
-        raise ConfigError([Problem((), f"{file}: {error.strerror or error}{near}")], source) from error
+        near = (
+            did_you_mean(file.name, [p.name for p in file.parent.glob("*.y*ml")])
+            if file.parent.is_dir()
+            else ""
+        )
+        raise ConfigError(
+            [Problem((), f"{file}: {error.strerror or error}{near}")], source
+        ) from error
     except ValueError as error:  # not UTF-8, or not YAML
         raise ConfigError([Problem((), f"{file}: {error}")], source) from error
     if value is None:
         value = {}
     if not isinstance(value, dict):
-        raise ConfigError([Problem((), f"{file}: expected `key: value` lines, got {type(value).__name__}")], source)
+        raise ConfigError(
+            [Problem((), f"{file}: expected `key: value` lines, got {type(value).__name__}")],
+            source,
+        )
     return value, duplicates
 
 
@@ -134,7 +151,9 @@ def parse_override(text: str) -> tuple[tuple[str | int, ...], Any]:
     path = path.strip()
     keys = tuple(int(key) if key.isdecimal() else key for key in path.split("."))
     if not equals or "" in keys:
-        raise ConfigError([Problem((), f"override {text!r}: write key.path=value, for example train.steps=50")])
+        raise ConfigError(
+            [Problem((), f"override {text!r}: write key.path=value, for example train.steps=50")]
+        )
     try:
         parsed, duplicates = parse_yaml(value)
     except ValueError as error:

@@ -82,13 +82,23 @@ def _unknown_key(keys: Keys, node: outline.Node, section: dict[str, Any]) -> Pro
         node = outline.members(node)[section[tag]]
     siblings = [name for name in node["properties"] if name not in section]
     if near := nearest(key, siblings):
-        return Problem((dotted(keys),), f"unknown key; did you mean {near!r}?", meant=(dotted((*keys[:-1], near)),))
+        return Problem(
+            (dotted(keys),),
+            f"unknown key; did you mean {near!r}?",
+            meant=(dotted((*keys[:-1], near)),),
+        )
     everywhere = list(outline.walk())
     if far := nearest(key, [name for name, _ in everywhere], cutoff=0.75):
         places = [path for name, path in everywhere if name == far]
-        places = ([path for path in places if path.split(".")[0] == str(keys[0])] or places)[:3]  # this section first
-        return Problem((dotted(keys),), f"unknown key here; did you mean {' or '.join(map(repr, places))}?")
-    return Problem((dotted(keys),), f"unknown key; the keys here are {', '.join(node['properties'])}")
+        places = ([path for path in places if path.split(".")[0] == str(keys[0])] or places)[
+            :3
+        ]  # this section first
+        return Problem(
+            (dotted(keys),), f"unknown key here; did you mean {' or '.join(map(repr, places))}?"
+        )
+    return Problem(
+        (dotted(keys),), f"unknown key; the keys here are {', '.join(node['properties'])}"
+    )
 
 
 def _bad_tag(keys: Keys, union: outline.Node, section: dict[str, Any]) -> Problem:
@@ -96,7 +106,11 @@ def _bad_tag(keys: Keys, union: outline.Node, section: dict[str, Any]) -> Proble
     names = list(outline.members(union))
     here = dotted((*keys, tag))
     if tag not in section:
-        return Problem((here,), f"missing; expected one of {', '.join(map(repr, names))}", meant=(dotted(keys),))
+        return Problem(
+            (here,),
+            f"missing; expected one of {', '.join(map(repr, names))}",
+            meant=(dotted(keys),),
+        )
     near = did_you_mean(section[tag], names)
     text = f"expected one of {', '.join(map(repr, names))}, got {show(section[tag])}{near}"
     return Problem((here,), text, meant=(dotted(keys),))

@@ -9,7 +9,8 @@ from typing import Any
 import grain
 import numpy as np
 
-from sapo_jax.data.common import DataError, apportion, stable_hash
+from sapo_jax.data.common import apportion, stable_hash
+from sapo_jax.errors import DataError
 from sapo_jax.types import Prompt
 
 
@@ -26,11 +27,21 @@ class PromptBatches(Iterator[list[Prompt]]):
     its share.
     """
 
-    def __init__(self, train: Mapping[str, Sequence[Prompt]], weights: Mapping[str, float], batch_size: int, seed: int):
+    def __init__(
+        self,
+        train: Mapping[str, Sequence[Prompt]],
+        weights: Mapping[str, float],
+        batch_size: int,
+        seed: int,
+    ):
         if set(train) != set(weights):
-            raise DataError(f"the tasks {sorted(train)} and the weights {sorted(weights)} do not name the same tasks")
+            raise DataError(
+                f"the tasks {sorted(train)} and the weights {sorted(weights)} do not name the same tasks"
+            )
         # Sorted: the order in which tasks are written down means nothing.
-        counts = apportion(batch_size, {name: weights[name] for name in sorted(weights)}, "the batch size")
+        counts = apportion(
+            batch_size, {name: weights[name] for name in sorted(weights)}, "the batch size"
+        )
         self._counts = {name: count for name, count in counts.items() if count}
         self._seed = seed
         self._next = 0
@@ -39,7 +50,11 @@ class PromptBatches(Iterator[list[Prompt]]):
             "batch_size": batch_size,
             "seed": seed,
             "tasks": {
-                name: {"per_batch": count, "prompts": len(train[name]), "digest": _digest(train[name])}
+                name: {
+                    "per_batch": count,
+                    "prompts": len(train[name]),
+                    "digest": _digest(train[name]),
+                }
                 for name, count in self._counts.items()
             },
         }
@@ -50,7 +65,9 @@ class PromptBatches(Iterator[list[Prompt]]):
             raise DataError(
                 f"task {name} has {len(prompts)} training problems but every batch takes {count} different ones"
             )
-        source = grain.MapDataset.source(prompts).seed(stable_hash("batches", self._seed, name, bits=32))
+        source = grain.MapDataset.source(prompts).seed(
+            stable_hash("batches", self._seed, name, bits=32)
+        )
         return source.shuffle().batch(count, drop_remainder=True, batch_fn=list).repeat()
 
     def __next__(self) -> list[Prompt]:
@@ -67,7 +84,9 @@ class PromptBatches(Iterator[list[Prompt]]):
         """Continue after `state["batches"]` batches. Raises DataError where the state is of other data or settings."""
         differing = _differences(state, self._identity)
         if differing:
-            raise DataError(f"the saved position is of other data, it cannot be resumed: {'; '.join(differing)}")
+            raise DataError(
+                f"the saved position is of other data, it cannot be resumed: {'; '.join(differing)}"
+            )
         batches = state.get("batches")
         if type(batches) is not int or batches < 0:
             raise DataError(f"the saved position must be a number of batches, not {batches!r}")

@@ -8,20 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-SHOWN = 20  # mistakes listed in one message
-
-
-class DataError(ValueError):
-    """Data or its settings cannot be used. `mistakes` holds all of them; the message shows the first 20."""
-
-    def __init__(self, *mistakes: str):
-        self.mistakes = list(mistakes)
-        lines = self.mistakes[:SHOWN]
-        if len(self.mistakes) > SHOWN:
-            lines.append(f"... and {len(self.mistakes) - SHOWN} more")
-        if len(self.mistakes) > 1:
-            lines.insert(0, f"{len(self.mistakes)} mistakes in the data:")
-        super().__init__("\n  ".join(lines))
+from sapo_jax.errors import DataError
 
 
 def text_mistake(value: Any, may_be_empty: bool = False) -> str | None:
@@ -53,11 +40,15 @@ def apportion(total: int, weights: Mapping[str, float], what: str) -> dict[str, 
     """
     bad = {name: w for name, w in weights.items() if not (math.isfinite(w) and w >= 0)}
     if bad or not sum(weights.values()) > 0:
-        raise DataError(f"task weights must be finite, >= 0 and not all 0, but they are {dict(weights)}")
+        raise DataError(
+            f"task weights must be finite, >= 0 and not all 0, but they are {dict(weights)}"
+        )
     scale = total / sum(weights.values())
     exact = {name: w * scale for name, w in weights.items()}
     shares = {name: math.floor(x) for name, x in exact.items()}
-    by_remainder = sorted(exact, key=lambda name: shares[name] - exact[name])  # stable: ties go to the earlier task
+    by_remainder = sorted(
+        exact, key=lambda name: shares[name] - exact[name]
+    )  # stable: ties go to the earlier task
     for name in by_remainder[: total - sum(shares.values())]:
         shares[name] += 1
     starved = [name for name, w in weights.items() if w > 0 and shares[name] == 0]

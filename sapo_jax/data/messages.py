@@ -8,11 +8,19 @@ from typing import Any
 
 from sapo_jax.data.common import text_mistake
 
-Message = dict[str, Any]  # {"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name"}
-Tool = dict[str, Any]  # a JSON schema, {"type": "function", "function": {"name", "description", "parameters"}}
+Message = dict[
+    str, Any
+]  # {"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name"}
+Tool = dict[
+    str, Any
+]  # a JSON schema, {"type": "function", "function": {"name", "description", "parameters"}}
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-REASONING = ("reasoning_content", "thinking", "reasoning")  # names of the same thing; the first is the usual one
+REASONING = (
+    "reasoning_content",
+    "thinking",
+    "reasoning",
+)  # names of the same thing; the first is the usual one
 _TEXTS = ("content", *REASONING, "tool_call_id", "name")
 
 
@@ -41,10 +49,14 @@ def edit_text(value: Any, edit: Callable[[str], str], depth: int = 100) -> Any:
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise ValueError(f"{value[:80]!r} holds half of a surrogate pair, which is not text") from error
+            raise ValueError(
+                f"{value[:80]!r} holds half of a surrogate pair, which is not text"
+            ) from error
         return edit(value)
     if isinstance(value, dict):
-        return {edit_text(key, edit): edit_text(item, edit, depth - 1) for key, item in value.items()}
+        return {
+            edit_text(key, edit): edit_text(item, edit, depth - 1) for key, item in value.items()
+        }
     if isinstance(value, list | tuple):
         return [edit_text(item, edit, depth - 1) for item in value]
     raise ValueError(f"{type(value).__name__} is no JSON value")
@@ -83,7 +95,9 @@ def _message_mistake(message: Any) -> str | None:
         return f"` must be an object, not {type(message).__name__} ({message!r:.40})"
     message = {key: value for key, value in message.items() if value is not None}
     if unknown := [key for key in message if key not in ("role", "tool_calls", *_TEXTS)]:
-        return f"` has the unknown key {unknown[0]!r}; known are role, tool_calls, {', '.join(_TEXTS)}"
+        return (
+            f"` has the unknown key {unknown[0]!r}; known are role, tool_calls, {', '.join(_TEXTS)}"
+        )
     role = message.get("role")
     if role not in ROLES:
         return f".role` must be one of {', '.join(ROLES)}, not {role!r:.40}"

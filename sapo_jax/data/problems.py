@@ -19,11 +19,12 @@ import itertools
 from collections.abc import Collection, Iterable, Iterator
 
 from sapo_jax.config import Data, FileTask, ReasoningGymTask
-from sapo_jax.data.common import DataError, apportion, stable_hash
+from sapo_jax.data.common import apportion, stable_hash
 from sapo_jax.data.messages import Message
 from sapo_jax.data.sources import Problem, generate_reasoning_gym, read_problems
 from sapo_jax.data.template import load_template
 from sapo_jax.data.tokenizer import Tokenizer
+from sapo_jax.errors import DataError
 from sapo_jax.types import Prompt
 
 HELD_OUT_SIDE = 0.25  # share of a generator's questions that are never trained on
@@ -37,7 +38,9 @@ class TaskReport:
     """
 
     read: int = 0
-    duplicates: int = 0  # of a question seen before in the task, its held_out_path included; the first one stays
+    duplicates: int = (
+        0  # of a question seen before in the task, its held_out_path included; the first one stays
+    )
     over_long: int = 0  # more than data.max_prompt_tokens
     unused: int = 0
     held_out: int = 0
@@ -51,7 +54,9 @@ class Problems:
     report: dict[str, TaskReport]
 
 
-def load_problems(cfg: Data, tokenizer: Tokenizer, verifiers: Collection[str] | None = None) -> Problems:
+def load_problems(
+    cfg: Data, tokenizer: Tokenizer, verifiers: Collection[str] | None = None
+) -> Problems:
     """All prompts of `cfg.tasks`, a function of (cfg, tokenizer, files) alone.
 
     `cfg.held_out` is split over the tasks by weight. Questions occur once per task; two tasks may share training
@@ -63,7 +68,9 @@ def load_problems(cfg: Data, tokenizer: Tokenizer, verifiers: Collection[str] | 
     if verifiers is None and any(isinstance(task, FileTask) for task in cfg.tasks):
         from sapo_jax.rewards import VERIFIERS as verifiers
     names = _task_names(cfg)
-    quota = apportion(cfg.held_out, {n: t.weight for n, t in zip(names, cfg.tasks)}, "data.held_out")
+    quota = apportion(
+        cfg.held_out, {n: t.weight for n, t in zip(names, cfg.tasks)}, "data.held_out"
+    )
     to_prompt = PromptMaker(cfg, tokenizer)
     splits: dict[str, _Split] = {}
     mistakes: list[str] = []
@@ -79,7 +86,9 @@ def load_problems(cfg: Data, tokenizer: Tokenizer, verifiers: Collection[str] | 
     return _join(splits)
 
 
-def load_demonstrations(path: str, cfg: Data, tokenizer: Tokenizer, held_out: Iterable[Prompt]) -> list[Prompt]:
+def load_demonstrations(
+    path: str, cfg: Data, tokenizer: Tokenizer, held_out: Iterable[Prompt]
+) -> list[Prompt]:
     """The rows of a problem file whose answers are whole responses to imitate, as prompts with that answer.
 
     A row about a held-out question is left out, and one whose prompt is over-long. Raises DataError if nothing is left.
@@ -102,11 +111,15 @@ def _join(splits: dict[str, _Split]) -> Problems:
     for name, split in splits.items():
         kept = [p for p in split.train if problem_key(p) not in kept_out]
         if not kept:
-            raise DataError(f"task {name}: no problem is left to train on: the other tasks hold them all out")
+            raise DataError(
+                f"task {name}: no problem is left to train on: the other tasks hold them all out"
+            )
         split.report.unused += len(split.train) - len(kept)
         split.report.held_out, split.report.train = len(split.held_out), len(kept)
         train[name] = kept
-    taken: set[int] = set()  # held-out problems are numbered first, so that no training problem can shift them
+    taken: set[int] = (
+        set()
+    )  # held-out problems are numbered first, so that no training problem can shift them
     held_out = [_numbered(p, taken) for split in splits.values() for p in split.held_out]
     train = {name: [_numbered(p, taken) for p in prompts] for name, prompts in train.items()}
     return Problems(train, held_out, {name: split.report for name, split in splits.items()})
@@ -134,7 +147,11 @@ def problem_key(problem: Problem | Prompt) -> str:
 def _task_names(cfg: Data) -> list[str]:
     names: list[str] = []
     for i, task in enumerate(cfg.tasks):
-        stem = task.path.replace("\\", "/").rsplit("/", 1)[-1].rsplit(".", 1)[0] if isinstance(task, FileTask) else ""
+        stem = (
+            task.path.replace("\\", "/").rsplit("/", 1)[-1].rsplit(".", 1)[0]
+            if isinstance(task, FileTask)
+            else ""
+        )
         base = name = task.name or stem or f"task{i}"
         count = 1
         while name in names:
@@ -158,7 +175,9 @@ class PromptMaker:
 
     def __call__(self, problem: Problem, task: str) -> Prompt | None:
         try:
-            pieces = self.template.pieces(self._messages(problem), problem.tools, **self.cfg.chat_template_kwargs)
+            pieces = self.template.pieces(
+                self._messages(problem), problem.tools, **self.cfg.chat_template_kwargs
+            )
             ids = self.tokenizer.encode_pieces(pieces)
         except ValueError as error:
             raise DataError(f"{_describe(problem)}: {error}") from error
@@ -167,7 +186,14 @@ class PromptMaker:
         if len(ids) > self.cfg.max_prompt_tokens:
             return None
         text = "".join(text for text, _ in pieces)
-        about = problem.question, problem.answer, problem.verifier, task, problem.metadata, problem.conversation
+        about = (
+            problem.question,
+            problem.answer,
+            problem.verifier,
+            task,
+            problem.metadata,
+            problem.conversation,
+        )
         return Prompt(-1, text, tuple(ids), *about)
 
     def _messages(self, problem: Problem) -> list[Message]:
@@ -194,7 +220,9 @@ class _Split:
 
     def fill(self, task: ReasoningGymTask | FileTask, verifiers: Collection[str]) -> None:
         if isinstance(task, ReasoningGymTask):
-            self._from_generator(generate_reasoning_gym(task.name, task.options, self.cfg.seed), task.size)
+            self._from_generator(
+                generate_reasoning_gym(task.name, task.options, self.cfg.seed), task.size
+            )
         elif task.held_out_path is None:
             self._from_file(read_problems(task.path, task.verifier, verifiers))
         else:
@@ -230,13 +258,17 @@ class _Split:
 
     def _from_file(self, problems: list[Problem]) -> None:
         prompts = self._admit_all(problems)
-        self._require(len(prompts) > self.quota, f"the file has {len(prompts)} distinct problems{self._over_long()}")
+        self._require(
+            len(prompts) > self.quota,
+            f"the file has {len(prompts)} distinct problems{self._over_long()}",
+        )
         self.held_out, self.train = self._lowest(prompts)
 
     def _from_two_files(self, problems: list[Problem], held_out: list[Problem]) -> None:
         prompts = self._admit_all(held_out)
         self._require(
-            len(prompts) >= self.quota, f"held_out_path has {len(prompts)} distinct problems{self._over_long()}"
+            len(prompts) >= self.quota,
+            f"held_out_path has {len(prompts)} distinct problems{self._over_long()}",
         )
         self.held_out, rest = self._lowest(prompts)
         self.report.unused += len(rest)
@@ -269,7 +301,9 @@ class _Split:
     def _lowest(self, prompts: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
         """(the `quota` prompts of lowest place, the others), each in the order of the file."""
         chosen = set(map(problem_key, sorted(prompts, key=self._place)[: self.quota]))
-        return [p for p in prompts if problem_key(p) in chosen], [p for p in prompts if problem_key(p) not in chosen]
+        return [p for p in prompts if problem_key(p) in chosen], [
+            p for p in prompts if problem_key(p) not in chosen
+        ]
 
     def _over_long(self) -> str:
         longer = f" and {self.report.over_long} longer than data.max_prompt_tokens = {self.cfg.max_prompt_tokens}"

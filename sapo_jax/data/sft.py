@@ -10,7 +10,9 @@ from sapo_jax.types import Prompt
 _ANSWER = "{answer}"
 
 
-def sft_example(prompt: Prompt, tokenizer: Tokenizer, response_template: str) -> tuple[list[int], int]:
+def sft_example(
+    prompt: Prompt, tokenizer: Tokenizer, response_template: str
+) -> tuple[list[int], int]:
     """(ids, n_prompt): the prompt's ids, the response with `{answer}` filled in, the end token.
 
     The loss goes on ids[n_prompt:]. As in sampling, the response is encoded apart from the prompt. The template is
@@ -35,4 +37,6 @@ def check_response_template(template: str) -> None:
             f"cold_start.response {template!r} loses the braces of {command[0]}: write {command[0]}{{{_ANSWER}}}"
         )
     if other := re.findall(r"\{[A-Za-z_]\w*\}", template.replace(_ANSWER, "")):
-        raise ValueError(f"cold_start.response {template!r}: unknown {', '.join(other)}; the only one is {_ANSWER}")
+        raise ValueError(
+            f"cold_start.response {template!r}: unknown {', '.join(other)}; the only one is {_ANSWER}"
+        )

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from sapo_jax.data.common import DataError, stable_hash, text_mistake
+from sapo_jax.data.common import stable_hash, text_mistake
 from sapo_jax.data.messages import (
     Message,
     Tool,
@@ -23,11 +23,14 @@ from sapo_jax.data.messages import (
     messages_mistake,
     tools_mistake,
 )
+from sapo_jax.errors import DataError
 
 _CHUNK = 1024  # problems per generator instance
 # They draw from the global random state or from the order of a set, which is another one in every process: question
 # (isomorphic_strings, list_functions, ransom_note) or answer (knight_swap, word_ladder) would change on resuming.
-IRREPRODUCIBLE = frozenset({"isomorphic_strings", "knight_swap", "list_functions", "ransom_note", "word_ladder"})
+IRREPRODUCIBLE = frozenset(
+    {"isomorphic_strings", "knight_swap", "list_functions", "ransom_note", "word_ladder"}
+)
 _FIELDS = ("prompt", "answer", "verifier", "metadata", "tools")
 
 
@@ -46,7 +49,10 @@ class Problem:
     @property
     def conversation(self) -> str:
         """Messages and tools as JSON, white space normalised: they tell problems apart; "": the question alone does."""
-        if self.tools is None and self.messages in (None, [{"role": "user", "content": self.question}]):
+        if self.tools is None and self.messages in (
+            None,
+            [{"role": "user", "content": self.question}],
+        ):
             return ""
         whole = edit_text([self.messages, self.tools], lambda text: " ".join(text.split()))
         return json.dumps(whole, sort_keys=True, ensure_ascii=False)
@@ -66,7 +72,9 @@ def generate_reasoning_gym(name: str, options: dict[str, Any], seed: int) -> Ite
     from sapo_jax.rewards.allowlist import NEEDS_OPTIONS, REASONING_GYM_TASKS
 
     if name in IRREPRODUCIBLE:
-        raise DataError(f"reasoning_gym task {name!r} makes other problems in every process: no run could be resumed")
+        raise DataError(
+            f"reasoning_gym task {name!r} makes other problems in every process: no run could be resumed"
+        )
     if name not in REASONING_GYM_TASKS:
         allowed = ", ".join(sorted(REASONING_GYM_TASKS - IRREPRODUCIBLE))
         raise DataError(f"reasoning_gym task {name!r} is not on the allow-list: {allowed}")
@@ -88,11 +96,17 @@ def generate_reasoning_gym(name: str, options: dict[str, Any], seed: int) -> Ite
         chunk_seed = stable_hash("reasoning_gym", seed, name, options_text, chunk, bits=31)
         try:
             return dataset_class(config_class(seed=chunk_seed, size=_CHUNK, **options))
-        except Exception as error:  # validation by assert, type errors from arithmetic on the options, ...
-            raise DataError(f"reasoning_gym task {name!r} refuses its options {options}: {error}") from error
+        except (
+            Exception
+        ) as error:  # validation by assert, type errors from arithmetic on the options, ...
+            raise DataError(
+                f"reasoning_gym task {name!r} refuses its options {options}: {error}"
+            ) from error
 
     added = {"options": options} if name in NEEDS_OPTIONS else {}
-    chunks = itertools.chain([dataset(0)], map(dataset, itertools.count(1)))  # the first at once: it may raise
+    chunks = itertools.chain(
+        [dataset(0)], map(dataset, itertools.count(1))
+    )  # the first at once: it may raise
     return (_from_entry(name, entries, i, added) for entries in chunks for i in range(_CHUNK))
 
 
@@ -102,7 +116,9 @@ def _from_entry(name: str, entries: Any, i: int, added: dict[str, Any]) -> Probl
         entry = json.loads(json.dumps(entries[i], allow_nan=False, default=str))
         return Problem(entry["question"], entry["answer"], "reasoning_gym", {**entry, **added})
     except Exception as error:
-        raise DataError(f"reasoning_gym task {name!r} failed: {type(error).__name__}: {error}") from error
+        raise DataError(
+            f"reasoning_gym task {name!r} failed: {type(error).__name__}: {error}"
+        ) from error
 
 
 # ---------------------------------------------------------------- files
@@ -144,8 +160,16 @@ def _read_jsonl(file: Path) -> Iterator[tuple[int, Any]]:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 if text.strip():
                     row = json.loads(text, parse_constant=_refuse_constant)
-                    yield number, row if isinstance(row, dict) else f"not a JSON object but {type(row).__name__}"
-            except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+                    yield (
+                        number,
+                        row
+                        if isinstance(row, dict)
+                        else f"not a JSON object but {type(row).__name__}",
+                    )
+            except (
+                ValueError,
+                RecursionError,
+            ) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
                 yield number, f"not JSON: {error}"
 
 
@@ -161,7 +185,9 @@ def _read_parquet(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
         with pyarrow.parquet.ParquetFile(file) as parquet:
             names = parquet.schema_arrow.names
             if absent := {"prompt", "answer"}.difference(names):
-                raise DataError(f"{file}: no column {' nor '.join(sorted(absent))}; there are {', '.join(names)}")
+                raise DataError(
+                    f"{file}: no column {' nor '.join(sorted(absent))}; there are {', '.join(names)}"
+                )
             columns = [field for field in _FIELDS if field in names]
             batches = parquet.iter_batches(batch_size=1024, columns=columns, use_threads=False)
             rows = (row for batch in batches for row in batch.to_pylist())
@@ -174,7 +200,9 @@ def _padded(row: dict[str, Any]) -> str | None:
     """Parquet gives all objects of a column the same keys, null where there was none: JSON would not be what it was."""
     messages = row["prompt"] if isinstance(row["prompt"], list) else []
     calls = [call for m in messages if isinstance(m, dict) for call in m.get("tool_calls") or ()]
-    if holds_null(row.get("tools") or []) or holds_null([(c.get("function") or c).get("arguments", "") for c in calls]):
+    if holds_null(row.get("tools") or []) or holds_null(
+        [(c.get("function") or c).get("arguments", "") for c in calls]
+    ):
         return "`tools` or `arguments` hold nulls; in Parquet, write them as text that holds JSON"
     return None
 
@@ -182,7 +210,9 @@ def _padded(row: dict[str, Any]) -> str | None:
 _READERS = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
 
 
-def _to_problem(row: dict[str, Any], default_verifier: str, verifiers: Collection[str]) -> Problem | str:
+def _to_problem(
+    row: dict[str, Any], default_verifier: str, verifiers: Collection[str]
+) -> Problem | str:
     """The problem in a row, or what is wrong with it."""
     prompt, messages = row.get("prompt"), None
     if isinstance(prompt, list):

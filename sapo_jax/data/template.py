@@ -41,7 +41,9 @@ BUILT_IN = {
     "plain": "{{ messages[-1].content }}",
 }
 REQUIRED_SPECIALS = {"chatml": ("<|im_start|>", "<|im_end|>")}
-RESERVED = frozenset({"messages", "tools", "add_generation_prompt"})  # variables with arguments of their own
+RESERVED = frozenset(
+    {"messages", "tools", "add_generation_prompt"}
+)  # variables with arguments of their own
 
 _STAND_INS = [chr(i) for i in range(0xD800, 0xDC00)]
 _STAND_IN = re.compile("([\ud800-\udbff])")
@@ -53,14 +55,23 @@ class ChatTemplate:
     `variables` are trusted ones that it always gets (`bos_token`, ...)."""
 
     def __init__(
-        self, source: str, name: str, special_tokens: Collection[str], variables: Mapping[str, Any] | None = None
+        self,
+        source: str,
+        name: str,
+        special_tokens: Collection[str],
+        variables: Mapping[str, Any] | None = None,
     ):
         self.name, self.source = name, source
         self._always = dict(variables or {})
-        any_special = "|".join(re.escape(token) for token in sorted(special_tokens, key=len, reverse=True)) or "(?!)"
+        any_special = (
+            "|".join(re.escape(token) for token in sorted(special_tokens, key=len, reverse=True))
+            or "(?!)"
+        )
         self._special = re.compile(any_special)
         self._look_alike = re.compile(f"(?=(?:{any_special}))(?s:.)")  # the first character of one
-        self._stand_ins: dict[str, str] = {}  # of the special tokens met so far in template and variables
+        self._stand_ins: dict[
+            str, str
+        ] = {}  # of the special tokens met so far in template and variables
         environment = chat_jinja.environment()
         try:
             tree = environment.parse(source)
@@ -72,7 +83,9 @@ class ChatTemplate:
                     setattr(node, field, self._replace(text))
             self._marked = environment.from_string(tree)
         except jinja2.TemplateSyntaxError as error:
-            raise ValueError(f"chat template {name}, line {error.lineno}: {error.message}") from error
+            raise ValueError(
+                f"chat template {name}, line {error.lineno}: {error.message}"
+            ) from error
 
     def render(
         self,
@@ -105,9 +118,14 @@ class ChatTemplate:
         cannot be told (see the module's docstring)."""
         text = self.render(messages, tools, add_generation_prompt, **variables)
         inputs = self._inputs(messages, tools, add_generation_prompt, variables, mark=True)
-        parts = _STAND_IN.split(self._run(self._marked, inputs))  # text, stand-in, text, stand-in, ..., text
+        parts = _STAND_IN.split(
+            self._run(self._marked, inputs)
+        )  # text, stand-in, text, stand-in, ..., text
         tokens = {stand_in: token for token, stand_in in self._stand_ins.items()}
-        texts = [tokens.get(part, part) if i % 2 else part.replace(_CUT, "") for i, part in enumerate(parts)]
+        texts = [
+            tokens.get(part, part) if i % 2 else part.replace(_CUT, "")
+            for i, part in enumerate(parts)
+        ]
         if "".join(texts) != text:
             raise ValueError(
                 f"chat template {self.name} depends on special tokens in what it is given, or changes special tokens,"
@@ -125,7 +143,9 @@ class ChatTemplate:
         """Raise ValueError for template variables that the template does not use."""
         for name in names:
             if name in RESERVED:
-                raise ValueError(f"the template variable {name} is not free: it is what the prompt is made of")
+                raise ValueError(
+                    f"the template variable {name} is not free: it is what the prompt is made of"
+                )
             if name not in self._known:
                 near = difflib.get_close_matches(name, self._known, n=1)
                 meant = f"; did you mean {near[0]}?" if near else ""
@@ -153,9 +173,13 @@ class ChatTemplate:
         try:
             return template.render(inputs)
         except jinja2.TemplateError as error:  # SecurityError is one
-            raise ValueError(f"chat template {self.name}: {type(error).__name__}: {error}") from error
+            raise ValueError(
+                f"chat template {self.name}: {type(error).__name__}: {error}"
+            ) from error
         except Exception as error:  # e.g. a TypeError of an expression in it
-            raise ValueError(f"chat template {self.name} failed: {type(error).__name__}: {error}") from error
+            raise ValueError(
+                f"chat template {self.name} failed: {type(error).__name__}: {error}"
+            ) from error
 
     def _changes_nothing(self, text: str, inputs: dict[str, Any]) -> bool:
         try:
@@ -249,5 +273,7 @@ def _read(path: Path) -> str:
             f" the file chat_template.jinja beside it, or one that data.chat_template names"
         ) from error
     if not isinstance(source, str):
-        raise ValueError(f"{path}: `chat_template` holds several templates; write the one to use into a file")
+        raise ValueError(
+            f"{path}: `chat_template` holds several templates; write the one to use into a file"
+        )
     return source

@@ -19,7 +19,10 @@ import tokenizers
 
 Piece = tuple[str, bool]  # text, trusted
 
-_MARK, _END = "\ufdd0", "\ufdd1"  # of stand-ins; Unicode reserves these two for the inside of programs
+_MARK, _END = (
+    "\ufdd0",
+    "\ufdd1",
+)  # of stand-ins; Unicode reserves these two for the inside of programs
 _CUT = _MARK + _END
 _FORGED = re.compile(f"{_MARK}(?=[0-9]*{_END})")  # a text that spells a stand-in nevertheless
 
@@ -76,7 +79,9 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Text of `ids`. Bytes that are not UTF-8 become U+FFFD; ids outside the vocabulary give nothing."""
         hidden = self._special_ids if skip_special else ()
-        return self._decode([i for i in map(int, ids) if 0 <= i < self.vocab_size and i not in hidden])
+        return self._decode(
+            [i for i in map(int, ids) if 0 <= i < self.vocab_size and i not in hidden]
+        )
 
     def _encode(self, texts: list[str], specials: list[int]) -> list[int]:
         """Ids of texts[0], specials[0], texts[1], ..., texts[-1]; those of the texts are not special."""
@@ -101,7 +106,9 @@ class ByteTokenizer(Tokenizer):
             special_tokens={pad: 256, start: 257, end: 258},
             template_variables={"pad_token": pad, "eos_token": end},
         )
-        self._bytes = [bytes([i]) for i in range(256)] + [token.encode() for token in self.special_tokens]
+        self._bytes = [bytes([i]) for i in range(256)] + [
+            token.encode() for token in self.special_tokens
+        ]
 
     def _encode(self, texts: list[str], specials: list[int]) -> list[int]:
         ids = list(texts[0].encode("utf-8"))
@@ -135,9 +142,13 @@ class FileTokenizer(Tokenizer):
         self._backend.no_padding()
         named = self._named_tokens()
         end_id, stop_ids, pad_id = self._control_ids(named)
-        added = {token["content"]: token for token in spec.get("added_tokens") or [] if token["content"]}
+        added = {
+            token["content"]: token for token in spec.get("added_tokens") or [] if token["content"]
+        }
         control = [self._backend.id_to_token(i) for i in (*stop_ids, pad_id)]
-        special = dict.fromkeys([*(text for text, token in added.items() if token["special"]), *control])
+        special = dict.fromkeys(
+            [*(text for text, token in added.items() if token["special"]), *control]
+        )
         super().__init__(
             name=str(path),
             folder=path.parent,
@@ -158,21 +169,41 @@ class FileTokenizer(Tokenizer):
         self._stand_ins = {i: f"{_MARK}{i}{_END}" for i in self._special_ids}
         tokens = [tokenizers.AddedToken(_CUT, special=False, normalized=False)]
         for text, i in self.special_tokens.items():
-            manners = {key: added[text][key] for key in ("lstrip", "rstrip")} if text in added else {}
+            manners = (
+                {key: added[text][key] for key in ("lstrip", "rstrip")} if text in added else {}
+            )
             if text in added and added[text]["single_word"]:
-                raise ValueError(f"{self.path}: the special token {text!r} is `single_word`, which is not supported")
-            tokens.append(tokenizers.AddedToken(self._stand_ins[i], special=False, normalized=False, **manners))
+                raise ValueError(
+                    f"{self.path}: the special token {text!r} is `single_word`, which is not supported"
+                )
+            tokens.append(
+                tokenizers.AddedToken(
+                    self._stand_ins[i], special=False, normalized=False, **manners
+                )
+            )
         self._backend.add_tokens(tokens)
         self._cut_id = self._backend.token_to_id(_CUT)
-        self._stands_for = {self._backend.token_to_id(text): i for i, text in self._stand_ins.items()}
+        self._stands_for = {
+            self._backend.token_to_id(text): i for i, text in self._stand_ins.items()
+        }
         if min(self._cut_id, *self._stands_for) < self.vocab_size:
-            raise ValueError(f"{self.path}: its vocabulary cannot be added to, because its ids leave gaps")
+            raise ValueError(
+                f"{self.path}: its vocabulary cannot be added to, because its ids leave gaps"
+            )
 
     def _named_tokens(self) -> dict[str, str]:
         """{"eos_token": text, ...} of tokenizer_config.json, where a token is a string or an object."""
         config = _read_json(self._config_path, missing_ok=True)
         named = {}
-        for key in ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"):
+        for key in (
+            "bos_token",
+            "eos_token",
+            "unk_token",
+            "sep_token",
+            "pad_token",
+            "cls_token",
+            "mask_token",
+        ):
             token = config.get(key)
             token = token.get("content") if isinstance(token, dict) else token
             if token is None:
@@ -190,21 +221,29 @@ class FileTokenizer(Tokenizer):
         pad_id = generation.get("pad_token_id")
         for i in [*eos_ids, *([] if pad_id is None else [pad_id])]:
             if not isinstance(i, int) or i < 0 or self._backend.id_to_token(i) is None:
-                raise ValueError(f"{self._generation_path}: no token of {self.path} has the id {i!r}")
+                raise ValueError(
+                    f"{self._generation_path}: no token of {self.path} has the id {i!r}"
+                )
         if "eos_token" in named:
             end_id = self._backend.token_to_id(named["eos_token"])
         elif len(set(eos_ids)) == 1:
             end_id = eos_ids[0]
         else:
             found = (
-                f"{self._generation_path.name} names several ({eos_ids})" if eos_ids else "no file beside it names one"
+                f"{self._generation_path.name} names several ({eos_ids})"
+                if eos_ids
+                else "no file beside it names one"
             )
             raise ValueError(
                 f'{self.path}: which token ends a turn? {found}. Put {{"eos_token": "..."}} into {self._config_path}'
             )
         if "pad_token" in named:
             pad_id = self._backend.token_to_id(named["pad_token"])
-        return end_id, tuple(dict.fromkeys([end_id, *eos_ids])), end_id if pad_id is None else pad_id
+        return (
+            end_id,
+            tuple(dict.fromkeys([end_id, *eos_ids])),
+            end_id if pad_id is None else pad_id,
+        )
 
     def _encode(self, texts: list[str], specials: list[int]) -> list[int]:
         texts = [_FORGED.sub(_MARK + _CUT, text) for text in texts]
@@ -216,11 +255,15 @@ class FileTokenizer(Tokenizer):
             ids = self._ids(texts, specials)
         if not self._forbidden.isdisjoint(ids):
             text = "".join(texts)[:200]
-            raise ValueError(f"{self.path}: it normalises part of this text into a special token: {text!r}")
+            raise ValueError(
+                f"{self.path}: it normalises part of this text into a special token: {text!r}"
+            )
         return [self._stands_for.get(i, i) for i in ids if i != self._cut_id]
 
     def _ids(self, texts: list[str], specials: list[int]) -> list[int]:
-        text = texts[0] + "".join(self._stand_ins[i] + text for i, text in zip(specials, texts[1:], strict=True))
+        text = texts[0] + "".join(
+            self._stand_ins[i] + text for i, text in zip(specials, texts[1:], strict=True)
+        )
         try:
             return self._backend.encode(text, add_special_tokens=False).ids
         except TypeError as error:  # how the library takes halves of surrogate pairs
@@ -267,5 +310,7 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
     if path.is_dir():
         path = path / "tokenizer.json"
     if not path.is_file():
-        raise FileNotFoundError(f'data.tokenizer: there is no file {path}; give "byte" or the path of a tokenizer.json')
+        raise FileNotFoundError(
+            f'data.tokenizer: there is no file {path}; give "byte" or the path of a tokenizer.json'
+        )
     return FileTokenizer(path)

@@ -10,7 +10,12 @@
 `collect` takes one micro-batch; `reduce` the stacked results of many; `finalize` names the scalars.
 """
 
-from sapo_jax.diagnostics.evidence import Evidence, collect_evidence, finalize_evidence, reduce_evidence
+from sapo_jax.diagnostics.evidence import (
+    Evidence,
+    collect_evidence,
+    finalize_evidence,
+    reduce_evidence,
+)
 from sapo_jax.diagnostics.gates import Gates
 from sapo_jax.diagnostics.rows import evidence_row, ratio_quantiles, read_evidence
 from sapo_jax.diagnostics.tokens import TokenStats, collect, finalize, merge, reduce

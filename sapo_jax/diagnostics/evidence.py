@@ -17,13 +17,17 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from sapo_jax.batch import Array, Batch
 from sapo_jax.diagnostics import histograms as hist
 from sapo_jax.diagnostics.gates import Gates, clipped, closed_gate, closed_log_gate, outside
 from sapo_jax.diagnostics.sequences import Sequences, fingerprints, on_tokens, sequences
 from sapo_jax.objectives.ratios import is_live, masked, safe_log_ratio
-from sapo_jax.types import Array, Batch
 
-SIGNS = ("pos", "neg", "zero")  # A > 0, A < 0, A = 0: every token and every sequence is in one of them
+SIGNS = (
+    "pos",
+    "neg",
+    "zero",
+)  # A > 0, A < 0, A = 0: every token and every sequence is in one of them
 SAMPLE = 32  # sequences of an RL step whose statistics are kept one by one
 NOBODY = 2**32 - 1  # fingerprint of an empty place in the sample
 BINS = {
@@ -54,11 +58,17 @@ class Evidence:
 
 
 def collect_evidence(
-    log_ratio_BT: Array, batch: Batch, gates: Gates, logp_BT: Array, collision_BT: Array | None = None
+    log_ratio_BT: Array,
+    batch: Batch,
+    gates: Gates,
+    logp_BT: Array,
+    collision_BT: Array | None = None,
 ) -> Evidence:
     """Of one micro-batch. collision_BT is sum_v p_v^2 of the distribution that token t was drawn from; without it there
     are no `logits/...` entries. Masked tokens are never read. Nothing here has a gradient."""
-    log_ratio_BT, logp_BT, collision_BT = jax.lax.stop_gradient((log_ratio_BT, logp_BT, collision_BT))
+    log_ratio_BT, logp_BT, collision_BT = jax.lax.stop_gradient(
+        (log_ratio_BT, logp_BT, collision_BT)
+    )
     mask_BT, ids_BT = batch.mask_BT, jnp.asarray(batch.segment_ids_BT)
     z_BT, adv_BT = safe_log_ratio(log_ratio_BT, mask_BT), masked(batch.adv_BT, mask_BT)
     live_BT = is_live(log_ratio_BT, mask_BT) | jnp.isnan(z_BT)  # a NaN must show
@@ -76,17 +86,29 @@ def collect_evidence(
         "grad_weight_squared": weight_BT**2,
         "gate_error": jnp.abs(closed_gate(z_BT, tau_BT) - closed_log_gate(z_BT, tau_BT)),
         **{f"{m}/total": x_BT for m, x_BT in carried.items()},
-        **{f"{m}/{name}": jnp.where(in_BT, x_BT, 0) for m, x_BT in carried.items() for name, in_BT in regions.items()},
+        **{
+            f"{m}/{name}": jnp.where(in_BT, x_BT, 0)
+            for m, x_BT in carried.items()
+            for name, in_BT in regions.items()
+        },
     }
-    tokens = _by_sign(_sign(adv_BT, mask_BT), hist.signed_bin, {"tokens": mask_BT}, per_token, {"log_ratio": z_BT})
-    per_sequence = {name: getattr(table, name) for name in ("variance", "gap_log", "gap_real", "bound")}
+    tokens = _by_sign(
+        _sign(adv_BT, mask_BT), hist.signed_bin, {"tokens": mask_BT}, per_token, {"log_ratio": z_BT}
+    )
+    per_sequence = {
+        name: getattr(table, name) for name in ("variance", "gap_log", "gap_real", "bound")
+    }
     flags = {
         "sequences": table.is_there,
         "breaches_log": table.breaks_bound(table.gap_log),
         "breaches_real": table.breaks_bound(table.gap_real),
     }
-    spread = {f"{name}_histogram": per_sequence[name] for name in ("variance", "gap_log", "gap_real")}
-    of_sequences = _by_sign(_sign(table.adv, table.is_there), hist.positive_bin, flags, per_sequence, spread)
+    spread = {
+        f"{name}_histogram": per_sequence[name] for name in ("variance", "gap_log", "gap_real")
+    }
+    of_sequences = _by_sign(
+        _sign(table.adv, table.is_there), hist.positive_bin, flags, per_sequence, spread
+    )
     return Evidence(
         sum=tokens | of_sequences,
         max={
@@ -102,13 +124,24 @@ def _sign(adv: Array, valid: Array) -> Array:
     return jnp.where(valid, jnp.where(adv > 0, 0, jnp.where(adv < 0, 1, 2)), -1).astype(jnp.int32)
 
 
-def _by_sign(sign: Array, bin_of, flags: Mapping, values: Mapping, spread: Mapping) -> dict[str, Array]:
+def _by_sign(
+    sign: Array, bin_of, flags: Mapping, values: Mapping, spread: Mapping
+) -> dict[str, Array]:
     """Counts of the flags, sums of the values (both [3]) and histograms of `spread` ([3, bins]), all by sign."""
     here = [sign == i for i in range(len(SIGNS))]
     return {
-        **{name: jnp.stack([jnp.sum(x & h, dtype=jnp.int32) for h in here]) for name, x in flags.items()},
-        **{name: jnp.stack([jnp.sum(jnp.where(h, x, 0)) for h in here]) for name, x in values.items()},
-        **{name: hist.histogram(bin_of(x), sign, len(SIGNS), BINS[name]) for name, x in spread.items()},
+        **{
+            name: jnp.stack([jnp.sum(x & h, dtype=jnp.int32) for h in here])
+            for name, x in flags.items()
+        },
+        **{
+            name: jnp.stack([jnp.sum(jnp.where(h, x, 0)) for h in here])
+            for name, x in values.items()
+        },
+        **{
+            name: hist.histogram(bin_of(x), sign, len(SIGNS), BINS[name])
+            for name, x in spread.items()
+        },
     }
 
 
@@ -131,9 +164,14 @@ def _gradient(batch: Batch, adv_BT, weight_BT, logp_BT, collision_BT) -> dict[st
     if collision_BT is None:
         return {"coefficient": coefficient_BT}
     miss_BT = -jnp.expm1(logp_BT)  # 1 - p_y
-    others_BT = jnp.clip(collision_BT - jnp.exp(2 * logp_BT), 0, miss_BT**2)  # it is, but for rounding at p_y ~ 1
+    others_BT = jnp.clip(
+        collision_BT - jnp.exp(2 * logp_BT), 0, miss_BT**2
+    )  # it is, but for rounding at p_y ~ 1
     norm_BT = jnp.sqrt(miss_BT**2 + others_BT)
-    return {"coefficient": coefficient_BT, "logits": jnp.where(batch.mask_BT, coefficient_BT * norm_BT, 0)}
+    return {
+        "coefficient": coefficient_BT,
+        "logits": jnp.where(batch.mask_BT, coefficient_BT * norm_BT, 0),
+    }
 
 
 def _regions(adv_BT, ratio_BT, sequence_ratio_BT, gates: Gates) -> dict[str, Array]:
@@ -153,10 +191,14 @@ def _sample(table: Sequences, fingerprint_BS: Array) -> dict[str, Array]:
     fields = {name: getattr(table, name) for name in PER_SEQUENCE} | {"length": table.count}
     fields["fingerprint"] = jnp.where(table.is_there, fingerprint_BS, jnp.uint32(NOBODY))
     order = jnp.argsort(fields["fingerprint"], axis=1, stable=True)[:, :SAMPLE]
-    least = {name: jnp.take_along_axis(x_BS, order, axis=1).reshape(-1) for name, x_BS in fields.items()}
+    least = {
+        name: jnp.take_along_axis(x_BS, order, axis=1).reshape(-1) for name, x_BS in fields.items()
+    }
     places = max(0, SAMPLE - len(least["fingerprint"]))  # of a batch with fewer
     fill = lambda name: jnp.uint32(NOBODY) if name == "fingerprint" else 0
-    return _least({name: jnp.pad(x, (0, places), constant_values=fill(name)) for name, x in least.items()})
+    return _least(
+        {name: jnp.pad(x, (0, places), constant_values=fill(name)) for name, x in least.items()}
+    )
 
 
 def _least(fields: Mapping[str, Array]) -> dict[str, Array]:
@@ -198,12 +240,18 @@ def finalize_evidence(evidence: Evidence) -> dict[str, Array]:
         "a1/abs_log_ratio_p99": xp.minimum(hist.quantile(counts, edges, 0.99), largest),
         "a1/abs_log_ratio_max": largest,
         "a1/gate_error_mean": mean("gate_error", "tokens"),
-        **{f"a2/{x}_mean": mean(x, "sequences") for x in ("variance", "gap_log", "gap_real", "bound")},
+        **{
+            f"a2/{x}_mean": mean(x, "sequences")
+            for x in ("variance", "gap_log", "gap_real", "bound")
+        },
         "a2/variance_max": evidence.max["variance"].max(),
         "a2/breaches": total["breaches_log"],
         "a2/gap_real_above_bound_fraction": mean("breaches_real", "sequences"),
         "effective_tokens/fraction": effective(total),
         "effective_tokens/pos_fraction": effective(of_sign(0)),
         "effective_tokens/neg_fraction": effective(of_sign(1)),
-        **{f"grad_share/{region}": mean(f"{measure}/{region}", f"{measure}/total") for region in REGIONS},
+        **{
+            f"grad_share/{region}": mean(f"{measure}/{region}", f"{measure}/total")
+            for region in REGIONS
+        },
     }

@@ -12,8 +12,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Self
 
+from sapo_jax.batch import Array
 from sapo_jax.config.schema import GRPO, GSPO, SAPO
-from sapo_jax.types import Array
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,9 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sapo_jax.types import Array
+from sapo_jax.batch import Array
 
-SCALE, STEP, SIDE = 1e-3, 1 / 8, 86  # SIDE bins on each side of the one at 0: to +-22, beyond +-20 of any log-ratio
+SCALE, STEP, SIDE = (
+    1e-3,
+    1 / 8,
+    86,
+)  # SIDE bins on each side of the one at 0: to +-22, beyond +-20 of any log-ratio
 SIGNED_EDGES = SCALE * np.sinh(STEP * (np.arange(2 * SIDE + 2) - SIDE - 0.5))
 SIGNED_CENTERS = SCALE * np.sinh(STEP * (np.arange(2 * SIDE + 1) - SIDE))
 LEAST, PER_DECADE, DECADES = -12, 6, 15
@@ -82,5 +86,7 @@ def untrim(trimmed: list, bins: int) -> np.ndarray:
     """The counts, int64 [bins]. Raises ValueError if they do not fit into the bins."""
     first, inside = int(trimmed[0]), np.array(trimmed[1], np.int64)
     if first < 0 or first + len(inside) > bins:
-        raise ValueError(f"a histogram with counts up to bin {first + len(inside)}, but there are {bins} bins")
+        raise ValueError(
+            f"a histogram with counts up to bin {first + len(inside)}, but there are {bins} bins"
+        )
     return np.pad(inside, (first, bins - first - len(inside)))

@@ -42,12 +42,16 @@ def evidence_row(updates: Sequence[Evidence], gates: Gates) -> dict[str, Any]:
     filled = evidence.sample["fingerprint"] != NOBODY
     return {
         "gates": dataclasses.asdict(gates),
-        "sum": {name: [hist.trim(row) for row in x] if name in BINS else _short(x) for name, x in evidence.sum.items()},
+        "sum": {
+            name: [hist.trim(row) for row in x] if name in BINS else _short(x)
+            for name, x in evidence.sum.items()
+        },
         "max": {name: _short(x) for name, x in evidence.max.items()},
         "sample": {name: _short(x[filled]) for name, x in evidence.sample.items()},
         "quantiles": {"q": list(QUANTILES)} | ratio_quantiles(evidence, gates),
         "by_update": {
-            name: _short([m[name] for m in per_update]) for name in ("a1/abs_log_ratio_mean", "a2/variance_mean")
+            name: _short([m[name] for m in per_update])
+            for name in ("a1/abs_log_ratio_mean", "a2/variance_mean")
         },
     }
 
@@ -63,8 +67,14 @@ def ratio_quantiles(evidence: Evidence, gates: Gates) -> dict[str, dict[str, lis
     z, found = hist.SIGNED_CENTERS, {"ratio": {}, "gate": {}, "grad_weight": {}}
     for i, tau in enumerate((gates.tau_pos, gates.tau_neg)):
         gate = 1 - closed_gate(z, np.float64(tau))
-        for name, values in {"ratio": np.exp(z), "gate": gate, "grad_weight": np.exp(z) * gate}.items():
-            found[name][SIGNS[i]] = _short(hist.quantiles_of(values, evidence.sum["log_ratio"][i], QUANTILES))
+        for name, values in {
+            "ratio": np.exp(z),
+            "gate": gate,
+            "grad_weight": np.exp(z) * gate,
+        }.items():
+            found[name][SIGNS[i]] = _short(
+                hist.quantiles_of(values, evidence.sum["log_ratio"][i], QUANTILES)
+            )
     return found
 
 
@@ -72,15 +82,23 @@ def read_evidence(row: Mapping[str, Any]) -> tuple[Evidence, Gates]:
     """What `evidence_row` wrote, in numpy (float64, int64). Raises ValueError where the row is not of this form."""
     try:
         sums = {
-            name: np.stack([hist.untrim(t, BINS[name]) for t in row["sum"][name]]) if name in BINS else _numbers(x)
+            name: np.stack([hist.untrim(t, BINS[name]) for t in row["sum"][name]])
+            if name in BINS
+            else _numbers(x)
             for name, x in row["sum"].items()
         }
         maxima = {name: _numbers(row["max"][name]) for name in ("abs_log_ratio", "variance")}
-        sample = {name: _numbers(row["sample"][name]) for name in ("fingerprint", "length", *PER_SEQUENCE)}
+        sample = {
+            name: _numbers(row["sample"][name]) for name in ("fingerprint", "length", *PER_SEQUENCE)
+        }
         if (missing := NEEDED - sums.keys()) or len({len(x) for x in sample.values()}) != 1:
             raise ValueError(f"without {', '.join(sorted(missing)) or 'samples of one length'}")
-        gates = dict(row["gates"], grpo=tuple(row["gates"]["grpo"]), gspo=tuple(row["gates"]["gspo"]))
-        return Evidence(sums, maxima, {name: _filled(name, x) for name, x in sample.items()}), Gates(**gates)
+        gates = dict(
+            row["gates"], grpo=tuple(row["gates"]["grpo"]), gspo=tuple(row["gates"]["gspo"])
+        )
+        return Evidence(
+            sums, maxima, {name: _filled(name, x) for name, x in sample.items()}
+        ), Gates(**gates)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"not a row of diagnostics ({type(error).__name__}: {error})") from error
 

@@ -11,8 +11,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from sapo_jax.batch import Array
 from sapo_jax.diagnostics.gates import Gates, closed_gate, closed_log_gate
-from sapo_jax.types import Array
 
 # What float32 may add to a gap, as a part of tau^2 / 4 times the mean of z^2. Measured over all scales of mean and
 # spread: at most 4e-7 for 16 tokens, 9e-7 for 300, 9e-6 for 20,000 and for 100,000.
@@ -45,7 +45,9 @@ class Sequences:
 def segment_sum(x_BTC: Array, ids_BT: Array) -> jax.Array:
     """Sums over the tokens of each segment, [B, S, C]."""
     T = ids_BT.shape[1]
-    return jax.vmap(lambda x_TC, ids_T: jax.ops.segment_sum(x_TC, ids_T, num_segments=T + 1))(x_BTC, ids_BT)
+    return jax.vmap(lambda x_TC, ids_T: jax.ops.segment_sum(x_TC, ids_T, num_segments=T + 1))(
+        x_BTC, ids_BT
+    )
 
 
 def on_tokens(x_BS: Array, ids_BT: Array) -> jax.Array:
@@ -70,12 +72,19 @@ def sequences(z_BT: Array, adv_BT: Array, mask_BT: Array, ids_BT: Array, gates: 
     m_BT, tau_BT = on_tokens(m_BS, ids_BT), on_tokens(tau_BS, ids_BT)
     from_m_BT = z_BT - m_BT
     second_pass = [from_m_BT, from_m_BT**2]
-    second_pass += [closed(z_BT, tau_BT) - closed(m_BT, tau_BT) for closed in (closed_log_gate, closed_gate)]
-    means = segment_sum(jnp.where(mask_BT[..., None], jnp.stack(second_pass, axis=-1), 0), ids_BT) / n_BS[..., None]
+    second_pass += [
+        closed(z_BT, tau_BT) - closed(m_BT, tau_BT) for closed in (closed_log_gate, closed_gate)
+    ]
+    means = (
+        segment_sum(jnp.where(mask_BT[..., None], jnp.stack(second_pass, axis=-1), 0), ids_BT)
+        / n_BS[..., None]
+    )
     mean_BS = m_BS + means[..., 0]
     variance_BS = jnp.maximum(means[..., 1] - means[..., 0] ** 2, 0)
     alone_BS = n_BS == 1  # one token has no dispersion, but two roundings of its gate may differ
-    log_BS, real_BS = (closed(mean_BS, tau_BS) - closed(m_BS, tau_BS) for closed in (closed_log_gate, closed_gate))
+    log_BS, real_BS = (
+        closed(mean_BS, tau_BS) - closed(m_BS, tau_BS) for closed in (closed_log_gate, closed_gate)
+    )
     return Sequences(
         count=sums[..., 0].astype(jnp.int32),
         adv=adv_BS,

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from sapo_jax.batch import Array
 from sapo_jax.diagnostics.evidence import Evidence, finalize_evidence, reduce_evidence
 from sapo_jax.objectives.kl import k3
-from sapo_jax.types import Array
 
 GROUPS = ("", "pos_", "neg_")  # the three entries of every statistic
 
@@ -55,7 +55,9 @@ def collect(
         "clip_fraction": diagnostics["clipped"],
         "surrogate/centered": diagnostics["centered"],
         "entropy": entropy_BT,
-        "kl/old_k3": k3(-log_ratio_BT, mask_BT),  # KL(old || policy): the samples are the old policy's
+        "kl/old_k3": k3(
+            -log_ratio_BT, mask_BT
+        ),  # KL(old || policy): the samples are the old policy's
         **(extra or {}),
     }
     stats = TokenStats(

@@ -14,13 +14,15 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from sapo_jax.batch import Array
 from sapo_jax.config.schema import SAPO
 from sapo_jax.diagnostics.gates import Gates, closed_gate
 from sapo_jax.objectives.ratios import MAX_LOG_RATIO
-from sapo_jax.types import Array
 
 
-def vocabulary_gradient(logits: Array, token: Array, adv: Array, log_ratio: Array, cfg: SAPO) -> jax.Array:
+def vocabulary_gradient(
+    logits: Array, token: Array, adv: Array, log_ratio: Array, cfg: SAPO
+) -> jax.Array:
     """d(f(r) A) / d logits of each position, float32 or wider.
 
     logits [..., V], of the current policy, over the sampling temperature; token (int), adv and log_ratio [...]. Beyond

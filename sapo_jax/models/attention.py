@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sapo_jax import kernels
+from sapo_jax.batch import Array
 from sapo_jax.config.schema import Model
-from sapo_jax.models.layers import RMSNorm, parameter, product, zeros
+from sapo_jax.distributed.sharding import constrain
+from sapo_jax.models.layers import RMSNorm, parameter, zeros
 from sapo_jax.models.rope import rotate
-from sapo_jax.sharding import constrain
-from sapo_jax.types import Array
+from sapo_jax.ops import attention as kernels
+from sapo_jax.ops.matmul import linear
 
 
 @jax.tree_util.register_dataclass
@@ -76,7 +77,7 @@ class Attention(nnx.Module):
 
     def project(self, x_BTD: Array, rotations: tuple[Array, Array]) -> tuple[Array, Array, Array]:
         """q BTHh, k and v BTKh of the tokens: projected, normed per head, rotated."""
-        q, k, v = (product(x_BTD, p[...].astype(x_BTD.dtype)) for p in (self.q, self.k, self.v))
+        q, k, v = (linear(x_BTD, p[...].astype(x_BTD.dtype)) for p in (self.q, self.k, self.v))
         if self.biased:
             biases = (self.q_bias, self.k_bias, self.v_bias)
             q, k, v = (x + b[...].astype(x.dtype) for x, b in zip((q, k, v), biases, strict=True))
@@ -90,7 +91,7 @@ class Attention(nnx.Module):
         # rows that are split over `context`: each device has its part of the queries, and all keys and values
         k, v = (constrain(x, "batch", None, "kv_heads", None) for x in (k, v))
         out_BTHh = kernels.attention(q, k, v, positions_BT, segment_ids_BT, prefix_ids_BT)
-        out_BTD = product(out_BTHh, self.o[...].astype(x_BTD.dtype), over=2)
+        out_BTD = linear(out_BTHh, self.o[...].astype(x_BTD.dtype), over=2)
         return out_BTD + self.o_bias[...].astype(x_BTD.dtype) if self.biased else out_BTD, (k, v)
 
     def decoder(self, dtype) -> Callable:
@@ -101,11 +102,13 @@ class Attention(nnx.Module):
         """
         (D, H, h), K = self.q.shape, self.k.shape[1]
         G = H // K
-        grouped = lambda p: p[...].reshape(*p.shape[:-2], K, -1, h)  # by key head, so that `tensor` splits all alike
+        grouped = lambda p: p[...].reshape(
+            *p.shape[:-2], K, -1, h
+        )  # by key head, so that `tensor` splits all alike
         joined = lambda *parts: jnp.concatenate([grouped(p) for p in parts], axis=-2).astype(dtype)
         qkv_DKnh = joined(self.q, self.k, self.v)
-        project = kernels.few_rows_product(qkv_DKnh, None, "kv_heads", None, None)
-        output = kernels.few_rows_product(self.o[...].reshape(H * h, D).astype(dtype), "heads", None)
+        project = kernels.decode_matmul(qkv_DKnh, None, "kv_heads", None, None)
+        output = kernels.decode_matmul(self.o[...].reshape(H * h, D).astype(dtype), "heads", None)
         bias_Knh = joined(self.q_bias, self.k_bias, self.v_bias) if self.biased else None
 
         def attend(x_BD, rotations, k_BKhT, v_BKTh, cache, live_B):
@@ -119,8 +122,14 @@ class Attention(nnx.Module):
                 kernels.write_column, column=cache.used, behind_B=cache.behind_B, window=cache.page
             )
             k_BKhT, v_BKTh = write(k_BKhT, k.swapaxes(2, 3), axis=3), write(v_BKTh, v, axis=2)
-            out_BKGh = kernels.decode_attention(q, k_BKhT, v_BKTh, cache.first_B, cache.newest, live_B)
+            out_BKGh = kernels.decode_attention(
+                q, k_BKhT, v_BKTh, cache.first_B, cache.newest, live_B
+            )
             out_BD = output(out_BKGh.reshape(-1, H * h))
-            return out_BD + self.o_bias[...].astype(dtype) if self.biased else out_BD, k_BKhT, v_BKTh
+            return (
+                out_BD + self.o_bias[...].astype(dtype) if self.biased else out_BD,
+                k_BKhT,
+                v_BKTh,
+            )
 
         return attend

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sapo_jax.kernels import few_rows_product
-from sapo_jax.types import Array
-
-LARGE = 2**16  # elements of a weight, see `product`
+from sapo_jax.batch import Array
+from sapo_jax.ops.matmul import decode_matmul, linear
 
 
-def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], dims: tuple[str | None, ...], stddev: float) -> nnx.Param:
+def parameter(
+    rngs: nnx.Rngs, shape: tuple[int, ...], dims: tuple[str | None, ...], stddev: float
+) -> nnx.Param:
     """A float32 parameter drawn from N(0, stddev^2), with the logical names of its dims as metadata."""
     return nnx.Param(stddev * jax.random.normal(rngs.params(), shape, jnp.float32), dims=dims)
 
@@ -24,35 +22,6 @@ def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], dims: tuple[str | None, ..
 def zeros(shape: tuple[int, ...], dims: tuple[str | None, ...]) -> nnx.Param:
     """A float32 parameter that starts at 0: a bias."""
     return nnx.Param(jnp.zeros(shape, jnp.float32), dims=dims)
-
-
-def product(x: Array, w: Array, over: int = 1) -> Array:
-    """x w: the sum over the last `over` dims of x, which are the first of w; with a gradient rule of its own where w
-    is LARGE.
-
-    For w's gradient one of x and the cotangent has to be laid out anew on CPU, tokens last. Autodiff has XLA do so with
-    the cotangent, which is computed once more for that, element by element; the rule here takes the narrower of the two
-    (256 x 768: a fifth of the update). For a w of 64 x 192 that is slower.
-    """
-    return _product(x, w, over) if w.size >= LARGE else jnp.tensordot(x, w, over)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x: Array, w: Array, over: int) -> Array:
-    return jnp.tensordot(x, w, over)
-
-
-def _product_backward(over: int, kept, d_out: Array) -> tuple[Array, Array]:
-    x, w = kept
-    tokens, results = tuple(range(x.ndim - over)), w.ndim - over  # the dims of tokens; how many those of a result are
-    last = tuple(range(-results, 0))
-    d_x = jnp.tensordot(d_out, w, (last, last))
-    if math.prod(w.shape[:over]) <= math.prod(w.shape[over:]):
-        return d_x, jnp.tensordot(x, d_out, (tokens, tokens))
-    return d_x, jnp.moveaxis(jnp.tensordot(d_out, x, (tokens, tokens)), range(results), last)
-
-
-_product.defvjp(lambda x, w, over: (jnp.tensordot(x, w, over), (x, w)), _product_backward)
 
 
 class RMSNorm(nnx.Module):
@@ -78,13 +47,13 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BTD: Array) -> Array:
         gate, up, down = (p[...].astype(x_BTD.dtype) for p in (self.gate, self.up, self.down))
-        return product(jax.nn.silu(product(x_BTD, gate)) * product(x_BTD, up), down)
+        return linear(jax.nn.silu(linear(x_BTD, gate)) * linear(x_BTD, up), down)
 
     def decoder(self, dtype) -> Callable:
         """`__call__` for one token per row, x_BD -> y_BD; gate and up are put side by side here, once."""
         joined_DcF = jnp.stack([self.gate[...], self.up[...]], axis=1).astype(dtype)
-        wide = few_rows_product(joined_DcF, None, None, "decode_mlp", rows="decode_tokens")
-        down = few_rows_product(self.down[...].astype(dtype), "decode_mlp", None, rows="decode_tokens")
+        wide = decode_matmul(joined_DcF, None, None, "decode_mlp", rows="decode_tokens")
+        down = decode_matmul(self.down[...].astype(dtype), "decode_mlp", None, rows="decode_tokens")
 
         def mlp(x_BD: Array) -> Array:
             y_BcF = wide(x_BD)

@@ -16,16 +16,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sapo_jax.blocked_attention import ATTENTION
-from sapo_jax.blocked_experts import SORTED
+from sapo_jax.batch import Array
 from sapo_jax.config.schema import Model
-from sapo_jax.kernels import few_rows_product
+from sapo_jax.distributed.sharding import constrain, sequence
 from sapo_jax.models.attention import Attention, KVCache
 from sapo_jax.models.layers import MLP, RMSNorm, parameter
 from sapo_jax.models.moe import MoE, Routing
 from sapo_jax.models.rope import rotations
-from sapo_jax.sharding import constrain, sequence
-from sapo_jax.types import Array
+from sapo_jax.ops.attention_xla import ATTENTION
+from sapo_jax.ops.matmul import decode_matmul
+from sapo_jax.ops.moe_xla import SORTED
 
 REMAT = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
@@ -57,9 +57,15 @@ class Block(nnx.Module):
         self.attention = Attention(cfg, rngs=rngs)
         self.mlp_norm = RMSNorm(D, cfg.rms_norm_eps)
         self.sparse = sparse
-        self.mlp = MoE(cfg, rngs=rngs) if sparse else MLP(D, cfg.intermediate_size, cfg.initializer_range, rngs=rngs)
+        self.mlp = (
+            MoE(cfg, rngs=rngs)
+            if sparse
+            else MLP(D, cfg.intermediate_size, cfg.initializer_range, rngs=rngs)
+        )
 
-    def __call__(self, x_BTD, rotations, positions_BT, segment_ids_BT, prefix_ids_BT=None, replay_BTk=None):
+    def __call__(
+        self, x_BTD, rotations, positions_BT, segment_ids_BT, prefix_ids_BT=None, replay_BTk=None
+    ):
         """Returns x BTD, keys and values BTKh, and the Routing (None for a dense block)."""
         x_BTD = between_layers(x_BTD)
         y = self.attention_norm(x_BTD)
@@ -110,12 +116,16 @@ class Qwen3(nnx.Module):
 
         def stack(sparse: bool, length: int) -> Block:
             """A block whose every parameter has a leading dim of `length` layers."""
-            make = nnx.vmap(lambda layer_rngs: Block(cfg, sparse, rngs=layer_rngs), in_axes=0, out_axes=0)
+            make = nnx.vmap(
+                lambda layer_rngs: Block(cfg, sparse, rngs=layer_rngs), in_axes=0, out_axes=0
+            )
             return nnx.split_rngs(splits=length)(make)(rngs)
 
         self.layers = nnx.List([stack(sparse, length) for sparse, length in layer_runs(cfg)])
         self.norm = RMSNorm(D, cfg.rms_norm_eps)
-        self.head = None if cfg.tie_word_embeddings else parameter(rngs, (V, D), ("vocab", "embed"), std)
+        self.head = (
+            None if cfg.tie_word_embeddings else parameter(rngs, (V, D), ("vocab", "embed"), std)
+        )
 
     @property
     def dtype(self):
@@ -127,14 +137,25 @@ class Qwen3(nnx.Module):
 
     def logits(self, hidden: Array) -> Array:
         """Next-token logits [..., V], float32."""
-        return jnp.einsum("...d,vd->...v", hidden, self.head_VD(), preferred_element_type=jnp.float32)
+        return jnp.einsum(
+            "...d,vd->...v", hidden, self.head_VD(), preferred_element_type=jnp.float32
+        )
 
     def _start(self, tokens_BT: Array, positions_BT: Array):
         x_BTD = between_layers(self.embed[...].astype(self.dtype)[tokens_BT])
-        return x_BTD, rotations(positions_BT, self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling)
+        return x_BTD, rotations(
+            positions_BT, self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling
+        )
 
     def forward(
-        self, tokens_BT, positions_BT, segment_ids_BT, prefix_ids_BT=None, *, expert_ids_BTLk=None, want_kv=False
+        self,
+        tokens_BT,
+        positions_BT,
+        segment_ids_BT,
+        prefix_ids_BT=None,
+        *,
+        expert_ids_BTLk=None,
+        want_kv=False,
     ) -> Forward:
         """Pass whole rows through the layers (scoring, updates, prefill). Segments and prefixes: see types.Batch.
 
@@ -143,30 +164,44 @@ class Qwen3(nnx.Module):
         """
         x_BTD, rotation = self._start(tokens_BT, positions_BT)
         kvs, routings = [], []
-        for run, replay_LBTk in zip(self.layers, self._replay(tokens_BT.shape, expert_ids_BTLk), strict=True):
+        for run, replay_LBTk in zip(
+            self.layers, self._replay(tokens_BT.shape, expert_ids_BTLk), strict=True
+        ):
             graphdef, stacked = nnx.split(run)
 
             def one_layer(x, layer, graphdef=graphdef):
                 layer_state, replay_BTk = layer
                 block = nnx.merge(graphdef, layer_state)
-                x, kv, routing = block(x, rotation, positions_BT, segment_ids_BT, prefix_ids_BT, replay_BTk=replay_BTk)
+                x, kv, routing = block(
+                    x, rotation, positions_BT, segment_ids_BT, prefix_ids_BT, replay_BTk=replay_BTk
+                )
                 return x, (kv if want_kv else None, routing)
 
             if self.cfg.remat != "none":
-                one_layer = jax.checkpoint(one_layer, policy=REMAT[self.cfg.remat], prevent_cse=False)
+                one_layer = jax.checkpoint(
+                    one_layer, policy=REMAT[self.cfg.remat], prevent_cse=False
+                )
             x_BTD, (kv, routing) = jax.lax.scan(one_layer, x_BTD, (stacked, replay_LBTk))
             kvs.append(kv)
             routings += [] if routing is None else [routing]
-        return Forward(self.norm(x_BTD), _joined(kvs) if want_kv else None, _joined(routings) if routings else None)
+        return Forward(
+            self.norm(x_BTD),
+            _joined(kvs) if want_kv else None,
+            _joined(routings) if routings else None,
+        )
 
-    def _replay(self, shape_BT: tuple[int, int], expert_ids_BTLk: Array | None) -> list[Array | None]:
+    def _replay(
+        self, shape_BT: tuple[int, int], expert_ids_BTLk: Array | None
+    ) -> list[Array | None]:
         """For each run of layers its part of the ids, LBTk; None for dense layers, and without replay."""
         runs = layer_runs(self.cfg)
         if expert_ids_BTLk is None:
             return [None] * len(runs)
         expected = (*shape_BT, sum(self.cfg.sparse_layers), self.cfg.num_experts_per_tok)
         if expert_ids_BTLk.shape != expected:
-            raise ValueError(f"expert_ids_BTLk has the shape {expert_ids_BTLk.shape}, this model needs {expected}")
+            raise ValueError(
+                f"expert_ids_BTLk has the shape {expert_ids_BTLk.shape}, this model needs {expected}"
+            )
         ids_LBTk, parts, start = jnp.moveaxis(expert_ids_BTLk, 2, 0), [], 0
         for sparse, length in runs:
             parts.append(ids_LBTk[start : start + length] if sparse else None)
@@ -178,13 +213,18 @@ class Qwen3(nnx.Module):
         blocks = []
         for run, (_, length) in zip(self.layers, layer_runs(self.cfg), strict=True):
             graphdef, stacked = nnx.split(run)
-            blocks += [nnx.merge(graphdef, jax.tree.map(lambda a, i=i: a[i], stacked)) for i in range(length)]
+            blocks += [
+                nnx.merge(graphdef, jax.tree.map(lambda a, i=i: a[i], stacked))
+                for i in range(length)
+            ]
         return blocks
 
     def decoder(self, positions: int) -> Decoder:
         """For `decode` at positions below this. Made once before a loop of it, which then holds no slice of a stacked
         array, lays out no weight and computes no cosine."""
-        head = few_rows_product(self.head_VD().T, None, "decode_vocab", rows="decode_tokens", dtype=jnp.float32)
+        head = decode_matmul(
+            self.head_VD().T, None, "decode_vocab", rows="decode_tokens", dtype=jnp.float32
+        )
         table = jnp.arange(positions)[:, None]
         return Decoder(
             [block.decoder(self.dtype) for block in self.blocks()],
@@ -192,7 +232,9 @@ class Qwen3(nnx.Module):
             rotations(table, self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling),
         )
 
-    def decode(self, decoder: Decoder, tokens_B: Array, positions_B: Array, cache: KVCache, live_B: Array):
+    def decode(
+        self, decoder: Decoder, tokens_B: Array, positions_B: Array, cache: KVCache, live_B: Array
+    ):
         """Pass one token per row, writing its keys and values to column `cache.used` (or before it: KVCache).
 
         live_B: whether a row matters; what comes out of others may be anything finite.

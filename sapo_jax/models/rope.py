@@ -7,8 +7,8 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
+from sapo_jax.batch import Array
 from sapo_jax.config.schema import Yarn
-from sapo_jax.types import Array
 
 
 def frequencies(head_dim: int, theta: float, yarn: Yarn | None) -> tuple[np.ndarray, float]:
@@ -22,9 +22,13 @@ def frequencies(head_dim: int, theta: float, yarn: Yarn | None) -> tuple[np.ndar
     if yarn is None:
         return inv_freq.astype(np.float32), 1.0
 
-    def dim_of(turns: float) -> float:  # the index (in units of 2) whose frequency makes that many turns
+    def dim_of(
+        turns: float,
+    ) -> float:  # the index (in units of 2) whose frequency makes that many turns
         return (
-            head_dim * math.log(yarn.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
+            head_dim
+            * math.log(yarn.original_max_position_embeddings / (turns * 2 * math.pi))
+            / (2 * math.log(theta))
         )
 
     low = max(math.floor(dim_of(yarn.beta_fast)), 0)
@@ -35,7 +39,9 @@ def frequencies(head_dim: int, theta: float, yarn: Yarn | None) -> tuple[np.ndar
     return scaled.astype(np.float32), attention_factor
 
 
-def rotations(positions_BT: Array, head_dim: int, theta: float, yarn: Yarn | None) -> tuple[Array, Array]:
+def rotations(
+    positions_BT: Array, head_dim: int, theta: float, yarn: Yarn | None
+) -> tuple[Array, Array]:
     """cos, sin of each position's angles, [B, T, 1, h/2] float32, ready for `rotate`."""
     inv_freq, factor = frequencies(head_dim, theta, yarn)
     angle = positions_BT.astype(jnp.float32)[:, :, None, None] * inv_freq

@@ -5,12 +5,19 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from sapo_jax.batch import Array
 from sapo_jax.config.schema import CISPO
 from sapo_jax.objectives.ratios import masked, safe_log_ratio, token_diagnostics
-from sapo_jax.types import Array
 
 
-def cispo(log_ratio_BT: Array, adv_BT: Array, mask_BT: Array, cfg: CISPO, *, segment_ids_BT: Array | None = None):
+def cispo(
+    log_ratio_BT: Array,
+    adv_BT: Array,
+    mask_BT: Array,
+    cfg: CISPO,
+    *,
+    segment_ids_BT: Array | None = None,
+):
     """REINFORCE with a clipped importance weight: the clip bounds a token's weight but never drops the token.
 
         surrogate = sg[clip(r, 1 - clip_low, 1 + clip_high)] A log r

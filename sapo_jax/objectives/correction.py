@@ -10,8 +10,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from sapo_jax.batch import Array
 from sapo_jax.objectives.ratios import masked, safe_log_ratio
-from sapo_jax.types import Array
 
 
 def truncated(log_ratio_BT: Array, mask_BT: Array, cap: float) -> jax.Array:

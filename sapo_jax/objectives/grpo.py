@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from sapo_jax.batch import Array
 from sapo_jax.config.schema import GRPO
 from sapo_jax.objectives.ratios import hard_clip, is_live, masked, safe_log_ratio, token_diagnostics
-from sapo_jax.types import Array
 
 
-def grpo(log_ratio_BT: Array, adv_BT: Array, mask_BT: Array, cfg: GRPO, *, segment_ids_BT: Array | None = None):
+def grpo(
+    log_ratio_BT: Array,
+    adv_BT: Array,
+    mask_BT: Array,
+    cfg: GRPO,
+    *,
+    segment_ids_BT: Array | None = None,
+):
     """PPO's hard clip on the token ratio; outside the clip range a token is dropped from the update.
 
         surrogate = min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)
@@ -25,5 +32,9 @@ def grpo(log_ratio_BT: Array, adv_BT: Array, mask_BT: Array, cfg: GRPO, *, segme
     surrogate_BT, open_BT = hard_clip(ratio_BT, adv_BT, cfg.clip_low, cfg.clip_high)
     open_BT &= is_live(log_ratio_BT, mask_BT)
     return surrogate_BT, token_diagnostics(
-        mask_BT, ratio_BT=ratio_BT, gate_BT=open_BT, clipped_BT=~open_BT, centered_BT=surrogate_BT - adv_BT
+        mask_BT,
+        ratio_BT=ratio_BT,
+        gate_BT=open_BT,
+        clipped_BT=~open_BT,
+        centered_BT=surrogate_BT - adv_BT,
     )

@@ -5,12 +5,26 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from sapo_jax.batch import Array
 from sapo_jax.config.schema import GSPO
-from sapo_jax.objectives.ratios import hard_clip, is_live, masked, safe_log_ratio, sequence_mean, token_diagnostics
-from sapo_jax.types import Array
+from sapo_jax.objectives.ratios import (
+    hard_clip,
+    is_live,
+    masked,
+    safe_log_ratio,
+    sequence_mean,
+    token_diagnostics,
+)
 
 
-def gspo(log_ratio_BT: Array, adv_BT: Array, mask_BT: Array, cfg: GSPO, *, segment_ids_BT: Array | None = None):
+def gspo(
+    log_ratio_BT: Array,
+    adv_BT: Array,
+    mask_BT: Array,
+    cfg: GSPO,
+    *,
+    segment_ids_BT: Array | None = None,
+):
     """One ratio per sequence, the geometric mean of its tokens' ratios, under a narrow hard clip: all tokens or none.
 
         s_i = exp(1/|y_i| sum_t log r_{i,t}),   surrogate = min(s A, clip(s, 1 - clip_low, 1 + clip_high) A)
@@ -30,5 +44,9 @@ def gspo(log_ratio_BT: Array, adv_BT: Array, mask_BT: Array, cfg: GSPO, *, segme
     surrogate_BT, open_BT = hard_clip(ratio_BT, adv_BT, cfg.clip_low, cfg.clip_high)
     open_BT &= is_live(log_s_BT, mask_BT)
     return surrogate_BT, token_diagnostics(
-        mask_BT, ratio_BT=ratio_BT, gate_BT=open_BT, clipped_BT=~open_BT, centered_BT=surrogate_BT - adv_BT
+        mask_BT,
+        ratio_BT=ratio_BT,
+        gate_BT=open_BT,
+        clipped_BT=~open_BT,
+        centered_BT=surrogate_BT - adv_BT,
     )

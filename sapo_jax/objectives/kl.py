@@ -15,8 +15,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from sapo_jax.batch import Array
 from sapo_jax.objectives.ratios import MAX_LOG_RATIO, masked
-from sapo_jax.types import Array
 
 
 def k1(log_ratio_BT: Array, mask_BT: Array) -> jax.Array:

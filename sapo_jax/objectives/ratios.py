@@ -6,9 +6,11 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from sapo_jax.types import Array
+from sapo_jax.batch import Array
 
-MAX_LOG_RATIO = 20.0  # exp(20) = 4.9e8: far from float32's limit, and from any ratio worth learning from
+MAX_LOG_RATIO = (
+    20.0  # exp(20) = 4.9e8: far from float32's limit, and from any ratio worth learning from
+)
 
 
 def masked(x_BT: Array, mask_BT: Array) -> jax.Array:
@@ -46,18 +48,24 @@ def sequence_mean(x_BT: Array, mask_BT: Array, segment_ids_BT: Array | None = No
     x_BT = masked(x_BT, mask_BT)
     one_BT = mask_BT.astype(x_BT.dtype)
     if segment_ids_BT is None:
-        mean_B1 = x_BT.sum(axis=1, keepdims=True) / jnp.maximum(one_BT.sum(axis=1, keepdims=True), 1)
+        mean_B1 = x_BT.sum(axis=1, keepdims=True) / jnp.maximum(
+            one_BT.sum(axis=1, keepdims=True), 1
+        )
         return jnp.broadcast_to(mean_B1, x_BT.shape)
 
     def segment_mean(x_T, one_T, ids_T):
-        total, count = (jax.ops.segment_sum(v_T, ids_T, num_segments=len(ids_T) + 1) for v_T in (x_T, one_T))
+        total, count = (
+            jax.ops.segment_sum(v_T, ids_T, num_segments=len(ids_T) + 1) for v_T in (x_T, one_T)
+        )
         return (total / jnp.maximum(count, 1))[ids_T]
 
     chex.assert_equal_shape([x_BT, segment_ids_BT])
     return jax.vmap(segment_mean)(x_BT, one_BT, jnp.asarray(segment_ids_BT))
 
 
-def hard_clip(ratio_BT: Array, adv_BT: Array, clip_low: float, clip_high: float) -> tuple[jax.Array, jax.Array]:
+def hard_clip(
+    ratio_BT: Array, adv_BT: Array, clip_low: float, clip_high: float
+) -> tuple[jax.Array, jax.Array]:
     """PPO's pessimistic surrogate min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), and where r keeps its gradient.
 
     The gradient is lost where the ratio has already gone the way A pushes it: r > 1 + clip_high where A > 0,
@@ -68,7 +76,9 @@ def hard_clip(ratio_BT: Array, adv_BT: Array, clip_low: float, clip_high: float)
     return jnp.minimum(ratio_BT * adv_BT, clipped_BT * adv_BT), open_BT
 
 
-def token_diagnostics(mask_BT: Array, *, ratio_BT, gate_BT, clipped_BT, centered_BT) -> dict[str, jax.Array]:
+def token_diagnostics(
+    mask_BT: Array, *, ratio_BT, gate_BT, clipped_BT, centered_BT
+) -> dict[str, jax.Array]:
     """What an objective reports of each token, as constants, 0 where masked.
 
     ratio        r, the ratio that the objective used (of the sequence in GSPO)

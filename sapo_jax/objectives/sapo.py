@@ -5,12 +5,19 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from sapo_jax.batch import Array
 from sapo_jax.config.schema import SAPO
 from sapo_jax.objectives.ratios import is_live, masked, safe_log_ratio, token_diagnostics
-from sapo_jax.types import Array
 
 
-def sapo(log_ratio_BT: Array, adv_BT: Array, mask_BT: Array, cfg: SAPO, *, segment_ids_BT: Array | None = None):
+def sapo(
+    log_ratio_BT: Array,
+    adv_BT: Array,
+    mask_BT: Array,
+    cfg: SAPO,
+    *,
+    segment_ids_BT: Array | None = None,
+):
     """A sigmoid gate on the token ratio fades a token out as it drifts off-policy, where GRPO's clip cuts it off.
 
         surrogate = f(r) A,   f(r) = 4/tau sigmoid(tau (r - 1)),   tau = tau_pos if A > 0 else tau_neg

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import chex
 
-from sapo_jax.types import Array
+from sapo_jax.batch import Array
 
 
 def token_weights(
@@ -35,8 +35,13 @@ def token_weights(
     # A number for each sequence of the batch, -1 on masked tokens; its run in the sorted list is the sequence's length.
     ids_BT = xp.where(mask_BT, xp.arange(B)[:, None] * (T + 1) + ids_BT, -1)
     sorted_N = xp.sort(ids_BT.reshape(-1))
-    length_BT = xp.searchsorted(sorted_N, ids_BT, side="right") - xp.searchsorted(sorted_N, ids_BT, side="left")
-    here = xp.count_nonzero(xp.diff(sorted_N, prepend=-1)), xp.count_nonzero(mask_BT)  # every new number but -1
+    length_BT = xp.searchsorted(sorted_N, ids_BT, side="right") - xp.searchsorted(
+        sorted_N, ids_BT, side="left"
+    )
+    here = (
+        xp.count_nonzero(xp.diff(sorted_N, prepend=-1)),
+        xp.count_nonzero(mask_BT),
+    )  # every new number but -1
     n_sequences, n_tokens = here if totals is None else totals
 
     denominators = {
@@ -45,5 +50,7 @@ def token_weights(
         "constant": n_sequences * xp.full((B, T), max_new_tokens, xp.float32),
     }
     if normalization not in denominators:
-        raise ValueError(f"loss.normalization: {normalization!r} is not one of {', '.join(denominators)}")
+        raise ValueError(
+            f"loss.normalization: {normalization!r} is not one of {', '.join(denominators)}"
+        )
     return xp.where(mask_BT, 1 / xp.maximum(denominators[normalization], 1), 0).astype(xp.float32)

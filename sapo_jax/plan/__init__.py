@@ -32,7 +32,8 @@ def plan(
     mean_tokens: of the completions of an RL iteration; None: all have rollout.max_new_tokens. Raises PlanError.
     """
     os.environ |= TPU_ENV
-    from sapo_jax.plan.chips import PlanError, parse_topology, tpu_devices
+    from sapo_jax.errors import PlanError
+    from sapo_jax.plan.chips import parse_topology, tpu_devices
     from sapo_jax.plan.compile import compile_cached, versions
     from sapo_jax.plan.programs import FUNCTIONS, Programs, mesh_of
     from sapo_jax.plan.report import FACTS, MODEL, function_report, iteration_report
@@ -50,7 +51,10 @@ def plan(
     work, reports = programs.work, {}
     for name in functions or FUNCTIONS:
         own = programs.of(name)
-        compiled, fabric = compile_cached(own.lower(name), topology.name), Fabric.of(topology, own.mesh)
+        compiled, fabric = (
+            compile_cached(own.lower(name), topology.name),
+            Fabric.of(topology, own.mesh),
+        )
         resident = 0 if name == "update" else programs.moment_bytes
         reports[name] = function_report(name, compiled, programs, topology, fabric, resident)
         if not reports[name]["largest_buffers"]:  # refused, and the compiler names none

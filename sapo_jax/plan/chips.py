@@ -16,11 +16,9 @@ import re
 
 import jax
 
+from sapo_jax.errors import PlanError
+
 GB, GiB, TERA = 1e9, 2**30, 1e12
-
-
-class PlanError(ValueError):
-    """The plan cannot be made; the message says why and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +43,9 @@ CHIPS = {
         Chip("v6e", 918 * TERA, 1640 * GB, 90 * GB, 31.25 * GiB, 1.75e9, 2, 16),
     )
 }
-EXAMPLES = "v5e:2x2, v5e:4x4, v5e:16x16, v6e:2x4, v6e:16x16, v5p:2x2x2, v5p:4x4x4, v5p:8x8x8, v4:4x4x4"
+EXAMPLES = (
+    "v5e:2x2, v5e:4x4, v5e:16x16, v6e:2x4, v6e:16x16, v5p:2x2x2, v5p:4x4x4, v5p:8x8x8, v4:4x4x4"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +70,14 @@ def parse_topology(name: str) -> Topology:
     if chip is None:
         near = difflib.get_close_matches(name.split(":")[0], CHIPS, n=1)
         hint = f"; did you mean {near[0]}?" if near and near[0] != name.split(":")[0] else ""
-        raise PlanError(f"unknown topology {name!r}{hint}. Chips: {', '.join(CHIPS)}. Examples: {EXAMPLES}, or cpu")
+        raise PlanError(
+            f"unknown topology {name!r}{hint}. Chips: {', '.join(CHIPS)}. Examples: {EXAMPLES}, or cpu"
+        )
     shape = tuple(int(n) for n in found[2].split("x"))
     if len(shape) != chip.dims:
-        raise PlanError(f"topology {name!r}: a {chip.name} torus has {chip.dims} dims. Examples: {EXAMPLES}")
+        raise PlanError(
+            f"topology {name!r}: a {chip.name} torus has {chip.dims} dims. Examples: {EXAMPLES}"
+        )
     return Topology(name, chip, shape)
 
 
@@ -84,8 +88,12 @@ def tpu_devices(topology: Topology) -> list[jax.Device]:
     if importlib.util.find_spec("libtpu") is None:
         install = "pip install -c .ci/constraints.txt -e '.[plan]'"
         raise PlanError(f"the TPU compiler, libtpu (640 MB), is not installed: {install}")
-    options = {} if topology.chip.chip_config is None else {"chip_config_name": topology.chip.chip_config}
+    options = (
+        {} if topology.chip.chip_config is None else {"chip_config_name": topology.chip.chip_config}
+    )
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options).devices
+        return topologies.get_topology_desc(
+            platform="tpu", topology_name=topology.name, **options
+        ).devices
     except jax.errors.JaxRuntimeError as error:
         raise PlanError(f"topology {topology.name}: {error}. Examples: {EXAMPLES}") from error

@@ -10,8 +10,8 @@ from pathlib import Path
 from rich.console import Console
 
 from sapo_jax.config import Config
+from sapo_jax.errors import PlanError
 from sapo_jax.plan import plan, sweep
-from sapo_jax.plan.chips import PlanError
 from sapo_jax.plan.report import show, show_measured, show_ranking
 
 
@@ -57,4 +57,6 @@ def _write(found: dict, out: Path | None) -> None:
 
 def _summary(one: dict) -> dict:
     keys = "fits", "peak_fraction", "bound", "mfu", "seconds"
-    return {"mesh": one["mesh"]} | {name: {k: r.get(k) for k in keys} for name, r in one["functions"].items()}
+    return {"mesh": one["mesh"]} | {
+        name: {k: r.get(k) for k in keys} for name, r in one["functions"].items()
+    }

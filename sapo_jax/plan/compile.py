@@ -36,7 +36,9 @@ class Compiled:
     @property
     def needed(self) -> int | None:
         """Of a program that was refused, the HBM that it would take, or its temporaries alone, as the compiler says."""
-        found = re.search(r"Used ([\d.]+)([KMG]) of|temporaries \(([\d.]+)([KMG])\) exceeds", self.refusal)
+        found = re.search(
+            r"Used ([\d.]+)([KMG]) of|temporaries \(([\d.]+)([KMG])\) exceeds", self.refusal
+        )
         if found is None:
             return None
         size, unit = found[1] or found[3], found[2] or found[4]
@@ -82,14 +84,22 @@ def _compile(lowered: jax.stages.Lowered) -> Compiled:
         "arguments": found.argument_size_in_bytes, "outputs": found.output_size_in_bytes,
         "aliased": found.alias_size_in_bytes, "temporaries": found.temp_size_in_bytes,
     }  # fmt: skip
-    return Compiled(True, seconds, memory, float(compiled.cost_analysis().get("flops", 0)), hlo=compiled.as_text())
+    return Compiled(
+        True,
+        seconds,
+        memory,
+        float(compiled.cost_analysis().get("flops", 0)),
+        hlo=compiled.as_text(),
+    )
 
 
 def largest_refused(refusal: str, n: int = 5) -> list[str]:
     """The largest allocations that the compiler lists when a program does not fit: size, shape, where from."""
     found = []
     for entry in re.split(r"\n\s*\d+\. (?=Size:)", refusal)[1:]:
-        field = lambda name, entry=entry: (re.search(rf"{name}: (.*)", entry) or [None, "?"])[1].strip()
+        field = lambda name, entry=entry: (re.search(rf"{name}: (.*)", entry) or [None, "?"])[
+            1
+        ].strip()
         source = re.search(r'source_file="([^"]*)" source_line=(\d+)', entry)
         where = f"{Path(source[1]).name}:{source[2]}" if source else field("Operator")[:120]
         found.append(f"{field('Size')}  {field('Shape')[:60]}  {where}")

@@ -14,12 +14,28 @@ import re
 from collections import Counter
 from typing import NamedTuple
 
-from sapo_jax.columns import PAGE
-from sapo_jax.kernels_tpu import ROWS
+from sapo_jax.ops.moe_tpu import ROWS
+from sapo_jax.ops.tiles import PAGE
 from sapo_jax.plan.hlo import Computation, Instruction, Module, Shape, shapes
 
-COLLECTIVES = "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute"
-FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "partition-id", "after-all"}
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+)
+FREE = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "iota",
+    "partition-id",
+    "after-all",
+}
 
 
 class Loop(NamedTuple):
@@ -83,7 +99,9 @@ class _Reader:
         total.open_loops = sum(trips is None for trips in known.values())
         told = isinstance(open_trips, tuple)
         if told and len(open_trips) != total.open_loops:
-            raise ValueError(f"{name} has {total.open_loops} loops that end on data, expected {len(open_trips)}")
+            raise ValueError(
+                f"{name} has {total.open_loops} loops that end on data, expected {len(open_trips)}"
+            )
         in_turn = iter(open_trips if told else ())
         elsewhere = () if told else open_trips  # of loops, calls and branches that are not named
         for i in computation.instructions.values():
@@ -97,20 +115,31 @@ class _Reader:
         return total
 
     def _instruction(
-        self, total: Costs, computation: Computation, i: Instruction, seen: set, open_trips: OpenTrips
+        self,
+        total: Costs,
+        computation: Computation,
+        i: Instruction,
+        seen: set,
+        open_trips: OpenTrips,
     ) -> None:
         inside = lambda name: self.computation(name, open_trips)
         if i.op == "conditional":
-            branches = sorted(map(inside, i.branches), key=lambda c: (c.flops, c.cycles, c.hbm_bytes))
+            branches = sorted(
+                map(inside, i.branches), key=lambda c: (c.flops, c.cycles, c.hbm_bytes)
+            )
             total.add(branches[0 if any(branch.kernels for branch in branches) else -1])
         elif i.op == "call" or (i.op == "async-start" and "calls" in i.called):
             total.add(inside(i.called.get("to_apply") or i.called["calls"]))
         elif i.op not in FREE:
             total.cycles += float(i.attribute(r'"estimated_cycles":"(\d+)"') or 0)
-            total.hbm_bytes += hbm_bytes(self.module, computation, i) * (self.live if _is_paged(i) else 1)
+            total.hbm_bytes += hbm_bytes(self.module, computation, i) * (
+                self.live if _is_paged(i) else 1
+            )
             self._work(total, computation, i, seen)
 
-    def _work(self, total: Costs, computation: Computation, i: Instruction, seen: set, outer: str = "") -> None:
+    def _work(
+        self, total: Costs, computation: Computation, i: Instruction, seen: set, outer: str = ""
+    ) -> None:
         """Matmuls, kernels and collectives of an instruction, also those inside a fusion.
 
         A collective that runs beside other fusions is written in each of them, as links of one chain: it counts once.
@@ -149,7 +178,12 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
         places = [condition.instructions.get(name) for name in test.operands]
     counters = [i for i in places if i is not None and i.op == "get-tuple-element"]
     bound = [n for n in bound if n is not None]
-    if test.op != "compare" or "direction=LT" not in test.attributes or len(bound) != 1 or len(counters) != 1:
+    if (
+        test.op != "compare"
+        or "direction=LT" not in test.attributes
+        or len(bound) != 1
+        or len(counters) != 1
+    ):
         return None
     number = counters[0].attribute(r"index=(\d+)")
     step = _step(body, body.root.operands[int(number)], number)
@@ -163,7 +197,11 @@ def _constant(computation: Computation, name: str) -> int | None:
     i = computation.instructions.get(name)
     while i is not None and i.op in ("copy", "bitcast", "copy-start", "copy-done"):
         i = computation.instructions.get(i.operands[0])
-    return int(i.arguments) if i is not None and i.op == "constant" and re.fullmatch(r"-?\d+", i.arguments) else None
+    return (
+        int(i.arguments)
+        if i is not None and i.op == "constant" and re.fullmatch(r"-?\d+", i.arguments)
+        else None
+    )
 
 
 def _step(body: Computation, name: str, number: str) -> int | None:
@@ -188,9 +226,15 @@ def matmul_flops(computation: Computation, i: Instruction) -> int:
     lhs, rhs = (s[0] for s in computation.operand_shapes(i))
     out = i.shapes[0]
     if i.op == "dot":
-        contracted = [int(d) for d in (i.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or "").split(",") if d]
+        contracted = [
+            int(d)
+            for d in (i.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or "").split(",")
+            if d
+        ]
         return 2 * out.elements * _product(lhs.dims[d] for d in contracted)
-    lhs_labels, rhs_labels, out_labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes).groups()
+    lhs_labels, rhs_labels, out_labels = re.search(
+        r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes
+    ).groups()
     size = lambda shape, labels, label: shape.dims[labels.index(label)]
     flops = 2 * size(out, out_labels, "b") * size(out, out_labels, "f") * size(rhs, rhs_labels, "i")
     spatial = sorted(label for label in out_labels if label.isdigit())
@@ -214,7 +258,9 @@ def _windows(i: Instruction, n: int) -> list[dict[str, int]]:
 
 
 @functools.cache
-def _valid_pairs(lhs: int, out: int, size: int, stride: int, low: int, base: int, window: int) -> int:
+def _valid_pairs(
+    lhs: int, out: int, size: int, stride: int, low: int, base: int, window: int
+) -> int:
     """(output position, window position) pairs of one dim that meet an element of lhs."""
     count = 0
     for k in range(size):
@@ -248,7 +294,9 @@ def kernel_flops(i: Instruction) -> tuple[str, float]:
         T, block = q.dims[-2], int(i.attribute(key + r"\W+(\d+)") or 0)
         return name, (5 if "dkv" in name else 2) * 2 * q.elements * (T + block) / 2
     if _is_paged(i):
-        q = next(s for s in operands if s.dtype in ("bf16", "f32"))  # a row and key head, its queries, 1 or none, h
+        q = next(
+            s for s in operands if s.dtype in ("bf16", "f32")
+        )  # a row and key head, its queries, 1 or none, h
         pages = next(s for s in operands if s.dims[-2:] == (PAGE, q.dims[-1]) and s is not q)
         return name, 2 * 2 * q.elements * pages.dims[1] * PAGE / q.dims[0]
     flops = float(i.attribute(r'"flops":"?(\d+)') or 0)
@@ -269,18 +317,27 @@ def _grouped(operands: tuple[Shape, ...]) -> tuple[int, tuple[int, ...]]:
     return rows, max(lists)
 
 
-def _collective(module: Module, computation: Computation, i: Instruction, kind: str, outer: str) -> Collective:
+def _collective(
+    module: Module, computation: Computation, i: Instruction, kind: str, outer: str
+) -> Collective:
     groups = (
-        i.attribute(r"(?:replica_groups|source_target_pairs)=(mesh\[[^\]]*\][^{]*\{[^}]*\}|\{\{.*?\}\}|\[[^ ]*)") or ""
+        i.attribute(
+            r"(?:replica_groups|source_target_pairs)=(mesh\[[^\]]*\][^{]*\{[^}]*\}|\{\{.*?\}\}|\[[^ ]*)"
+        )
+        or ""
     )
     operand_bytes = sum(s.bytes for shape in computation.operand_shapes(i) for s in shape)
     result_bytes = sum(s.bytes for s in i.shapes)
     if i.op.endswith("-start") and kind != "all-reduce":  # the result is (operand, result, ...)
         result_bytes = max(s.bytes for s in i.shapes)
-    if kind == "all-reduce" and "all-reduce-scatter" in computation.name:  # followed by a slice: one emitter does both
+    if (
+        kind == "all-reduce" and "all-reduce-scatter" in computation.name
+    ):  # followed by a slice: one emitter does both
         kind = "reduce-scatter"
     whole = operand_bytes if kind == "reduce-scatter" else result_bytes
-    return Collective(kind, groups.strip(), whole, module.source(i) if ":" in module.source(i) else outer)
+    return Collective(
+        kind, groups.strip(), whole, module.source(i) if ":" in module.source(i) else outer
+    )
 
 
 def hbm_bytes(module: Module, computation: Computation, i: Instruction) -> int:
@@ -293,7 +350,11 @@ def hbm_bytes(module: Module, computation: Computation, i: Instruction) -> int:
         return 2 * in_hbm(computation.instructions[i.operands[1]].shapes)
     if i.op.endswith(("-done", "-update")):
         return 0
-    if i.op in ("slice-start", "dynamic-slice-start", "copy-start"):  # the whole array, the part that moves, a token
+    if i.op in (
+        "slice-start",
+        "dynamic-slice-start",
+        "copy-start",
+    ):  # the whole array, the part that moves, a token
         ends = [s for s in i.shapes if s.dims]
         return min((s.bytes for s in ends), default=0) * sum(s.space == 0 for s in ends)
     if i.op.endswith("-start") and i.op != "all-reduce-start":  # operands are among the results
@@ -325,14 +386,20 @@ def _written(module: Module, computation: Computation, i: Instruction) -> int:
     if i.op == "fusion":
         inner = module.computations[i.called["calls"]]
         return (
-            sum(i.bytes for i in inner.root.shapes) if inner.root.op == "tuple" else _written(module, inner, inner.root)
+            sum(i.bytes for i in inner.root.shapes)
+            if inner.root.op == "tuple"
+            else _written(module, inner, inner.root)
         )
     return sum(s.bytes for s in i.shapes)
 
 
 def _read(module: Module, computation: Computation, number: int) -> int:
     """Bytes that a fusion reads of its operand `number`: all of it, unless every use takes slices or updates a part."""
-    parameters = (p for p in computation.instructions.values() if p.op == "parameter" and p.arguments == str(number))
+    parameters = (
+        p
+        for p in computation.instructions.values()
+        if p.op == "parameter" and p.arguments == str(number)
+    )
     parameter = next(parameters)
     whole, total, aliases = sum(s.bytes for s in parameter.shapes), 0, {parameter.name}
     for use in computation.instructions.values():

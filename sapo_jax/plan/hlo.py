@@ -14,7 +14,9 @@ BITS = {
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 _INSTRUCTION = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = ")
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
-_CALLED = re.compile(r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+_CALLED = re.compile(
+    r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
+)
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
@@ -38,7 +40,13 @@ def shapes(text: str) -> tuple[Shape, ...]:
     found = []
     for dtype, dims, layout in _ARRAY.findall(text):
         space = re.search(r"S\((\d+)\)", layout)
-        found.append(Shape(dtype, tuple(map(int, dims.split(","))) if dims else (), int(space[1]) if space else 0))
+        found.append(
+            Shape(
+                dtype,
+                tuple(map(int, dims.split(","))) if dims else (),
+                int(space[1]) if space else 0,
+            )
+        )
     return tuple(found)
 
 
@@ -65,7 +73,11 @@ class Instruction:
         found = _BRANCHES.search(self.attributes)
         if found:
             return tuple(name.strip().lstrip("%") for name in found[1].split(","))
-        return tuple(self.called[key] for key in ("true_computation", "false_computation") if key in self.called)
+        return tuple(
+            self.called[key]
+            for key in ("true_computation", "false_computation")
+            if key in self.called
+        )
 
     def attribute(self, pattern: str) -> str | None:
         found = re.search(pattern, self.attributes)
@@ -82,7 +94,11 @@ class Computation:
         return next(i for i in self.instructions.values() if i.root)
 
     def operand_shapes(self, instruction: Instruction) -> list[tuple[Shape, ...]]:
-        return [self.instructions[name].shapes for name in instruction.operands if name in self.instructions]
+        return [
+            self.instructions[name].shapes
+            for name in instruction.operands
+            if name in self.instructions
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +145,9 @@ def _instruction(line: str) -> Instruction | None:
     closing = _closing(rest, opening)
     arguments = rest[opening + 1 : closing]
     operands = tuple(re.findall(r"%([\w.\-]+)", arguments))
-    return Instruction(head[2], type_, rest[:opening], operands, arguments, rest[closing + 1 :], bool(head[1]))
+    return Instruction(
+        head[2], type_, rest[:opening], operands, arguments, rest[closing + 1 :], bool(head[1])
+    )
 
 
 def _closing(text: str, start: int) -> int:
@@ -143,7 +161,9 @@ def _closing(text: str, start: int) -> int:
 
 def _frames(text: str) -> dict[str, str]:
     """stack_frame_id -> file:line, from the tables at the head of the module."""
-    names = re.findall(r'^(\d+) "(?:.*/(?=sapo_jax/)|.*site-packages/)?(.*)"$', _section(text, "FileNames"), re.M)
+    names = re.findall(
+        r'^(\d+) "(?:.*/(?=sapo_jax/)|.*site-packages/)?(.*)"$', _section(text, "FileNames"), re.M
+    )
     files = dict(names)  # from the package's folder on
     locations = {
         number: f"{files.get(file, '?')}:{line}"

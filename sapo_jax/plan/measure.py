@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sapo_jax import sharding
 from sapo_jax.config import Config
+from sapo_jax.distributed import sharding
 from sapo_jax.plan.costs import program_costs
 from sapo_jax.plan.hlo import parse
 from sapo_jax.plan.programs import Programs
@@ -26,7 +26,9 @@ from sapo_jax.plan.roofline import useful_flops
 RUNS = 3  # timed runs of each program, after one that is not; the median counts
 
 
-def median_seconds(run: Callable[..., Any], runs: int = RUNS, arguments: Callable[[], Sequence[Any]] = tuple) -> float:
+def median_seconds(
+    run: Callable[..., Any], runs: int = RUNS, arguments: Callable[[], Sequence[Any]] = tuple
+) -> float:
     """Seconds of run(*arguments()), the arguments made before the clock starts: donated ones serve one run."""
 
     def once() -> float:
@@ -59,7 +61,9 @@ def measure(cfg: Config, functions: Sequence[str]) -> dict[str, Any]:
         own = programs.of(name)
         devices = own.mesh.size
         compiled = own.lower(name).compile()
-        costs = program_costs(parse(compiled.as_text()), open_trips=own.open_trips(name), live=own.live)
+        costs = program_costs(
+            parse(compiled.as_text()), open_trips=own.open_trips(name), live=own.live
+        )
         predicted = devices * (costs.flops / speed["flops"] + costs.hbm_bytes / speed["hbm"])
         arguments = lambda name=name, own=own: _arguments(own, name)
         measured = median_seconds(compiled, arguments=arguments)
@@ -80,9 +84,14 @@ def _arguments(programs: Programs, name: str) -> list:
     """Of prompts and completions that have their full lengths."""
     found, work = [jax.tree.map(_array, x) for x in programs.arguments(name)], programs.work
     if name == "prefill":
-        found[2], found[4] = jnp.full_like(found[2], work.prompt_tokens), jnp.full_like(found[4], work.new_tokens)
+        found[2], found[4] = (
+            jnp.full_like(found[2], work.prompt_tokens),
+            jnp.full_like(found[4], work.new_tokens),
+        )
     elif name == "decode":
-        found[1] = dataclasses.replace(found[1], limit_N=jnp.full_like(found[1].limit_N, work.new_tokens))
+        found[1] = dataclasses.replace(
+            found[1], limit_N=jnp.full_like(found[1].limit_N, work.new_tokens)
+        )
     return found
 
 
@@ -91,6 +100,8 @@ def _array(x: jax.ShapeDtypeStruct) -> jax.Array:
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jax.device_put(jax.random.split(jax.random.key(0), x.shape), x.sharding)
     value = (
-        jnp.zeros(x.shape, x.dtype) if x.dtype == jnp.bool_ else jnp.full(x.shape, 0.01 if x.dtype.kind == "f" else 1)
+        jnp.zeros(x.shape, x.dtype)
+        if x.dtype == jnp.bool_
+        else jnp.full(x.shape, 0.01 if x.dtype.kind == "f" else 1)
     )
     return jax.device_put(value.astype(x.dtype), x.sharding)

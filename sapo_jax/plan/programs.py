@@ -11,20 +11,28 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
-from sapo_jax import kernels, sharding
-from sapo_jax.blocked_attention import BLOCK
-from sapo_jax.columns import growth, widths
+from sapo_jax.batch import Batch
 from sapo_jax.config import Config
-from sapo_jax.learner import init_state, make_optimizer, make_update, policy_loss, state_shardings
+from sapo_jax.distributed import sharding
+from sapo_jax.errors import PlanError
+from sapo_jax.learner.scoring import make_scorer
+from sapo_jax.learner.update import (
+    init_state,
+    make_optimizer,
+    make_update,
+    policy_loss,
+    state_shardings,
+)
 from sapo_jax.models import Policy, make_policy
-from sapo_jax.plan.chips import GiB, PlanError
+from sapo_jax.ops import attention as kernels
+from sapo_jax.ops.attention_xla import BLOCK
+from sapo_jax.plan.chips import GiB
 from sapo_jax.plan.costs import Loop, OpenTrips
-from sapo_jax.rollout import Rule, Sampler
+from sapo_jax.rollout import Sampler, SamplingParams
+from sapo_jax.rollout.cache_width import growth, widths
 from sapo_jax.rollout.decode import decode, phases
 from sapo_jax.rollout.packing import FEWEST_PICKED, bucket
 from sapo_jax.rollout.sampler import fill_slots, prefill
-from sapo_jax.scoring import make_scorer
-from sapo_jax.types import Batch
 
 NO_STOP = (-1,)  # no token ends a completion: all have their full length
 SAMPLING = "prefill", "decode"
@@ -53,7 +61,10 @@ class Workload:
         T = cfg.train.row_tokens or bucket(S + C)
         per_row = T // (S + C)
         rows = -(-P * G // cfg.train.mini_batches // per_row)
-        R, picked = min(cfg.rollout.slots or P * G, P * G), min(bucket(per_row * C, FEWEST_PICKED), T)
+        R, picked = (
+            min(cfg.rollout.slots or P * G, P * G),
+            min(bucket(per_row * C, FEWEST_PICKED), T),
+        )
         return cls(P, P * G, R, S, C, T, picked, rows, cfg.train.mini_batches)
 
     def decode_steps(self, mean_tokens: float) -> float:
@@ -70,10 +81,16 @@ def mesh_of(cfg: Config, devices: list[jax.Device]) -> jax.sharding.Mesh:
 
     sizes = sharding.axis_sizes(cfg.mesh, len(devices))
     if math.prod(sizes) != len(devices):
-        given = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(sharding.AXES, sizes, strict=True))
-        raise PlanError(f"{given} makes {math.prod(sizes)} devices, the topology has {len(devices)}")
+        given = ", ".join(
+            f"mesh.{axis}={size}" for axis, size in zip(sharding.AXES, sizes, strict=True)
+        )
+        raise PlanError(
+            f"{given} makes {math.prod(sizes)} devices, the topology has {len(devices)}"
+        )
     placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    return jax.sharding.Mesh(placed, sharding.AXES, axis_types=(AxisType.Auto,) * len(sharding.AXES))
+    return jax.sharding.Mesh(
+        placed, sharding.AXES, axis_types=(AxisType.Auto,) * len(sharding.AXES)
+    )
 
 
 def decode_trips(work: Workload, page: int) -> OpenTrips:
@@ -90,7 +107,9 @@ def decode_trips(work: Workload, page: int) -> OpenTrips:
     # once the cache is as wide as it gets, columns are shifted out whenever it is full
     fills = [1] * (len(steps) - 1) + [1 + max(0, steps[-1] - (columns[-1] - used[-1])) / growth(C)]
     share = [n / sum(steps) / fill for n, fill in zip(steps, fills)]  # of the rollout, in a fill
-    turns = [1 + min(N - R, sum(steps)) * part for part in share]  # as often as there can be a free slot
+    turns = [
+        1 + min(N - R, sum(steps)) * part for part in share
+    ]  # as often as there can be a free slot
     nested = lambda fill, turn, part: Loop(
         fill, (Loop(turn, (Loop((N - R) * part / turn), Loop(sum(steps) * part / turn))),)
     )
@@ -111,7 +130,9 @@ class Programs:
         share = dataclasses.replace(
             rollout, prompts_per_step=rollout.prompts_per_step // n, slots=-(-rollout.slots // n)
         )
-        return Programs(dataclasses.replace(self.cfg, rollout=share), sharding.replicas(self.mesh)[0])
+        return Programs(
+            dataclasses.replace(self.cfg, rollout=share), sharding.replicas(self.mesh)[0]
+        )
 
     def of(self, name: str) -> Programs:
         """Those to lower a function with, as runs have it: of the whole mesh, or of each of its replicas."""
@@ -123,7 +144,7 @@ class Programs:
 
     @functools.cached_property
     def params(self):
-        return _placed(self.policy.shapes, sharding.shardings(self.mesh, self.policy.dims))
+        return _placed(self.policy.shapes, sharding.shardings(self.mesh, self.policy.logical_axes))
 
     @property
     def work(self) -> Workload:
@@ -138,20 +159,26 @@ class Programs:
         """Raises ValueError where the arrays do not divide over the mesh."""
         function, *arguments = getattr(self, f"_{name}")()
         with jax.set_mesh(self.mesh):
-            return function.trace(*arguments).lower(lowering_platforms=(self.mesh.devices.flat[0].platform,))
+            return function.trace(*arguments).lower(
+                lowering_platforms=(self.mesh.devices.flat[0].platform,)
+            )
 
     def open_trips(self, name: str) -> OpenTrips:
         """How often the function's loops run that end on data; attention in blocks (not on TPU) as if it saw all."""
         work = self.work
         if name != "decode":
-            return -(-(bucket(work.prompt_tokens) if name == "prefill" else work.row_tokens) // BLOCK)
+            return -(
+                -(bucket(work.prompt_tokens) if name == "prefill" else work.row_tokens) // BLOCK
+            )
         return decode_trips(work, self.page)
 
     @property
     def live(self) -> float:
         """The share of the cache's columns that hold a live row's keys, while completions of C tokens are written."""
         work = self.work
-        columns = widths(bucket(work.prompt_tokens), work.new_tokens, work.sequences > work.slots, self.page)[-1]
+        columns = widths(
+            bucket(work.prompt_tokens), work.new_tokens, work.sequences > work.slots, self.page
+        )[-1]
         return min(1.0, (work.prompt_tokens + (work.new_tokens + self.page) / 2) / columns)
 
     @property
@@ -165,13 +192,17 @@ class Programs:
 
     def largest_arguments(self, name: str, n: int = 5) -> list[str]:
         """On one device: size, global shape, path."""
-        found = sorted(jax.tree.leaves_with_path(self.arguments(name)), key=lambda item: -_local_bytes(item[1]))
+        found = sorted(
+            jax.tree.leaves_with_path(self.arguments(name)), key=lambda item: -_local_bytes(item[1])
+        )
         return [f"{_local_bytes(x) / GiB:.3f} GiB  {x.dtype}{list(x.shape)}  argument{jax.tree_util.keystr(path)}"
                 for path, x in found[:n]]  # fmt: skip
 
     def _update(self):
         cfg = self.cfg
-        tx = make_optimizer(cfg.optimizer, cfg.train.steps * cfg.train.mini_batches * cfg.train.epochs)
+        tx = make_optimizer(
+            cfg.optimizer, cfg.train.steps * cfg.train.mini_batches * cfg.train.epochs
+        )
         placed = state_shardings(self.policy, tx, self.mesh)
         state = _placed(jax.eval_shape(lambda p: init_state(p, tx), self.policy.shapes), placed)
         update = make_update(self.policy, tx, policy_loss(cfg), cfg.train.micro_batch, placed)
@@ -181,17 +212,27 @@ class Programs:
         replay = self.cfg.train.routing_replay
         record = replay == "r2"
         scorer = make_scorer(
-            self.policy, self.cfg.rollout.temperature, self.cfg.train.micro_batch, record_routing=record
+            self.policy,
+            self.cfg.rollout.temperature,
+            self.cfg.train.micro_batch,
+            record_routing=record,
         )
         return scorer, self.params, self._batch(old_logp=False, experts=replay == "r3")
 
     def _batch(self, *, old_logp: bool, experts: bool) -> Batch:
         work, model = self.work, self.cfg.model
         placed = sharding.batch_sharding(self.mesh)
-        make = lambda dtype, *shape: jax.ShapeDtypeStruct((work.rows, *shape), dtype, sharding=placed)
+        make = lambda dtype, *shape: jax.ShapeDtypeStruct(
+            (work.rows, *shape), dtype, sharding=placed
+        )
         T, M = work.row_tokens, work.picked
         ints, floats = make(jnp.int32, T), make(jnp.float32, T)
-        ids = make(np.min_scalar_type(model.num_experts), T, sum(model.sparse_layers), model.num_experts_per_tok)
+        ids = make(
+            np.min_scalar_type(model.num_experts),
+            T,
+            sum(model.sparse_layers),
+            model.num_experts_per_tok,
+        )
         return Batch(
             tokens_BT=ints, positions_BT=ints, segment_ids_BT=ints, prefix_ids_BT=ints, mask_BT=make(jnp.bool_, T),
             picked_BM=make(jnp.int32, M), source_BM=make(jnp.int32, M), adv_BT=floats, weight_BT=floats,
@@ -204,7 +245,9 @@ class Programs:
     @functools.cached_property
     def sampler(self) -> Sampler:
         cfg = self.cfg
-        rule = Rule(cfg.rollout.temperature, cfg.rollout.top_k, cfg.rollout.top_p, cfg.rollout.min_p)
+        rule = SamplingParams(
+            cfg.rollout.temperature, cfg.rollout.top_k, cfg.rollout.top_p, cfg.rollout.min_p
+        )
         record = cfg.train.routing_replay == "r3"
         G, C = cfg.rollout.group_size, cfg.rollout.max_new_tokens
         return Sampler(self.policy, rule, G, C, NO_STOP, 0, record, cfg.rollout.slots)
@@ -215,7 +258,13 @@ class Programs:
         make = lambda dtype, n, *shape: jax.ShapeDtypeStruct((n, *shape), dtype, sharding=placed)
         P, key = work.prompts, jax.eval_shape(lambda: jax.random.key(0))
         tokens_PS = make(jnp.int32, P, bucket(work.prompt_tokens))
-        return tokens_PS, make(jnp.int32, P), make(jnp.uint32, P), make(jnp.int32, work.sequences), key
+        return (
+            tokens_PS,
+            make(jnp.int32, P),
+            make(jnp.uint32, P),
+            make(jnp.int32, work.sequences),
+            key,
+        )
 
     def _prefill(self):
         def run(params, *prompts):
@@ -235,12 +284,23 @@ class Programs:
 
         def run(params, requests):
             slots = fill_slots(sampler, requests)
-            done = decode(self.policy.bind(params), requests, slots, sampler.rule, NO_STOP, narrow=False)
-            return done.tokens_NC, done.logp_NC, done.length_N, done.expert_ids_NCLk  # the cache ends here
+            done = decode(
+                self.policy.bind(params), requests, slots, sampler.rule, NO_STOP, narrow=False
+            )
+            return (
+                done.tokens_NC,
+                done.logp_NC,
+                done.length_N,
+                done.expert_ids_NCLk,
+            )  # the cache ends here
 
         requests = jax.tree.map(rows, jax.eval_shape(start, self.params, *self._prompts()))
-        cached = lambda layers: tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_head) for x in layers)
-        cache = dataclasses.replace(requests.cache, k=cached(requests.cache.k), v=cached(requests.cache.v))
+        cached = lambda layers: tuple(
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_head) for x in layers
+        )
+        cache = dataclasses.replace(
+            requests.cache, k=cached(requests.cache.k), v=cached(requests.cache.v)
+        )
         return jax.jit(run), self.params, dataclasses.replace(requests, cache=cache)
 
 
@@ -250,4 +310,6 @@ def _local_bytes(x: jax.ShapeDtypeStruct) -> int:
 
 
 def _placed(shapes, shardings):
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )

@@ -14,7 +14,9 @@ from sapo_jax.plan.hlo import Module, parse
 from sapo_jax.plan.programs import Programs, Workload
 from sapo_jax.plan.roofline import Fabric, collective_rows, times, useful_flops
 
-FACTS = "fits, memory, FLOPs, HBM bytes, collectives: read from the program that the TPU compiler made"
+FACTS = (
+    "fits, memory, FLOPs, HBM bytes, collectives: read from the program that the TPU compiler made"
+)
 MODEL = (
     "seconds, bound, MFU: a roofline over these; estimate, tokens/s, iteration: the compiler's own cycle counts, and "
     "70 % of the peak for Pallas kernels (sapo_jax/plan/roofline.py); of decoding also how often its loops run and how "
@@ -23,12 +25,21 @@ MODEL = (
 
 
 def function_report(
-    name: str, compiled: Compiled, programs: Programs, topology: Topology, fabric: Fabric, resident: int
+    name: str,
+    compiled: Compiled,
+    programs: Programs,
+    topology: Topology,
+    fabric: Fabric,
+    resident: int,
 ) -> dict[str, Any]:
     """One function, over all devices. fabric: of those that one program runs on (`Programs.of`). resident: bytes
     on a device that stay there, unseen by the program."""
     limit, work = topology.chip.memory, programs.work
-    common = {"usable_gib": limit / GiB, "resident_elsewhere_gib": resident / GiB, "compile_seconds": compiled.seconds}
+    common = {
+        "usable_gib": limit / GiB,
+        "resident_elsewhere_gib": resident / GiB,
+        "compile_seconds": compiled.seconds,
+    }
     if not compiled.fits:
         needed = compiled.needed
         return {
@@ -81,7 +92,15 @@ def largest_buffers(module: Module, n: int = 5) -> list[str]:
     found: dict[tuple, int] = {}
     for computation in module.computations.values():
         for i in computation.instructions.values():
-            if i.op in ("parameter", "tuple", "while", "get-tuple-element", "bitcast", "conditional", "call"):
+            if i.op in (
+                "parameter",
+                "tuple",
+                "while",
+                "get-tuple-element",
+                "bitcast",
+                "conditional",
+                "call",
+            ):
                 continue
             for shape in i.shapes:
                 if shape.space == 0 and "fused" not in computation.name:
@@ -91,19 +110,25 @@ def largest_buffers(module: Module, n: int = 5) -> list[str]:
     return [f"{size / GiB:.3f} GiB  {shape}  {source}" for (shape, source), size in largest]
 
 
-def iteration_report(functions: dict[str, dict], work: Workload, topology: Topology, mean_tokens: float) -> dict | None:
+def iteration_report(
+    functions: dict[str, dict], work: Workload, topology: Topology, mean_tokens: float
+) -> dict | None:
     """Seconds of one RL iteration whose completions have `mean_tokens` on average and the longest max_new_tokens.
 
     Rows of scoring and updates are full, so their number goes with the mean; decoding goes with
     `Workload.decode_steps`, refills and all. Verification overlaps nothing here and takes no time.
     """
-    if not all(functions.get(name, {}).get("seconds") for name in ("update", "score", "prefill", "decode")):
+    if not all(
+        functions.get(name, {}).get("seconds") for name in ("update", "score", "prefill", "decode")
+    ):
         return None
     filled = (work.prompt_tokens + mean_tokens) / (work.prompt_tokens + work.new_tokens)
     step = {name: report["seconds"]["estimate"] for name, report in functions.items()}
     phases = {
         "prefill": step["prefill"],
-        "decode": step["decode"] * work.decode_steps(mean_tokens) / work.decode_steps(work.new_tokens),
+        "decode": step["decode"]
+        * work.decode_steps(mean_tokens)
+        / work.decode_steps(work.new_tokens),
         "score": step["score"] * work.mini_batches * filled,
         "update": step["update"] * work.mini_batches * filled,
     }
@@ -119,7 +144,9 @@ def iteration_report(functions: dict[str, dict], work: Workload, topology: Topol
 
 def show(plan: dict[str, Any], console: Console) -> None:
     """The table, and what in it is fact and what model."""
-    table = Table(title=f"{plan['config']} on {plan['topology']} ({plan['devices']} devices, {_axes(plan['mesh'])})")
+    table = Table(
+        title=f"{plan['config']} on {plan['topology']} ({plan['devices']} devices, {_axes(plan['mesh'])})"
+    )
     for column in ("", *plan["functions"]):
         table.add_column(column, justify="right" if column else "left")
     for title, cell in _ROWS.items():
@@ -134,7 +161,9 @@ def show(plan: dict[str, Any], console: Console) -> None:
     for name, report in plan["functions"].items():
         if not report["fits"]:
             console.print(f"{name} does not fit: {report.get('verdict', '')}\n  largest buffers:")
-            console.print("\n".join(f"    {line}" for line in report["largest_buffers"]), markup=False)
+            console.print(
+                "\n".join(f"    {line}" for line in report["largest_buffers"]), markup=False
+            )
         for row in report.get("collectives", [])[:4]:
             console.print(
                 f"{name}: {row['kind']} over {row['axis']}, {row['times']} times, {row['bytes'] / 1e9:.2f} GB, "
@@ -142,7 +171,9 @@ def show(plan: dict[str, Any], console: Console) -> None:
             )  # fmt: skip
     if iteration := plan.get("iteration"):
         phases = ", ".join(f"{name} {seconds:.3g}" for name, seconds in iteration["phases"].items())
-        console.print(f"one RL iteration ({iteration['lengths']}): {iteration['seconds']:.3g} s = {phases}")
+        console.print(
+            f"one RL iteration ({iteration['lengths']}): {iteration['seconds']:.3g} s = {phases}"
+        )
     console.print(f"compiled facts: {FACTS}\nmodel: {MODEL}", markup=False)
 
 
@@ -152,14 +183,18 @@ def _axes(mesh: dict[str, int]) -> str:
 
 def show_ranking(plans: list[dict[str, Any]], console: Console) -> None:
     """The meshes of a sweep, best first."""
-    table = Table("mesh", "fits", "peak, of usable HBM", "estimate, s", "bound", title="meshes, best first")
+    table = Table(
+        "mesh", "fits", "peak, of usable HBM", "estimate, s", "bound", title="meshes, best first"
+    )
     for one in plans:
         reports = one["functions"].values()
         join = lambda cell, reports=reports: ", ".join(cell(r) for r in reports)
         table.add_row(
             _axes(one["mesh"]),
             "yes" if all(r["fits"] for r in reports) else "NO",
-            join(lambda r: "?" if r["peak_fraction"] is None else f"{100 * r['peak_fraction']:.0f} %"),
+            join(
+                lambda r: "?" if r["peak_fraction"] is None else f"{100 * r['peak_fraction']:.0f} %"
+            ),
             join(lambda r: f"{r['seconds']['estimate']:.3g}" if "seconds" in r else "-"),
             join(lambda r: r.get("bound", "-")),
         )
@@ -170,7 +205,16 @@ def show_measured(found: dict[str, Any], console: Console) -> None:
     """Predicted against measured seconds."""
     speed = found["calibration"]
     title = f"{found['config']} here: matmul {speed['flops'] / 1e9:.0f} GFLOP/s, memory {speed['hbm'] / 1e9:.1f} GB/s"
-    table = Table("", "FLOPs", "FLOPs / useful", "traffic, GB", "predicted, s", "measured, s", "ratio", title=title)
+    table = Table(
+        "",
+        "FLOPs",
+        "FLOPs / useful",
+        "traffic, GB",
+        "predicted, s",
+        "measured, s",
+        "ratio",
+        title=title,
+    )
     for name, r in found["functions"].items():
         table.add_row(
             name, f"{r['flops']:.3g}", f"{r['flops_ratio']:.2f}", f"{r['hbm_bytes'] / 1e9:.3g}",
@@ -195,7 +239,9 @@ _ROWS = {
     "bound": lambda r: r["bound"],
     "cores, by cycles, s": lambda r: f"{r['seconds']['cores']:.3g}",
     "MFU, roofline": lambda r: f"{100 * r['mfu']:.0f} %",
-    "MFU, estimate (no overlap)": lambda r: f"{100 * r['mfu_estimate']:.0f} % ({100 * r['mfu_serial']:.0f} %)",
+    "MFU, estimate (no overlap)": lambda r: (
+        f"{100 * r['mfu_estimate']:.0f} % ({100 * r['mfu_serial']:.0f} %)"
+    ),
     "tokens/s/chip": lambda r: f"{r['tokens_per_second_per_chip']:,.0f}",
     "compile time, s": lambda r: f"{r['compile_seconds']:.0f}",
 }

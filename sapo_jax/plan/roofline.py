@@ -19,12 +19,14 @@ from collections import defaultdict
 import numpy as np
 
 from sapo_jax.config import Config, Model
-from sapo_jax.describe import layer_flops
+from sapo_jax.models.size import layer_flops
 from sapo_jax.plan.chips import Chip, Topology
 from sapo_jax.plan.costs import Collective, Costs
 from sapo_jax.plan.programs import Workload
 
-KERNEL_EFFICIENCY = 0.7  # an assumption: of the peak, for splash attention and megablox at the shapes used here
+KERNEL_EFFICIENCY = (
+    0.7  # an assumption: of the peak, for splash attention and megablox at the shapes used here
+)
 HOP = 1e-6  # seconds of latency per hop, "How to Scale Your Model", chapter 2
 
 
@@ -44,7 +46,9 @@ class Fabric:
     def axis_names(self, group: np.ndarray) -> str:
         """The mesh axes that a group of devices spans: `data+fsdp`."""
         index = np.array(np.unravel_index(group, tuple(self.axes.values())))
-        spans = [name for name, row in zip(self.axes, index, strict=True) if len(np.unique(row)) > 1]
+        spans = [
+            name for name, row in zip(self.axes, index, strict=True) if len(np.unique(row)) > 1
+        ]
         return "+".join(spans) or "-"
 
     def seconds(self, collective: Collective) -> float:
@@ -61,7 +65,8 @@ class Fabric:
         whole = (n - 1) / n * collective.bytes / bandwidth
         factor = {
             "all-reduce": 2.0,
-            "all-to-all": n / 4,  # bytes are of one device's share; a ring carries it a quarter of the way round
+            "all-to-all": n
+            / 4,  # bytes are of one device's share; a ring carries it a quarter of the way round
             "ragged-all-to-all": n / 4,
             "collective-permute": n / (n - 1) * bandwidth / chip.link,
         }.get(collective.kind, 1.0)
@@ -78,7 +83,9 @@ def first_group(text: str, devices: int) -> np.ndarray:
         groups = [[int(n) for n in part.split(",")] for part in text[2:-2].split("},{")]
         return np.array(next((group for group in groups if len(set(group)) > 1), groups[0][:1]))
     if found := re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        shape, tiles, order = ([int(n) for n in part.split(",")] if part else None for part in found.groups())
+        shape, tiles, order = (
+            [int(n) for n in part.split(",")] if part else None for part in found.groups()
+        )
         ids = np.arange(math.prod(tiles)).reshape(tiles)
         return (ids if order is None else ids.transpose(order)).reshape(shape)[0]
     order = r"(?:, device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\))?"
@@ -120,13 +127,20 @@ class Times:
 
     @property
     def all(self) -> dict[str, float]:
-        return dataclasses.asdict(self) | {name: getattr(self, name) for name in ("roof", "estimate", "serial")}
+        return dataclasses.asdict(self) | {
+            name: getattr(self, name) for name in ("roof", "estimate", "serial")
+        }
 
 
 def times(costs: Costs, chip: Chip, fabric: Fabric) -> Times:
     kernels = sum(costs.kernels.values()) / (chip.flops * KERNEL_EFFICIENCY)
     links = sum(n * fabric.seconds(c) for c, n in costs.collectives.items())
-    return Times(costs.flops / chip.flops, costs.hbm_bytes / chip.hbm, links, costs.cycles / chip.clock + kernels)
+    return Times(
+        costs.flops / chip.flops,
+        costs.hbm_bytes / chip.hbm,
+        links,
+        costs.cycles / chip.clock + kernels,
+    )
 
 
 def collective_rows(costs: Costs, fabric: Fabric) -> list[dict]:

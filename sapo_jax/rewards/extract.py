@@ -11,7 +11,11 @@ FORMS = {
     "boxed": "balanced \\boxed{...}",
     "last_number": "number",
 }
-FORMLESS = ("all", "final", "last_number")  # not forms that anyone asks a model for: there is nothing to reward
+FORMLESS = (
+    "all",
+    "final",
+    "last_number",
+)  # not forms that anyone asks a model for: there is nothing to reward
 # A minus is a sign, not a subtraction, unless a digit, a letter or a closing bracket stands right before it.
 _NUMBER = re.compile(r"(?:(?<![\w)\]])[-\N{MINUS SIGN}])?\d+(?:,\d{3})*(?:\.\d+)?", re.ASCII)
 _BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)  # an escaped brace is text

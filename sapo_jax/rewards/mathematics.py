@@ -31,7 +31,9 @@ def _library():
     parser.parse_expr_cached = lambda text: parser.parse_latex_cached(text.replace("**", "^"))
     parser.Number = latex2sympy2.Number = number
     latex2sympy2._Latex2Sympy.parse_number = lambda self, text: number(text.replace(",", ""))
-    math_verify.verify(math_verify.parse("$1/2$", parsing_timeout=None), [], timeout_seconds=None)  # builds its tables
+    math_verify.verify(
+        math_verify.parse("$1/2$", parsing_timeout=None), [], timeout_seconds=None
+    )  # builds its tables
     return math_verify
 
 
@@ -44,7 +46,9 @@ def math(response: str, answer: str, metadata: dict[str, Any]) -> bool:
     """
     gold = _parse(answer)
     if not gold:
-        raise ValueError(f"the gold answer {answer[:80]!r} is not mathematics that math-verify can parse")
+        raise ValueError(
+            f"the gold answer {answer[:80]!r} is not mathematics that math-verify can parse"
+        )
     value = _parse(response)
     if not value:
         raise Unparsable("math-verify finds no mathematics in the answer")
@@ -54,4 +58,6 @@ def math(response: str, answer: str, metadata: dict[str, Any]) -> bool:
 
 def _parse(text: str) -> list[Any]:
     bare = not _DELIMITED.search(text) and ("\\" in text or not _WORD.search(text))
-    return _library().parse(f"${text.strip()}$" if bare else text, fallback_mode="no_fallback", parsing_timeout=None)
+    return _library().parse(
+        f"${text.strip()}$" if bare else text, fallback_mode="no_fallback", parsing_timeout=None
+    )

@@ -22,8 +22,9 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from sapo_jax.config.schema import Rewards
+from sapo_jax.errors import WorkerError
 from sapo_jax.rewards.extract import FORMLESS, FORMS, extract
-from sapo_jax.rewards.process import WorkerError, WorkerProcess
+from sapo_jax.rewards.process import WorkerProcess
 from sapo_jax.rewards.registry import load_plugins, require
 from sapo_jax.types import Prompt, Verdict
 
@@ -43,7 +44,9 @@ class VerifierPool:
         self._idle: queue.SimpleQueue[WorkerProcess] = queue.SimpleQueue()
         for worker in self._workers:
             self._idle.put(worker)
-        self._threads = ThreadPoolExecutor(cfg.workers, thread_name_prefix="verifier")  # one waits on each worker
+        self._threads = ThreadPoolExecutor(
+            cfg.workers, thread_name_prefix="verifier"
+        )  # one waits on each worker
         self._closed = False
 
     def __enter__(self) -> VerifierPool:
@@ -67,7 +70,9 @@ class VerifierPool:
             require(prompt.verifier, asker=f"problem {prompt.index} of task {prompt.task!r}")
 
     def verify(
-        self, items: Sequence[tuple[str, Prompt]], progress: Callable[[int, int], None] | None = None
+        self,
+        items: Sequence[tuple[str, Prompt]],
+        progress: Callable[[int, int], None] | None = None,
     ) -> list[Verdict]:
         """One verdict per (completion, prompt), in their order. `progress(done, total)` is called after each.
 
@@ -78,7 +83,10 @@ class VerifierPool:
             raise RuntimeError("the verifier pool is closed")
         self.check(prompt for _, prompt in items)
         try:
-            futures = [self._threads.submit(self._verdict, completion, prompt) for completion, prompt in items]
+            futures = [
+                self._threads.submit(self._verdict, completion, prompt)
+                for completion, prompt in items
+            ]
             for done, future in enumerate(as_completed(futures), start=1):
                 future.result()
                 if progress is not None:
@@ -91,25 +99,35 @@ class VerifierPool:
     def _verdict(self, completion: str, prompt: Prompt) -> Verdict:
         cfg = self._cfg
         if len(completion) > cfg.max_chars:
-            return Verdict("unparsable", 0.0, f"{len(completion)} characters; rewards.max_chars is {cfg.max_chars}")
-        completion = completion.encode("utf-8", "replace").decode("utf-8")  # lone surrogates become "?"
+            return Verdict(
+                "unparsable",
+                0.0,
+                f"{len(completion)} characters; rewards.max_chars is {cfg.max_chars}",
+            )
+        completion = completion.encode("utf-8", "replace").decode(
+            "utf-8"
+        )  # lone surrogates become "?"
         response = extract(completion, cfg.extract)
         if response is None:
             return Verdict("unparsable", 0.0, f"no {FORMS[cfg.extract]} in the completion")
         item = _json_line(response, prompt)
         worker = self._idle.get()
         try:
-            judgement = worker.judge(prompt.verifier, item)
+            verdict = worker.grade(prompt.verifier, item)
         finally:
             self._idle.put(worker)
-        verdict = Verdict(*judgement)
         if not verdict.valid or cfg.extract in FORMLESS:
             return verdict
         return dataclasses.replace(verdict, reward=verdict.reward + cfg.format_reward)
 
 
 def _json_line(response: str, prompt: Prompt) -> bytes:
-    item = {"verifier": prompt.verifier, "response": response, "answer": prompt.answer, "metadata": prompt.metadata}
+    item = {
+        "verifier": prompt.verifier,
+        "response": response,
+        "answer": prompt.answer,
+        "metadata": prompt.metadata,
+    }
     try:
         return json.dumps(item).encode("ascii")
     except (TypeError, ValueError) as problem:

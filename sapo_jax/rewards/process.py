@@ -13,15 +13,12 @@ import time
 from typing import Any
 
 from sapo_jax.config.schema import Rewards
-from sapo_jax.rewards.registry import Judgement
+from sapo_jax.errors import WorkerError
 from sapo_jax.rewards.worker import OUT_OF_MEMORY
+from sapo_jax.types import Verdict
 
 START_SECONDS = 120.0  # for a worker's start, and for a verifier's imports
 _TAIL = 4000  # bytes of stderr that are kept
-
-
-class WorkerError(RuntimeError):
-    """A worker cannot start, or cannot prepare a verifier: no item is to blame."""
 
 
 class _Died(Exception):
@@ -29,18 +26,20 @@ class _Died(Exception):
 
 
 class WorkerProcess:
-    """One worker, started when first needed. One thread at a time may call `judge`; any may call `stop`."""
+    """One worker, started when first needed. One thread at a time may call `grade`; any may call `stop`."""
 
     def __init__(self, cfg: Rewards) -> None:
         self._cfg = cfg
-        self._lock = threading.Lock()  # over _process and _stopped: nobody signals a process that was reaped
+        self._lock = (
+            threading.Lock()
+        )  # over _process and _stopped: nobody signals a process that was reaped
         self._process: subprocess.Popen | None = None
         self._stopped = False
         self._prepared: set[str] = set()
         self._judged = 0  # items since the start
         self._stderr = b""
 
-    def judge(self, verifier: str, item: bytes) -> Judgement:
+    def grade(self, verifier: str, item: bytes) -> Verdict:
         """The judgement on one item (a JSON line), whatever its verifier does. Raises WorkerError.
 
         A worker that dies is started again; if it had judged other items before, one of them may have doomed it, so
@@ -54,18 +53,18 @@ class WorkerProcess:
                 reply = self._ask(item, self._cfg.deadline)
             except TimeoutError:
                 self.kill()
-                return Judgement("timeout", 0.0, f"no verdict within {self._cfg.deadline:g} s")
+                return Verdict("timeout", 0.0, f"no verdict within {self._cfg.deadline:g} s")
             except _Died:
                 cause = self.kill()
                 if fresh:
-                    return Judgement("error", 0.0, cause)
+                    return Verdict("error", 0.0, cause)
                 continue
             if reply.pop("retire"):
                 self.kill()
-            return Judgement(**reply)
+            return Verdict(**reply)
 
     def stop(self) -> None:
-        """Kill the worker and start none again; a `judge` under way in another thread ends with WorkerError."""
+        """Kill the worker and start none again; a `grade` under way in another thread ends with WorkerError."""
         with self._lock:
             self._stopped = True
             if self._process is not None:
@@ -110,7 +109,9 @@ class WorkerProcess:
             problem = f"{self.kill()}\n{self._tail()}"
         if problem is not None:
             self.kill()
-            raise WorkerError(f"a verifier worker cannot {what} (rewards.memory_mb = {self._cfg.memory_mb}): {problem}")
+            raise WorkerError(
+                f"a verifier worker cannot {what} (rewards.memory_mb = {self._cfg.memory_mb}): {problem}"
+            )
 
     def _ask(self, line: bytes, seconds: float) -> dict[str, Any]:
         """Send one line, receive one. Raises TimeoutError, _Died. Keeps the worker's stderr flowing meanwhile."""
@@ -146,7 +147,7 @@ class WorkerProcess:
                     raise TimeoutError
 
     def kill(self) -> str:
-        """End the process and its group, free what it held; says how it ended. For the thread that calls `judge`."""
+        """End the process and its group, free what it held; says how it ended. For the thread that calls `grade`."""
         with self._lock:
             process, self._process, self._judged = self._process, None, 0
             if process is None:
@@ -158,7 +159,11 @@ class WorkerProcess:
             pipe.close()
         if code == OUT_OF_MEMORY:
             return f"the verifier needs more than rewards.memory_mb = {self._cfg.memory_mb}"
-        ending = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        ending = (
+            f"was killed by {signal.Signals(-code).name}"
+            if code < 0
+            else f"exited with code {code}"
+        )
         return f"the worker {ending}"
 
     def _tail(self) -> str:
@@ -168,7 +173,10 @@ class WorkerProcess:
 def _kill_group(process: subprocess.Popen) -> None:
     try:
         os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):  # macOS: a group of which only the dead leader is left
+    except (
+        ProcessLookupError,
+        PermissionError,
+    ):  # macOS: a group of which only the dead leader is left
         pass
 
 
@@ -184,7 +192,9 @@ def _drain(pipe: Any) -> bytes:
 def _environment() -> dict[str, str]:
     return {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path),  # what we can import, it can
+        "PYTHONPATH": os.pathsep.join(
+            os.path.abspath(path) for path in sys.path
+        ),  # what we can import, it can
         "PYTHONHASHSEED": "0",  # the order of sets, hence a verdict, must not change from worker to worker
         "OMP_NUM_THREADS": "1",  # NumPy's thread pools would eat the address space
         "OPENBLAS_NUM_THREADS": "1",

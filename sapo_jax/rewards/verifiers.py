@@ -28,7 +28,9 @@ def exact(response: str, answer: str, metadata: dict[str, Any]) -> bool:
 # ---------------------------------------------------------------- numbers
 
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"  # 1,234.5 but not 1,23
-_NUMBER = re.compile(rf"([+-]?)({_DECIMAL})(?:[eE]([+-]?\d{{1,3}}))?(?:\s*/\s*({_DECIMAL}))?", re.ASCII)
+_NUMBER = re.compile(
+    rf"([+-]?)({_DECIMAL})(?:[eE]([+-]?\d{{1,3}}))?(?:\s*/\s*({_DECIMAL}))?", re.ASCII
+)
 
 
 @register("numeric")
@@ -49,7 +51,9 @@ def _number(text: str) -> Fraction | None:
         return None
     sign, numerator, exponent, denominator = match.groups()
     try:
-        value = Fraction(numerator.replace(",", "")) / Fraction((denominator or "1").replace(",", ""))
+        value = Fraction(numerator.replace(",", "")) / Fraction(
+            (denominator or "1").replace(",", "")
+        )
     except (ValueError, ZeroDivisionError):  # ValueError: thousands of digits, refused by int()
         return None
     return (-value if sign == "-" else value) * Fraction(10) ** int(exponent or 0)
@@ -80,17 +84,25 @@ def reasoning_gym(response: str, answer: str, metadata: dict[str, Any]) -> bool:
     """
     task = metadata["metadata"]["source_dataset"]
     if task not in REASONING_GYM_TASKS:
-        raise ValueError(f"reasoning-gym task {task!r} is not on the allow-list (sapo_jax/rewards/allowlist.py)")
+        raise ValueError(
+            f"reasoning-gym task {task!r} is not on the allow-list (sapo_jax/rewards/allowlist.py)"
+        )
     if task in NEEDS_OPTIONS and "options" not in metadata:
-        raise ValueError(f"the scorer of {task!r} needs metadata['options'], the options of its generator")
+        raise ValueError(
+            f"the scorer of {task!r} needs metadata['options'], the options of its generator"
+        )
     options = metadata["options"] if task in NEEDS_OPTIONS else {}
     scorer = _generator(task, json.dumps(options, sort_keys=True))
     entry = {**metadata, "answer": answer}
     if scorer.score_answer(answer, entry) != 1.0:
-        raise ValueError(f"the gold answer {answer[:80]!r} fails its own task {task!r}: answer or metadata is damaged")
+        raise ValueError(
+            f"the gold answer {answer[:80]!r} fails its own task {task!r}: answer or metadata is damaged"
+        )
     try:
         return bool(scorer.score_answer(response, entry) == 1.0)
     except MemoryError:
         raise
     except Exception as problem:
-        raise Unparsable(f"the scorer of {task!r} cannot read the answer ({type(problem).__name__})") from problem
+        raise Unparsable(
+            f"the scorer of {task!r} cannot read the answer ({type(problem).__name__})"
+        ) from problem

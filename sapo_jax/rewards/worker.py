@@ -12,6 +12,7 @@ ends, with all processes of its group, when its parent does.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -32,7 +33,9 @@ _BACKSTOP = 2.0  # seconds past the deadline
 
 def main() -> None:
     requests, replies = _take_channel()
-    threading.Thread(target=_end_with_parent, args=(requests.fileno(), os.getppid()), daemon=True).start()
+    threading.Thread(
+        target=_end_with_parent, args=(requests.fileno(), os.getppid()), daemon=True
+    ).start()
     worker = _Worker()
     try:
         for line in requests:
@@ -70,7 +73,9 @@ class _Worker:
         if "verifier" in request:
             return self._judge(request)
         try:
-            self._set_up(**request["setup"]) if "setup" in request else self._prepare(request["prepare"])
+            self._set_up(**request["setup"]) if "setup" in request else self._prepare(
+                request["prepare"]
+            )
             self.memory_at_rest = _address_space()
             return {"ready": True}
         except Exception:
@@ -82,7 +87,11 @@ class _Worker:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         if sys.platform == "linux":  # elsewhere the kernel does not keep this limit
             hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-            soft = self.memory_limit if hard == resource.RLIM_INFINITY else min(self.memory_limit, hard)
+            soft = (
+                self.memory_limit
+                if hard == resource.RLIM_INFINITY
+                else min(self.memory_limit, hard)
+            )
             resource.setrlimit(resource.RLIMIT_AS, (soft, soft))
         registry.load_plugins(plugins)
 
@@ -96,10 +105,12 @@ class _Worker:
         # to notice, this alarm ends the process.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, self.deadline + _BACKSTOP)
-        judgement = registry.judge(request["verifier"], request["response"], request["answer"], request["metadata"])
+        verdict = registry.grade(
+            request["verifier"], request["response"], request["answer"], request["metadata"]
+        )
         signal.setitimer(signal.ITIMER_REAL, 0)
-        reply = judgement._asdict()
-        reply["detail"] = judgement.detail[:_MAX_DETAIL].encode("utf-8", "replace").decode("utf-8")
+        reply = dataclasses.asdict(verdict)
+        reply["detail"] = verdict.detail[:_MAX_DETAIL].encode("utf-8", "replace").decode("utf-8")
         # An item that left half of the memory occupied must not be the reason why a later one runs out of it.
         bloat = _address_space() - self.memory_at_rest
         reply["retire"] = bloat > (self.memory_limit - self.memory_at_rest) / 2

@@ -16,12 +16,12 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from sapo_jax.columns import LEAST, growth, widths
+from sapo_jax.batch import Array
+from sapo_jax.distributed.sharding import constrain, single_device
 from sapo_jax.models import KVCache, Qwen3
 from sapo_jax.models.qwen3 import Decoder
-from sapo_jax.rollout.choice import Rule, choose
-from sapo_jax.sharding import alone, constrain
-from sapo_jax.types import Array
+from sapo_jax.rollout.cache_width import LEAST, growth, widths
+from sapo_jax.rollout.sampling import SamplingParams, sample_token
 
 
 @jax.tree_util.register_dataclass
@@ -55,18 +55,22 @@ class Slots:
     expert_ids_NCLk: Array | None  # at n: of the token that token n was drawn from
 
 
-def phases(S: int, C: int, N: int, R: int, narrow: bool = True, page: int = 1) -> list[tuple[int, int]]:
+def phases(
+    S: int, C: int, N: int, R: int, narrow: bool = True, page: int = 1
+) -> list[tuple[int, int]]:
     """(slots, columns) of each phase, for N completions of at most C tokens in R slots. page: see kernels.page.
 
     Phases of fewer slots come last, with all columns; few completions, few tokens, and a mesh have none. narrow: False
     leaves them out, for completions that end together.
     """
     columns = widths(S, C, N > R, page)
-    fewer = [R // 2, R // 4] if narrow and alone() and C > LEAST and R >= 8 else []
+    fewer = [R // 2, R // 4] if narrow and single_device() and C > LEAST and R >= 8 else []
     return [(R, width) for width in columns] + [(n, columns[-1]) for n in fewer]
 
 
-def first_slots(requests: Requests, R: int, C: int, pad_id: int, expert_ids_NCLk: Array | None = None) -> Slots:
+def first_slots(
+    requests: Requests, R: int, C: int, pad_id: int, expert_ids_NCLk: Array | None = None
+) -> Slots:
     """R slots with the first R requests; expert_ids_NCLk: what to fill in, if routing is to be recorded."""
     N, prompts = len(requests.limit_N), requests.cache
     used = prompts.page - 1 + prompts.width - 1  # room for prompts that are put further ahead
@@ -100,7 +104,12 @@ def first_slots(requests: Requests, R: int, C: int, pad_id: int, expert_ids_NCLk
 
 
 def decode(
-    model: Qwen3, requests: Requests, slots: Slots, rule: Rule, stop_ids: Sequence[int], narrow: bool = True
+    model: Qwen3,
+    requests: Requests,
+    slots: Slots,
+    rule: SamplingParams,
+    stop_ids: Sequence[int],
+    narrow: bool = True,
 ) -> Slots:
     """Until all requests are done, each by a stop token or at its limit."""
     (N, C), R, S = slots.tokens_NC.shape, len(slots.live_R), requests.cache.width
@@ -114,7 +123,9 @@ def decode(
     return slots
 
 
-def _phase(requests: Requests, slots: Slots, step: Callable[[Slots], Slots], enough: int, waits: bool) -> Slots:
+def _phase(
+    requests: Requests, slots: Slots, step: Callable[[Slots], Slots], enough: int, waits: bool
+) -> Slots:
     """Until no request waits and no more than `enough` slots are live, or most columns are needed.
 
     waits: requests have waited for a slot; only then are there columns to shift out.
@@ -128,26 +139,43 @@ def _phase(requests: Requests, slots: Slots, step: Callable[[Slots], Slots], eno
     def turn(slots: Slots) -> Slots:
         """Free slots get the next requests; then steps, until a slot is free that one waits for."""
         full = lambda slots: slots.live_R.all() | (slots.started == N)
-        return jax.lax.while_loop(lambda slots: room(slots) & full(slots), step, _refilled(requests, slots))
+        return jax.lax.while_loop(
+            lambda slots: room(slots) & full(slots), step, _refilled(requests, slots)
+        )
 
     def fill(slots: Slots) -> Slots:
         """To the last column, from the first one that is needed."""
         slots = dataclasses.replace(slots, cache=_shifted(slots.cache, slots.live_R, S))
         return jax.lax.while_loop(room, turn, slots)
 
-    spacious = lambda slots: slots.cache.used - _first(slots.cache, slots.live_R, S) <= width - max(1, growth(C) // 2)
+    spacious = lambda slots: (
+        slots.cache.used - _first(slots.cache, slots.live_R, S) <= width - max(1, growth(C) // 2)
+    )
     return jax.lax.while_loop(lambda slots: here(slots) & spacious(slots), fill, slots)
 
 
-def _step(model: Qwen3, decoder: Decoder, requests: Requests, slots: Slots, rule: Rule, stop_ids) -> Slots:
+def _step(
+    model: Qwen3, decoder: Decoder, requests: Requests, slots: Slots, rule: SamplingParams, stop_ids
+) -> Slots:
     """One token of every slot passes the model, and the next one is drawn."""
     position_R = requests.length_P[requests.prompt_N[slots.request_R]] - 1 + slots.n_R
-    hidden_RD, cache, ids_RLk = model.decode(decoder, slots.token_R, position_R, slots.cache, slots.live_R)
-    uniform_R = requests.uniform_NC[slots.request_R, jnp.minimum(slots.n_R, requests.uniform_NC.shape[1] - 1)]
-    token_R, logp_R = choose(uniform_R, decoder.logits(hidden_RD), rule)
-    request_R = jnp.where(slots.live_R, slots.request_R, len(slots.length_N))  # out of bounds: dropped
-    write = lambda array_NC, value_R: _split(array_NC.at[request_R, slots.n_R].set(value_R, mode="drop"))
-    n_R, ids_NCLk = slots.n_R + slots.live_R, slots.expert_ids_NCLk  # a slot that is done stands still
+    hidden_RD, cache, ids_RLk = model.decode(
+        decoder, slots.token_R, position_R, slots.cache, slots.live_R
+    )
+    uniform_R = requests.uniform_NC[
+        slots.request_R, jnp.minimum(slots.n_R, requests.uniform_NC.shape[1] - 1)
+    ]
+    token_R, logp_R = sample_token(uniform_R, decoder.logits(hidden_RD), rule)
+    request_R = jnp.where(
+        slots.live_R, slots.request_R, len(slots.length_N)
+    )  # out of bounds: dropped
+    write = lambda array_NC, value_R: _split(
+        array_NC.at[request_R, slots.n_R].set(value_R, mode="drop")
+    )
+    n_R, ids_NCLk = (
+        slots.n_R + slots.live_R,
+        slots.expert_ids_NCLk,
+    )  # a slot that is done stands still
     more_R = ~is_stop(token_R, stop_ids) & (n_R < requests.limit_N[slots.request_R])
     return dataclasses.replace(
         slots,
@@ -182,22 +210,30 @@ def _narrowed(slots: Slots, n: int) -> Slots:
     kept_n = jnp.argsort(~slots.live_R, stable=True)[:n]
     take = lambda x: x[kept_n]
     names = "live_R", "request_R", "n_R", "token_R"
-    cache = dataclasses.replace(jax.tree.map(take, dataclasses.replace(slots.cache, used=None)), used=slots.cache.used)
-    return dataclasses.replace(slots, cache=cache, **{name: take(getattr(slots, name)) for name in names})
+    cache = dataclasses.replace(
+        jax.tree.map(take, dataclasses.replace(slots.cache, used=None)), used=slots.cache.used
+    )
+    return dataclasses.replace(
+        slots, cache=cache, **{name: take(getattr(slots, name)) for name in names}
+    )
 
 
 def _widened(cache: KVCache, width: int) -> KVCache:
     def pad(x: Array, dim: int) -> Array:
         return jnp.pad(x, [(0, width - cache.width if d == dim else 0) for d in range(x.ndim)])
 
-    return dataclasses.replace(cache, k=tuple(pad(k, 3) for k in cache.k), v=tuple(pad(v, 2) for v in cache.v))
+    return dataclasses.replace(
+        cache, k=tuple(pad(k, 3) for k in cache.k), v=tuple(pad(v, 2) for v in cache.v)
+    )
 
 
 def _first(cache: KVCache, live_R: Array, S: int) -> Array:
     """The first column that is needed, or the page that it is in: by a live slot, or for a prompt that is put before
     the next column."""
     page = cache.page
-    first = jnp.minimum(jnp.where(live_R, cache.first_B, cache.used).min(), cache.used - (S - 1) - (page - 1))
+    first = jnp.minimum(
+        jnp.where(live_R, cache.first_B, cache.used).min(), cache.used - (S - 1) - (page - 1)
+    )
     return first // page * page
 
 
@@ -214,8 +250,13 @@ def _shifted(cache: KVCache, live_R: Array, S: int) -> KVCache:
     if page > 1:
         k, v = jax.lax.fori_loop(0, cache.width // page, move, (cache.k, cache.v))
     else:
-        k, v = tuple(jnp.roll(k, -by, axis=3) for k in cache.k), tuple(jnp.roll(v, -by, axis=2) for v in cache.v)
-    return dataclasses.replace(cache, k=k, v=v, first_B=jnp.maximum(cache.first_B - by, 0), used=cache.used - by)
+        k, v = (
+            tuple(jnp.roll(k, -by, axis=3) for k in cache.k),
+            tuple(jnp.roll(v, -by, axis=2) for v in cache.v),
+        )
+    return dataclasses.replace(
+        cache, k=k, v=v, first_B=jnp.maximum(cache.first_B - by, 0), used=cache.used - by
+    )
 
 
 def _refilled(requests: Requests, slots: Slots) -> Slots:
@@ -236,7 +277,9 @@ def _placed(requests: Requests, slots: Slots) -> Slots:
 
     def put(x: Array, rows: Array, dim: int) -> Array:
         row = rows[prompt[None]]  # a gather: of a dynamic slice each device would fetch all rows
-        return jax.lax.dynamic_update_slice(x, row, (slot, *(start - behind if d == dim else 0 for d in (1, 2, 3))))
+        return jax.lax.dynamic_update_slice(
+            x, row, (slot, *(start - behind if d == dim else 0 for d in (1, 2, 3)))
+        )
 
     at_slot = lambda x, value: x.at[slot].set(value)
     cache = dataclasses.replace(

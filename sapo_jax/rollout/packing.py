@@ -30,7 +30,9 @@ class Packing:
     max_prompt: int  # S, the longest that may come
     max_new: int  # C, of a completion
     shards: int = 1  # devices that rows are split over
-    micro_batch: int = 0  # rows of S + C tokens, or of row_tokens; a multiple of shards; 0: a mini-batch is one
+    micro_batch: int = (
+        0  # rows of S + C tokens, or of row_tokens; a multiple of shards; 0: a mini-batch is one
+    )
     row_tokens: int = 0  # T; 0: the cheapest
 
     def cost(self, rows: int, T: int, together: int, seen: float) -> float:
@@ -47,7 +49,11 @@ class Packing:
         """Rows of T tokens in a micro-batch: of longer rows fewer, so that it never has more tokens; 0 if not even one
         for each device."""
         full = self.row_tokens or bucket(self.max_prompt + self.max_new)
-        return self.micro_batch if T <= full else self.micro_batch * full // (self.shards * T) * self.shards
+        return (
+            self.micro_batch
+            if T <= full
+            else self.micro_batch * full // (self.shards * T) * self.shards
+        )
 
     def lengths(self, longest: int, share: int) -> list[int]:
         """Row lengths to try for pieces of at most `longest` tokens: the next buckets. Where what nobody sees is
@@ -60,7 +66,10 @@ class Packing:
             lengths.append(bucket(lengths[-1] + 1))
         if self.skips:  # multiples of 8, too
             full = -(-(self.max_prompt + share * self.max_new) // 8) * 8
-            lengths += [full, *(T * 5 // 6 if T & (T - 1) else T * 7 // 8 for T in lengths if T > 32)]
+            lengths += [
+                full,
+                *(T * 5 // 6 if T & (T - 1) else T * 7 // 8 for T in lengths if T > 32),
+            ]
         fit = [T for T in sorted(set(lengths)) if T >= longest]
         return [T for T in fit if self.rows_at_a_time(T) or not self.micro_batch]
 
@@ -101,7 +110,9 @@ def bucket(n: int, smallest: int = 16) -> int:
     return size
 
 
-def plan_rows(prompt_length_P: Sequence[int], length_B: Sequence[int], mini_batches: int, packing: Packing) -> Plan:
+def plan_rows(
+    prompt_length_P: Sequence[int], length_B: Sequence[int], mini_batches: int, packing: Packing
+) -> Plan:
     """Rows for `mini_batches` equal shares of the groups, in their order: the cheapest of several ways.
 
     All mini-batches get the same T and R: they run one program. Raises ValueError where a sequence is longer than
@@ -111,7 +122,9 @@ def plan_rows(prompt_length_P: Sequence[int], length_B: Sequence[int], mini_batc
     per_mini, G = P // mini_batches, B // P
     groups = [(p, prompt_length_P[p], range(p * G, (p + 1) * G)) for p in range(P)]
     plans = []
-    for share in sorted({-(-G // parts) for parts in (1, 2, 4, 8, G)}, reverse=True):  # at a tie, share
+    for share in sorted(
+        {-(-G // parts) for parts in (1, 2, 4, 8, G)}, reverse=True
+    ):  # at a tie, share
         pieces = [[piece for group in groups[i : i + per_mini] for piece in _pieces(*group, length_B, share)]
                   for i in range(0, P, per_mini)]  # fmt: skip
         longest = max(piece.size for mini in pieces for piece in mini)
@@ -122,7 +135,9 @@ def plan_rows(prompt_length_P: Sequence[int], length_B: Sequence[int], mini_batc
             R = multiple * bucket(-(-max(map(len, minis)) // multiple), 1)
             layouts = {tuple(piece.lengths for piece in row) for mini in minis for row in mini}
             together = min((micro or R) // packing.shards, len(layouts))
-            plans.append((packing.cost(R * mini_batches, T, together, seen), Plan(T, R, micro, minis)))
+            plans.append(
+                (packing.cost(R * mini_batches, T, together, seen), Plan(T, R, micro, minis))
+            )
     if not plans:
         raise ValueError(
             f"train.row_tokens = {packing.row_tokens}: a sequence has {longest} tokens; raise it, or set 0"
@@ -130,7 +145,9 @@ def plan_rows(prompt_length_P: Sequence[int], length_B: Sequence[int], mini_batc
     return min(plans, key=lambda plan: plan[0])[1]
 
 
-def _pieces(p: int, n_prompt: int, sequences: range, length_B: Sequence[int], share: int) -> list[Piece]:
+def _pieces(
+    p: int, n_prompt: int, sequences: range, length_B: Sequence[int], share: int
+) -> list[Piece]:
     """The group dealt into pieces of at most `share` completions: the longest first, each to the shortest piece."""
     parts: list[list[int]] = [[] for _ in range(-(-len(sequences) // share))]
     sizes = [n_prompt] * len(parts)
@@ -138,7 +155,10 @@ def _pieces(p: int, n_prompt: int, sequences: range, length_B: Sequence[int], sh
         i = min((i for i, part in enumerate(parts) if len(part) < share), key=lambda i: sizes[i])
         parts[i].append(b)
         sizes[i] += int(length_B[b])
-    return [Piece(p, tuple(sorted(part)), (n_prompt, *(int(length_B[b]) for b in sorted(part)))) for part in parts]
+    return [
+        Piece(p, tuple(sorted(part)), (n_prompt, *(int(length_B[b]) for b in sorted(part))))
+        for part in parts
+    ]
 
 
 def _fill(pieces: Sequence[Piece], T: int) -> tuple[tuple[Piece, ...], ...]:
@@ -158,10 +178,12 @@ def _fill(pieces: Sequence[Piece], T: int) -> tuple[tuple[Piece, ...], ...]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class PackedBatch:
     """Token rows and where each token comes from: completion token t of row b is number offset_BT of sequence_BT."""
 
-    arrays: dict[str, np.ndarray]  # fields of types.Batch: tokens, positions, segments, prefixes, mask, picked, source
+    arrays: dict[
+        str, np.ndarray
+    ]  # fields of types.Batch: tokens, positions, segments, prefixes, mask, picked, source
     micro_batch: int  # rows of a forward and backward pass; 0: all of a mini-batch
     sequence_BT: np.ndarray  # int32; of a prompt one of the sequences that it begins; -1 on padding
     offset_BT: np.ndarray  # int32, from 0 at the first completion token
@@ -176,9 +198,13 @@ class Rows:
 
     def place(self, value_NC: np.ndarray) -> np.ndarray:
         """A value per completion token -> BT; 0 elsewhere."""
-        return np.where(self.mask_BT, value_NC[self.sequence_BT, self.offset_BT], np.zeros((), value_NC.dtype))
+        return np.where(
+            self.mask_BT, value_NC[self.sequence_BT, self.offset_BT], np.zeros((), value_NC.dtype)
+        )
 
-    def place_slots(self, value_NT: np.ndarray, S: int, prompt_length_N: np.ndarray, fill) -> np.ndarray:
+    def place_slots(
+        self, value_NT: np.ndarray, S: int, prompt_length_N: np.ndarray, fill
+    ) -> np.ndarray:
         """A value (of any further dims) per slot of the sampler, S left-padded prompt slots and then the completion's,
         -> BT...; a prompt that completions share has its own once. `fill` on padding."""
         slot_BT = S - prompt_length_N[self.sequence_BT] + self.arrays["positions_BT"]

@@ -5,7 +5,17 @@ import re
 
 import pytest
 
-from sapo_jax.config import Config, ConfigError, Data, FileTask, ReasoningGymTask, check, load, verify, warnings
+from sapo_jax.config import (
+    Config,
+    ConfigError,
+    Data,
+    FileTask,
+    ReasoningGymTask,
+    check,
+    load,
+    verify,
+    warnings,
+)
 from sapo_jax.config.advice import ADVICE
 from sapo_jax.config.checks import RULES, starved
 
@@ -116,7 +126,9 @@ BROKEN = [  # rule, overrides, keys, what the message says
 
 
 @pytest.mark.parametrize(
-    ("rule", "overrides", "keys", "message"), BROKEN, ids=[f"{b[0]}{i}" for i, b in enumerate(BROKEN)]
+    ("rule", "overrides", "keys", "message"),
+    BROKEN,
+    ids=[f"{b[0]}{i}" for i, b in enumerate(BROKEN)],
 )
 def test_a_broken_rule_is_the_only_thing_said(base, rule, overrides, keys, message):
     with pytest.raises(ConfigError, match=message) as caught:
@@ -136,14 +148,21 @@ SOUND = [
     [f"data.tasks=[{{{FILE}, verifier: mine}}]", "rewards.plugins=[xml.etree.ElementTree]"],
     ["data.tokenizer=tokenizer.json", "data.chat_template=chat.jinja"],
     ["data.tokenizer=.", "data.chat_template=plain"],
-    ["data.tokenizer=tokenizer.json", "data.chat_template=auto", "data.chat_template_kwargs.enable_thinking=false"],
+    [
+        "data.tokenizer=tokenizer.json",
+        "data.chat_template=auto",
+        "data.chat_template_kwargs.enable_thinking=false",
+    ],
     [r"cold_start.response='\boxed{{answer}}'"],
     ["rewards={extract: boxed, format_reward: 0.1}"],
     ["run_dir='runs/{name}-{seed}'", "name=a/b"],
     ["train.micro_batch=16", "mesh.data=4", "mesh.fsdp=4"],
     [*MOE, "mesh.expert=4", "mesh.tensor=2", "model.moe_intermediate_size=94"],
     ["train.old_logp=sampler"],
-    [*MOE, "train={routing_replay: r3, old_logp: sampler, routing_on: device, live_mismatch_every: 5}"],
+    [
+        *MOE,
+        "train={routing_replay: r3, old_logp: sampler, routing_on: device, live_mismatch_every: 5}",
+    ],
     ["rollout.top_p=0.9"],
     ["loss={kl: k3, kl_coef: 0.01, correction: truncated}"],
     ["optimizer.warmup_steps=399", "checkpoint.keep_every=40", "data.max_prompt_tokens=40896"],
@@ -169,7 +188,8 @@ def test_checking_a_plugin_imports_nothing(base, tmp_path, monkeypatch):
 @pytest.mark.parametrize("total", [1, 2, 5, 32])
 @pytest.mark.parametrize("weights", [[1], [1, 1], [0.5, 3, 1], [1, 1, 1, 10], [0.01, 1]])
 def test_starved_agrees_with_the_batches(total, weights):
-    from sapo_jax.data.common import DataError, apportion
+    from sapo_jax.data.common import apportion
+    from sapo_jax.errors import DataError
 
     named = {str(i): weight for i, weight in enumerate(weights)}
     try:
@@ -192,7 +212,8 @@ def test_verify_completes_the_data_axis(base):
     cfg = load(base, ["mesh.fsdp=2"])
     verify(cfg, devices=8, vocab_size=300)
     with pytest.raises(
-        ConfigError, match="the 32 prompts of a rollout cannot be split over data [*] fsdp [*] expert = 64 devices"
+        ConfigError,
+        match="the 32 prompts of a rollout cannot be split over data [*] fsdp [*] expert = 64 devices",
     ):
         verify(cfg, devices=64, vocab_size=300)
     with pytest.raises(ConfigError, match="take 2 devices, which does not divide the 7"):
@@ -202,9 +223,14 @@ def test_verify_completes_the_data_axis(base):
 
 
 def test_verify_knows_the_vocabulary(base):
-    with pytest.raises(ConfigError, match="model.vocab_size, mesh.tensor: 301 cannot be split over 2"):
+    with pytest.raises(
+        ConfigError, match="model.vocab_size, mesh.tensor: 301 cannot be split over 2"
+    ):
         verify(load(base, ["mesh.tensor=2"]), devices=2, vocab_size=301)
-    with pytest.raises(ConfigError, match="model.vocab_size, data.tokenizer: 256 is smaller than the tokenizer's 301"):
+    with pytest.raises(
+        ConfigError,
+        match="model.vocab_size, data.tokenizer: 256 is smaller than the tokenizer's 301",
+    ):
         verify(load(base, ["model.vocab_size=256"]), devices=1, vocab_size=301)
     verify(load(base, ["model.vocab_size=302", "mesh.tensor=2"]), devices=2, vocab_size=301)
 
@@ -212,7 +238,9 @@ def test_verify_knows_the_vocabulary(base):
 def test_check_speaks_of_configs_made_in_code():
     tasks = (ReasoningGymTask(), FileTask(path="gone.jsonl"))
     problems = check(dataclasses.replace(Config(), data=Data(tasks=tasks)))
-    assert [str(problem) for problem in problems] == ["data.tasks.1.path: there is no file 'gone.jsonl'"]
+    assert [str(problem) for problem in problems] == [
+        "data.tasks.1.path: there is no file 'gone.jsonl'"
+    ]
 
 
 # ---------------------------------------------------------------- warnings
@@ -239,7 +267,9 @@ DOUBTFUL = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("advice", "overrides", "text"), DOUBTFUL, ids=[f"{d[0]}{i}" for i, d in enumerate(DOUBTFUL)])
+@pytest.mark.parametrize(
+    ("advice", "overrides", "text"), DOUBTFUL, ids=[f"{d[0]}{i}" for i, d in enumerate(DOUBTFUL)]
+)
 def test_a_warning_says_what_to_do(base, advice, overrides, text):
     (warning,) = warnings(load(base, overrides))
     assert re.search(text, warning)
@@ -253,7 +283,11 @@ def test_a_warning_says_what_to_do(base, advice, overrides, text):
         ["objective.tau_neg=1.0"],
         ["model.preset=qwen3-4b", "optimizer.learning_rate=1e-6"],
         ["cold_start.steps=1", "rewards.extract=boxed", r"cold_start.response='\boxed{{answer}}'"],
-        ["cold_start.steps=1", "rewards.extract=answer_tag", "cold_start.response='<answer>{answer}</answer>'"],
+        [
+            "cold_start.steps=1",
+            "rewards.extract=answer_tag",
+            "cold_start.response='<answer>{answer}</answer>'",
+        ],
         ["model={rope_scaling: {}, max_position_embeddings: 131072}"],
     ],
 )

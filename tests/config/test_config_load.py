@@ -40,7 +40,9 @@ def write(tmp_path):
 def problems_of(path, *overrides) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         load(path, overrides)
-    assert str(caught.value).splitlines()[1:] == [f"  {problem}" for problem in caught.value.problems]
+    assert str(caught.value).splitlines()[1:] == [
+        f"  {problem}" for problem in caught.value.problems
+    ]
     return [str(problem) for problem in caught.value.problems]
 
 
@@ -190,7 +192,9 @@ def test_unreadable_yaml_names_file_and_line(write, text, message):
 def test_missing_and_binary_files(write, tmp_path):
     path = write("", "quickstart.yaml")
     (problem,) = problems_of(tmp_path / "quikstart.yaml")
-    assert problem.endswith("quikstart.yaml: No such file or directory; did you mean 'quickstart.yaml'?")
+    assert problem.endswith(
+        "quikstart.yaml: No such file or directory; did you mean 'quickstart.yaml'?"
+    )
     path.write_bytes(b"name: \xff\xfe")
     assert "utf-8" in problems_of(path)[0]
     (problem,) = problems_of(tmp_path)
@@ -198,7 +202,9 @@ def test_missing_and_binary_files(write, tmp_path):
 
 
 def test_base_is_merged_deeply_and_relative_to_the_file(write):
-    write(TASKS + "train: {steps: 7, seed: 3}\nrewards: {plugins: [json, re]}\n", "common/base.yaml")
+    write(
+        TASKS + "train: {steps: 7, seed: 3}\nrewards: {plugins: [json, re]}\n", "common/base.yaml"
+    )
     write("base: common/base.yaml\ntrain: {steps: 8}\nrewards: {plugins: [csv]}\n", "middle.yaml")
     cfg = load(write("base: middle.yaml\ntrain: {epochs: 2}\n"))
     assert (cfg.train.steps, cfg.train.seed, cfg.train.epochs) == (8, 3, 2)
@@ -219,8 +225,15 @@ def test_base_circle_and_bad_base(write):
 
 
 def test_overrides_come_last_and_the_later_one_wins(write):
-    cfg = load(write(TASKS + "train: {steps: 5}"), ["train.steps=6", "data.tasks.0.size=100", "train.steps=9"])
-    assert cfg.train.steps == 9 and cfg.data.tasks[0].size == 100 and cfg.data.tasks[0].name == "chain_sum"
+    cfg = load(
+        write(TASKS + "train: {steps: 5}"),
+        ["train.steps=6", "data.tasks.0.size=100", "train.steps=9"],
+    )
+    assert (
+        cfg.train.steps == 9
+        and cfg.data.tasks[0].size == 100
+        and cfg.data.tasks[0].name == "chain_sum"
+    )
 
 
 def test_override_of_a_section_merges_and_of_a_list_replaces(write):
@@ -234,7 +247,9 @@ def test_override_of_a_section_merges_and_of_a_list_replaces(write):
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_changed_objective_starts_afresh_whatever_the_order(write, order):
     path = write(TASKS + "objective: {name: sapo, tau_pos: 2.0}")
-    assert load(path, ["objective.clip_low=0.1", "objective.name=grpo"][::order]).objective == GRPO(clip_low=0.1)
+    assert load(path, ["objective.clip_low=0.1", "objective.name=grpo"][::order]).objective == GRPO(
+        clip_low=0.1
+    )
     assert load(path, ["objective.name=sapo"]).objective == SAPO(tau_pos=2.0)
     assert load(path, ["objective={name: grpo}"]).objective == GRPO()
     (problem,) = problems_of(path, *["objective.tau_pos=3", "objective.name=grpo"][::order])
@@ -243,7 +258,9 @@ def test_a_changed_objective_starts_afresh_whatever_the_order(write, order):
 
 def test_a_changed_objective_or_task_starts_afresh_in_a_base(write, tmp_path):
     write(TASKS + "objective: {tau_pos: 2.0}", "base.yaml")
-    assert load(write("base: base.yaml\nobjective: {tau_neg: 3.0}")).objective == SAPO(tau_pos=2.0, tau_neg=3.0)
+    assert load(write("base: base.yaml\nobjective: {tau_neg: 3.0}")).objective == SAPO(
+        tau_pos=2.0, tau_neg=3.0
+    )
     assert load(write("base: base.yaml\nobjective: {name: grpo}")).objective == GRPO()
     rows = write("{}", "rows.jsonl")
     cfg = load(tmp_path / "base.yaml", [f"data.tasks.0.path={rows}", "data.tasks.0.kind=file"])
@@ -268,7 +285,11 @@ train: {steps: 010}
 """
     cfg = load(write(TASKS + text))
     assert (cfg.name, cfg.run_dir) == ("no", "2026-01-01")
-    assert (cfg.optimizer.learning_rate, cfg.optimizer.eps, cfg.optimizer.max_grad_norm) == (1e-3, 1e-8, 0.5)
+    assert (cfg.optimizer.learning_rate, cfg.optimizer.eps, cfg.optimizer.max_grad_norm) == (
+        1e-3,
+        1e-8,
+        0.5,
+    )
     assert type(cfg.optimizer.weight_decay) is float and type(cfg.model.rope_theta) is float
     assert cfg.model.rope_theta == 1e6 and cfg.model.qk_norm is False and cfg.train.steps == 10
 
@@ -281,7 +302,10 @@ def test_only_true_and_false_are_booleans(write, word):
 
 
 def test_duplicate_keys_are_listed_with_their_lines(write):
-    path = write(TASKS + "train:\n  steps: 5\n  steps: 6\n  epochs: 0\nmesh: {fsdp: 1, fsdp: 2}\ntrain: {epochs: 0}\n")
+    path = write(
+        TASKS
+        + "train:\n  steps: 5\n  steps: 6\n  epochs: 0\nmesh: {fsdp: 1, fsdp: 2}\ntrain: {epochs: 0}\n"
+    )
     assert problems_of(path) == [
         f"{path}, line 4: 'steps' is already given in line 3",
         f"{path}, line 6: 'fsdp' is already given in line 6",
@@ -312,7 +336,10 @@ FILES = sorted(path for path in ROOT.glob("configs/**/*.yaml") if path.parent.na
 def test_every_config_file_survives_a_round_trip(path, write, monkeypatch, tiny_model):
     """Those that start from a pretrained model, which is fetched, take a tiny one here."""
     monkeypatch.chdir(ROOT)
-    round_trip(load(path, [f"model.path={tiny_model}"] if "model: {path:" in path.read_text() else []), write)
+    round_trip(
+        load(path, [f"model.path={tiny_model}"] if "model: {path:" in path.read_text() else []),
+        write,
+    )
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -332,7 +359,9 @@ def test_every_kind_of_text_survives_a_round_trip(write):
     cfg = load(write(TASKS))
     for text in NASTY:
         data = dataclasses.replace(
-            cfg.data, system_prompt=text, tasks=(ReasoningGymTask(options={text: [text, 1, 2.5, None]}),)
+            cfg.data,
+            system_prompt=text,
+            tasks=(ReasoningGymTask(options={text: [text, 1, 2.5, None]}),),
         )
         round_trip(dataclasses.replace(cfg, data=data), write)
 
@@ -342,7 +371,9 @@ def test_every_kind_of_text_survives_a_round_trip(write):
 
 def test_explicit_keys_win_over_a_preset_beside_them(write):
     cfg = load(write(TASKS + "model: {num_hidden_layers: 2, preset: qwen3-4b, remat: full}"))
-    assert cfg.model == Model(**PRESETS["qwen3-4b"] | {"num_hidden_layers": 2}, preset="qwen3-4b", remat="full")
+    assert cfg.model == Model(
+        **PRESETS["qwen3-4b"] | {"num_hidden_layers": 2}, preset="qwen3-4b", remat="full"
+    )
 
 
 def test_a_preset_named_later_wins_over_keys_below(write):
@@ -352,10 +383,16 @@ def test_a_preset_named_later_wins_over_keys_below(write):
         ["model.num_hidden_layers=3", "model.preset=qwen3-4b"],
     ):
         model = load(path, overrides).model
-        assert model == Model(**PRESETS["qwen3-4b"] | {"num_hidden_layers": 3}, preset="qwen3-4b", remat="full")
-    dumped = write(dump(load(path)), "dumped.yaml")  # holds every value; another preset must still replace them
+        assert model == Model(
+            **PRESETS["qwen3-4b"] | {"num_hidden_layers": 3}, preset="qwen3-4b", remat="full"
+        )
+    dumped = write(
+        dump(load(path)), "dumped.yaml"
+    )  # holds every value; another preset must still replace them
     assert load(dumped, ["model.preset=qwen3-30b-a3b"]).model.num_experts == 128
-    assert load(dumped, ["model.preset=qwen3-30b-a3b", "model.preset=qwen3-8b"]).model.num_experts == 0
+    assert (
+        load(dumped, ["model.preset=qwen3-30b-a3b", "model.preset=qwen3-8b"]).model.num_experts == 0
+    )
 
 
 # ---------------------------------------------------------------- diff, imports
@@ -364,13 +401,28 @@ def test_a_preset_named_later_wins_over_keys_below(write):
 def test_diff_names_changed_keys(write):
     path = write(TASKS)
     a = load(path)
-    b = load(path, ["train.steps=7", "data.tasks.0.size=5", "model.rope_scaling={}", "data.tasks.0.options.x=1"])
-    assert diff(a, b) == ["model.rope_scaling", "data.tasks.0.size", "data.tasks.0.options.x", "train.steps"]
+    b = load(
+        path,
+        [
+            "train.steps=7",
+            "data.tasks.0.size=5",
+            "model.rope_scaling={}",
+            "data.tasks.0.options.x=1",
+        ],
+    )
+    assert diff(a, b) == [
+        "model.rope_scaling",
+        "data.tasks.0.size",
+        "data.tasks.0.options.x",
+        "train.steps",
+    ]
     assert diff(b, a) == diff(a, b) and diff(a, a) == []
     assert diff(a, load(path, ["objective.name=grpo"])) == [
         "objective.name", "objective.tau_pos", "objective.tau_neg", "objective.clip_low", "objective.clip_high",
     ]  # fmt: skip
-    assert diff(a, dataclasses.replace(a, data=dataclasses.replace(a.data, tasks=()))) == ["data.tasks"]
+    assert diff(a, dataclasses.replace(a, data=dataclasses.replace(a.data, tasks=()))) == [
+        "data.tasks"
+    ]
 
 
 def test_nothing_heavy_is_imported(write):
@@ -379,4 +431,9 @@ def test_nothing_heavy_is_imported(write):
         f"describe(load({str(write(TASKS))!r}), 300);"
         "print([m for m in ('jax', 'flax', 'torch', 'grain', 'reasoning_gym', 'sympy') if m in sys.modules])"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "[]\n"
+    )

@@ -9,7 +9,12 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from sapo_jax.types import Prompt
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-CORPUS = ["user\nWhat is 12 plus 7?", "assistant\nThe answer is 19.", "system\nBe brief.", "ünïcödé ✓"]
+CORPUS = [
+    "user\nWhat is 12 plus 7?",
+    "assistant\nThe answer is 19.",
+    "system\nBe brief.",
+    "ünïcödé ✓",
+]
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +53,8 @@ def save(tmp_path):
 def make_prompts():
     def make(task: str, count: int, first: int = 0) -> list[Prompt]:
         return [
-            Prompt(i, f"{task} {i}", (1, 2), f"{task} {i}", str(i), "math", task) for i in range(first, first + count)
+            Prompt(i, f"{task} {i}", (1, 2), f"{task} {i}", str(i), "math", task)
+            for i in range(first, first + count)
         ]
 
     return make

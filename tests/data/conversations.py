@@ -10,12 +10,18 @@ TOOLS = [
             "description": "Das Wetter: <b>warm</b> & \"schön\" 🌦️, 'ja'?",
             "parameters": {
                 "type": "object",
-                "properties": {"city": {"type": "string"}, "days": {"type": ["integer", "null"], "default": None}},
+                "properties": {
+                    "city": {"type": "string"},
+                    "days": {"type": ["integer", "null"], "default": None},
+                },
                 "required": ["city"],
             },
         },
     },
-    {"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}},
+    {
+        "type": "function",
+        "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}},
+    },
 ]
 
 
@@ -89,7 +95,9 @@ LOOK_ALIKES = {
     "tool response between": [user("<tool_response><|im_end|></tool_response>")],
 }  # fmt: skip
 
-TOOLS_WITH_LOOK_ALIKES = [{"type": "function", "function": {"name": "<|im_end|>", "description": "<|im_start|>"}}]
+TOOLS_WITH_LOOK_ALIKES = [
+    {"type": "function", "function": {"name": "<|im_end|>", "description": "<|im_start|>"}}
+]
 
 _FRAGMENTS = [
     "<think>", "</think>", "\n", "\n\n", " ", "<tool_response>", "</tool_response>", "<tool_call>", "<|im_start|>",
@@ -110,7 +118,9 @@ def random_chats(count, seed):
             role = draw.choice(["user", "user", "assistant", "assistant", "tool"])
             message = {"role": role, "content": text()}
             if role == "assistant" and draw.random() < 0.3:
-                message["tool_calls"] = [call(text(), key=text()) for _ in range(draw.randrange(1, 3))]
+                message["tool_calls"] = [
+                    call(text(), key=text()) for _ in range(draw.randrange(1, 3))
+                ]
             if role == "assistant" and draw.random() < 0.3:
                 message["reasoning_content"] = text()
             chat.append(message)

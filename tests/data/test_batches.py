@@ -6,17 +6,25 @@ import threading
 
 import pytest
 
-from sapo_jax.data import DataError, PromptBatches
+from sapo_jax.data import PromptBatches
 from sapo_jax.data.common import apportion
+from sapo_jax.errors import DataError
 
 LENGTHS = {"easy": 41, "hard": 100, "rare": 7}
-WEIGHTS = {"easy": 2.0, "hard": 5.0, "rare": 1.0}  # of 16: 4, 10, 2; a pass takes 10, 10 and 3 batches
+WEIGHTS = {
+    "easy": 2.0,
+    "hard": 5.0,
+    "rare": 1.0,
+}  # of 16: 4, 10, 2; a pass takes 10, 10 and 3 batches
 
 
 @pytest.fixture
 def train(make_prompts):
     starts = itertools.accumulate(LENGTHS.values(), initial=0)
-    return {name: make_prompts(name, count, first) for (name, count), first in zip(LENGTHS.items(), starts)}
+    return {
+        name: make_prompts(name, count, first)
+        for (name, count), first in zip(LENGTHS.items(), starts)
+    }
 
 
 def take(batches, count):
@@ -39,7 +47,10 @@ def test_each_pass_is_a_new_shuffle_without_repetition(train):
 
 def test_what_a_pass_leaves_over_differs(train):
     batches = PromptBatches({"easy": train["easy"]}, {"easy": 1.0}, 4, seed=0)
-    left = [{p.index for p in train["easy"]} - set(itertools.chain(*take(batches, 10))) for _ in range(12)]
+    left = [
+        {p.index for p in train["easy"]} - set(itertools.chain(*take(batches, 10)))
+        for _ in range(12)
+    ]
     assert all(len(rest) == 1 for rest in left)
     assert len(set.union(*left)) > 4
 
@@ -47,7 +58,9 @@ def test_what_a_pass_leaves_over_differs(train):
 def test_tasks_are_mixed_inside_a_batch(train):
     batches = PromptBatches(train, WEIGHTS, 16, seed=0)
     firsts = collections.Counter(next(batches)[0].task for _ in range(60))
-    assert firsts["hard"] < 55 and firsts["easy"] > 0  # not sorted by task; 60 * 10/16 = 37.5 expected
+    assert (
+        firsts["hard"] < 55 and firsts["easy"] > 0
+    )  # not sorted by task; 60 * 10/16 = 37.5 expected
 
 
 @pytest.mark.parametrize("point", [0, 1, 3, 9, 10, 11, 25])  # passes end after 3 and 10 batches
@@ -76,7 +89,9 @@ def test_seeds(train):
     assert len({str(run) for run in runs.values()}) == 3
     # Nor is one seed the other one's next pass.
     long = {seed: take(PromptBatches(train, WEIGHTS, 16, seed), 22) for seed in (0, 1)}
-    orders = {seed: [[i for i in batch if 41 <= i < 141] for batch in run] for seed, run in long.items()}
+    orders = {
+        seed: [[i for i in batch if 41 <= i < 141] for batch in run] for seed, run in long.items()
+    }
     assert [sorted(b) for b in orders[0][10:20]] != [sorted(b) for b in orders[1][:10]]
 
 
@@ -122,7 +137,9 @@ def test_malformed_states(train, batches):
 def test_mistakes(train):
     with pytest.raises(DataError, match="the batch size = 4 leaves none for rare"):
         PromptBatches(train, {**WEIGHTS, "rare": 0.01}, 4, 0)
-    with pytest.raises(DataError, match="task rare has 7 training problems but every batch takes 8"):
+    with pytest.raises(
+        DataError, match="task rare has 7 training problems but every batch takes 8"
+    ):
         PromptBatches(train, WEIGHTS, 64, 0)
     with pytest.raises(DataError, match="do not name the same tasks"):
         PromptBatches(train, {"easy": 1.0}, 4, 0)

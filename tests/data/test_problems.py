@@ -4,8 +4,9 @@ import json
 import pytest
 
 from sapo_jax.config import Data, FileTask, ReasoningGymTask
-from sapo_jax.data import DataError, load_problems, load_tokenizer
+from sapo_jax.data import load_problems, load_tokenizer
 from sapo_jax.data.problems import question_key
+from sapo_jax.errors import DataError
 
 BYTE = load_tokenizer("byte")
 KNOWN = ("math", "exact")
@@ -48,7 +49,9 @@ def rows(tmp_path):
     """rows(prompts, name): the path of a JSONL file with these prompts; answers are their positions."""
 
     def write(prompts, name="rows.jsonl"):
-        lines = [json.dumps({"prompt": prompt, "answer": str(i)}) for i, prompt in enumerate(prompts)]
+        lines = [
+            json.dumps({"prompt": prompt, "answer": str(i)}) for i, prompt in enumerate(prompts)
+        ]
         (tmp_path / name).write_text("\n".join(lines))
         return str(tmp_path / name)
 
@@ -69,7 +72,9 @@ def test_prompts_of_a_generator():
     assert prompt.metadata["metadata"]["source_dataset"] == "chain_sum"
     report = problems.report["chain_sum"]
     assert 350 < report.train <= 400
-    assert 0.15 < (report.held_out + report.unused) / report.read < 0.35  # the held-out side is a quarter
+    assert (
+        0.15 < (report.held_out + report.unused) / report.read < 0.35
+    )  # the held-out side is a quarter
 
 
 def test_deterministic_and_seeded():
@@ -112,7 +117,10 @@ def test_small_problem_spaces():
 def test_held_out_is_split_by_weight():
     problems = load(gym(weight=3.0), gym(name="products", weight=1.0), held_out=32)
     check(problems, 32)
-    assert {name: report.held_out for name, report in problems.report.items()} == {"chain_sum": 24, "products": 8}
+    assert {name: report.held_out for name, report in problems.report.items()} == {
+        "chain_sum": 24,
+        "products": 8,
+    }
     with pytest.raises(DataError, match="data.held_out = 2 leaves none for products"):
         load(gym(weight=99.0), gym(name="products", weight=1.0), held_out=2)
 
@@ -120,7 +128,11 @@ def test_held_out_is_split_by_weight():
 def test_tasks_of_one_name_are_numbered(rows):
     path = rows([f"question {i}" for i in range(20)])
     problems = load(
-        gym(max_terms=2), gym(max_terms=3), FileTask(path=path), FileTask(path=path, name="mine"), held_out=8
+        gym(max_terms=2),
+        gym(max_terms=3),
+        FileTask(path=path),
+        FileTask(path=path, name="mine"),
+        held_out=8,
     )
     assert list(problems.train) == ["chain_sum", "chain_sum-2", "rows", "mine"]
     check(problems, 8)
@@ -132,7 +144,9 @@ def test_disjoint_across_tasks(rows):
     other = rows([f" question  {i}\n" for i in range(30)], "spaced.jsonl")
     problems = load(FileTask(path=path), FileTask(path=other, weight=2.0), held_out=9)
     check(problems, 9)
-    assert problems.report["rows"].unused == 3  # of the six that `spaced` holds out, three are its own as well
+    assert (
+        problems.report["rows"].unused == 3
+    )  # of the six that `spaced` holds out, three are its own as well
     assert problems.report["spaced"].unused == 0
 
 
@@ -142,11 +156,19 @@ def test_file_counts(rows):
     problems = load(FileTask(path=path), held_out=10)
     check(problems, 10)
     report = problems.report["rows"]
-    assert (report.read, report.duplicates, report.over_long, report.held_out, report.train) == (45, 4, 1, 10, 30)
+    assert (report.read, report.duplicates, report.over_long, report.held_out, report.train) == (
+        45,
+        4,
+        1,
+        10,
+        30,
+    )
     assert questions(everything(problems)) == set(distinct)
     answers = {p.question: p.answer for p in everything(problems)}
     assert answers["question 7"] == "7"  # the first one stays
-    assert [int(p.answer) for p in problems.held_out] == sorted(int(p.answer) for p in problems.held_out)
+    assert [int(p.answer) for p in problems.held_out] == sorted(
+        int(p.answer) for p in problems.held_out
+    )
 
 
 def test_file_split_is_stable(rows):
@@ -166,7 +188,10 @@ def test_over_long_is_counted_in_tokens_of_the_whole_prompt(rows):
     check(problems, 4)
     assert problems.report["rows"].over_long == 5
     assert {len(p.ids) for p in everything(problems)} == {length}
-    with pytest.raises(DataError, match=r"0 distinct problems and 25 longer than data.max_prompt_tokens = 5; 4 must"):
+    with pytest.raises(
+        DataError,
+        match=r"0 distinct problems and 25 longer than data.max_prompt_tokens = 5; 4 must",
+    ):
         load(FileTask(path=path), held_out=4, max_prompt_tokens=5)
 
 
@@ -176,15 +201,21 @@ def test_held_out_path(rows):
     problems = load(FileTask(path=train, held_out_path=test), held_out=12)
     check(problems, 12)
     assert all(30 <= int(p.question.split()[1]) < 60 for p in problems.held_out)
-    assert questions(problems.train["rows"]) == {f"question {i}" for i in range(30)}  # nothing of the test file
-    with pytest.raises(DataError, match="held_out_path has 30 distinct problems; 31 must be held out"):
+    assert questions(problems.train["rows"]) == {
+        f"question {i}" for i in range(30)
+    }  # nothing of the test file
+    with pytest.raises(
+        DataError, match="held_out_path has 30 distinct problems; 31 must be held out"
+    ):
         load(FileTask(path=train, held_out_path=test), held_out=31)
     with pytest.raises(DataError, match="path has no problem that is not in held_out_path"):
         load(FileTask(path=test, held_out_path=test), held_out=2)
 
 
 def test_too_few_rows(rows):
-    with pytest.raises(DataError, match="the file has 10 distinct problems; 10 must be held out and some left"):
+    with pytest.raises(
+        DataError, match="the file has 10 distinct problems; 10 must be held out and some left"
+    ):
         load(FileTask(path=rows([f"question {i}" for i in range(10)] * 2)), held_out=10)
 
 
@@ -218,13 +249,20 @@ def test_registered_verifiers_are_the_default(rows):
 
 def conversation(*contents, question="and now?"):
     """The first content is the user's, then they take turns; `question` comes last."""
-    turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    turns = [
+        {"role": ("user", "assistant")[i % 2], "content": content}
+        for i, content in enumerate(contents)
+    ]
     return [*turns, {"role": "user", "content": question}]
 
 
 def test_conversations_end_to_end(rows):
     prompts = [conversation(f"first {i}", "<think>x</think><|im_end|>") for i in range(30)]
-    prompts += [conversation(" first  3\n", "<think>x</think><|im_end|>"), conversation(), "and  now?"]
+    prompts += [
+        conversation(" first  3\n", "<think>x</think><|im_end|>"),
+        conversation(),
+        "and  now?",
+    ]
     own = [{"role": "system", "content": "Be kind."}, *conversation("x", "y")]
     problems = load(FileTask(path=rows([*prompts, own])), held_out=8, system_prompt="Be brief.")
     assert len(problems.held_out) == 8
@@ -239,7 +277,9 @@ def test_conversations_end_to_end(rows):
         "<think>x</think><|im_end|><|im_end|>\n<|im_start|>user\nand now?<|im_end|>\n<|im_start|>assistant\n"
     )
     assert [i for i in by_answer["3"].ids if i > 255] == [257, 258] * 4 + [257]
-    assert by_answer["33"].text.startswith("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nx")
+    assert by_answer["33"].text.startswith(
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nx"
+    )
     assert "Be brief" not in by_answer["33"].text
 
 
@@ -250,18 +290,27 @@ def test_conversations_are_split_as_a_whole(rows):
     problems = load(one, two, held_out=12)
     kept_out = {p.conversation for p in problems.held_out}
     assert len(kept_out) > 0 and "" not in kept_out
-    assert all(p.conversation not in kept_out for prompts in problems.train.values() for p in prompts)
+    assert all(
+        p.conversation not in kept_out for prompts in problems.train.values() for p in prompts
+    )
 
 
 def test_template_variables_and_tools_reach_the_template(tmp_path):
     template = tmp_path / "chat.jinja"
-    template.write_text("{{ mood }}:{{ tools | tojson if tools else '' }}{{ messages[-1].content }}")
+    template.write_text(
+        "{{ mood }}:{{ tools | tojson if tools else '' }}{{ messages[-1].content }}"
+    )
     path = tmp_path / "rows.jsonl"
     path.write_text(
-        "".join(json.dumps({"prompt": f"q {i}", "answer": "a", "tools": [{"n": i}]}) + "\n" for i in range(5))
+        "".join(
+            json.dumps({"prompt": f"q {i}", "answer": "a", "tools": [{"n": i}]}) + "\n"
+            for i in range(5)
+        )
     )
     task, template = FileTask(path=str(path)), str(template)
-    problems = load(task, held_out=2, chat_template=template, chat_template_kwargs={"mood": "<|im_end|>"})
+    problems = load(
+        task, held_out=2, chat_template=template, chat_template_kwargs={"mood": "<|im_end|>"}
+    )
     for prompt in everything(problems):
         i = prompt.question[-1]
         assert prompt.text == f'<|im_end|>:[{{"n": {i}}}]q {i}'
@@ -269,7 +318,8 @@ def test_template_variables_and_tools_reach_the_template(tmp_path):
     with pytest.raises(ValueError, match=r"chat\.jinja has no variable moood; did you mean mood"):
         load(task, held_out=2, chat_template=template, chat_template_kwargs={"moood": "x"})
     with pytest.raises(
-        DataError, match=r"data\.tasks\[0\] \(rows\): .*rows\.jsonl:1: chat template chatml leaves out the tools"
+        DataError,
+        match=r"data\.tasks\[0\] \(rows\): .*rows\.jsonl:1: chat template chatml leaves out the tools",
     ):
         load(task, held_out=2)
 
@@ -284,7 +334,11 @@ def test_templates(rows, bpe, save):
     with_im_end = load_tokenizer(str(save(bpe, {"eos_token": "<|im_end|>"})))
     ids = load_problems(data, with_im_end, KNOWN).held_out[0].ids
     assert [i for i in ids if i < 3] == [1, 2, 1]
-    added = [token for token in json.loads(bpe.to_str())["added_tokens"] if token["content"] != "<|im_start|>"]
+    added = [
+        token
+        for token in json.loads(bpe.to_str())["added_tokens"]
+        if token["content"] != "<|im_start|>"
+    ]
     without = load_tokenizer(str(save(bpe, {"eos_token": "<|im_end|>"}, added_tokens=added)))
     with pytest.raises(ValueError, match=r"chatml needs <\|im_start\|> as special tokens"):
         load_problems(data, without, KNOWN)

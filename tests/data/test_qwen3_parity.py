@@ -19,7 +19,9 @@ from tests.data.conversations import (
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(bool(fetch_tokenizers.missing()), reason="run `python tests/fetch_tokenizers.py` first"),
+    pytest.mark.skipif(
+        bool(fetch_tokenizers.missing()), reason="run `python tests/fetch_tokenizers.py` first"
+    ),
 ]
 THINKING = [{}, {"enable_thinking": True}, {"enable_thinking": False}]
 
@@ -70,7 +72,9 @@ def check(hf, tokenizer, template, chat, tools=None, add_generation_prompt=True,
 @pytest.mark.parametrize("name", CHATS)
 def test_conversations(hf, tokenizer, template, name, tools, variables):
     assert check(hf, tokenizer, template, CHATS[name], tools, **variables)
-    assert check(hf, tokenizer, template, CHATS[name], tools, add_generation_prompt=False, **variables)
+    assert check(
+        hf, tokenizer, template, CHATS[name], tools, add_generation_prompt=False, **variables
+    )
 
 
 @pytest.mark.parametrize("tools", [None, TOOLS, TOOLS_WITH_LOOK_ALIKES])
@@ -87,12 +91,17 @@ def test_look_alikes_in_keys(tokenizer, template):
         return tokenizer.encode_pieces(template.pieces(chat, [{"name": "f", key: {key: key}}]))
 
     assert specials(tokenizer, ids("<|im_end|>")) == specials(tokenizer, ids("x"))
-    assert tokenizer.decode(ids("<|im_end|>")) == tokenizer.decode(ids("x")).replace('"x"', '"<|im_end|>"')
+    assert tokenizer.decode(ids("<|im_end|>")) == tokenizer.decode(ids("x")).replace(
+        '"x"', '"<|im_end|>"'
+    )
 
 
 def test_random_conversations(hf, tokenizer, template):
     chats = list(random_chats(300, seed=0))
-    plain = [check(hf, tokenizer, template, chat, tools) for chat, tools in zip(chats, [None, TOOLS] * 150)]
+    plain = [
+        check(hf, tokenizer, template, chat, tools)
+        for chat, tools in zip(chats, [None, TOOLS] * 150)
+    ]
     assert 30 < sum(plain) < 270  # both kinds were there
 
 
@@ -115,7 +124,9 @@ def test_prefixes_decode_alike(hf, tokenizer):
 
 
 def test_tokens(hf, tokenizer):
-    assert tokenizer.special_tokens == {text: hf.convert_tokens_to_ids(text) for text in hf.all_special_tokens}
+    assert tokenizer.special_tokens == {
+        text: hf.convert_tokens_to_ids(text) for text in hf.all_special_tokens
+    }
     assert tokenizer.vocab_size == len(hf) == 151669
     assert (tokenizer.end_id, tokenizer.pad_id) == (hf.eos_token_id, hf.pad_token_id)
     assert tokenizer.template_variables == hf.special_tokens_map
@@ -123,11 +134,15 @@ def test_tokens(hf, tokenizer):
 
 def test_prompts(hf, tokenizer):
     cfg = Data(
-        tokenizer=str(fetch_tokenizers.FOLDER), chat_template="auto", chat_template_kwargs={"enable_thinking": False}
+        tokenizer=str(fetch_tokenizers.FOLDER),
+        chat_template="auto",
+        chat_template_kwargs={"enable_thinking": False},
     )
     problem = Problem("What is 2+2?", "4", "math", {})
     prompt = PromptMaker(cfg, tokenizer)(problem, "sums")
     chat = [user("What is 2+2?")]
-    ids = hf.apply_chat_template(chat, add_generation_prompt=True, enable_thinking=False)["input_ids"]
+    ids = hf.apply_chat_template(chat, add_generation_prompt=True, enable_thinking=False)[
+        "input_ids"
+    ]
     assert (list(prompt.ids), prompt.text) == (ids, hf.decode(ids))
     assert prompt.text.endswith("<think>\n\n</think>\n\n")

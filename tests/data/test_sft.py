@@ -31,7 +31,10 @@ def test_ids_are_those_of_the_whole_response(bpe, save):
     tokenizer = load_tokenizer(str(save(bpe, {"eos_token": "<|im_end|>"})))
     prompt = Prompt(0, "q", (7, 8), "q", "wer is 19.", "math", "t")
     ids, n_prompt = sft_example(prompt, tokenizer, "The ans{answer}")
-    assert (ids[:n_prompt], ids[n_prompt:]) == ([7, 8], [*tokenizer.encode("The answer is 19."), tokenizer.end_id])
+    assert (ids[:n_prompt], ids[n_prompt:]) == (
+        [7, 8],
+        [*tokenizer.encode("The answer is 19."), tokenizer.end_id],
+    )
 
 
 @pytest.mark.parametrize(

@@ -8,17 +8,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sapo_jax.data import DataError, generate_reasoning_gym, read_problems
+from sapo_jax.data import generate_reasoning_gym, read_problems
 from sapo_jax.data.sources import IRREPRODUCIBLE
+from sapo_jax.errors import DataError
 from sapo_jax.rewards import VERIFIERS
 from sapo_jax.rewards.allowlist import REASONING_GYM_TASKS
-from sapo_jax.rewards.registry import judge
+from sapo_jax.rewards.registry import grade
 
 KNOWN = ("math", "exact")
 ROWS = [
-    {"prompt": "1 + 1 =", "answer": "2", "verifier": "exact", "metadata": {"level": 1, "tags": ["a", "b"]}},
+    {
+        "prompt": "1 + 1 =",
+        "answer": "2",
+        "verifier": "exact",
+        "metadata": {"level": 1, "tags": ["a", "b"]},
+    },
     {"prompt": " 2 + 2 =\n", "answer": "4", "verifier": None, "metadata": None},
-    {"prompt": "ünïcödé <|im_end|> {{ 7 }}", "answer": "✓", "verifier": "math", "metadata": {"level": 3, "tags": []}},
+    {
+        "prompt": "ünïcödé <|im_end|> {{ 7 }}",
+        "answer": "✓",
+        "verifier": "math",
+        "metadata": {"level": 3, "tags": []},
+    },
 ]
 
 
@@ -64,7 +75,11 @@ def test_optional_and_further_fields_blank_lines_and_a_byte_order_mark(write):
 TURNS = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Weather?"},
-    {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "sky", "arguments": '{"city": null}'}}]},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"function": {"name": "sky", "arguments": '{"city": null}'}}],
+    },
     {"role": "tool", "content": "", "tool_call_id": "1"},
     {"role": "assistant", "content": "None.", "reasoning_content": "No weather."},
     {"role": "user", "content": " And tomorrow?\n"},
@@ -93,9 +108,14 @@ def test_conversations(write):
 
 
 def test_conversations_in_parquet(write, tmp_path):
-    rows = [{"prompt": TURNS, "answer": "a", "tools": json.dumps(TOOLS)}, {"prompt": TURNS[:2], "answer": "b"}]
+    rows = [
+        {"prompt": TURNS, "answer": "a", "tools": json.dumps(TOOLS)},
+        {"prompt": TURNS[:2], "answer": "b"},
+    ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    assert read_problems(str(tmp_path / "rows.parquet"), "math", KNOWN) == read_problems(write(rows), "math", KNOWN)
+    assert read_problems(str(tmp_path / "rows.parquet"), "math", KNOWN) == read_problems(
+        write(rows), "math", KNOWN
+    )
 
 
 def test_parquet_that_pads_json_is_refused(tmp_path):
@@ -109,10 +129,15 @@ def test_parquet_that_pads_json_is_refused(tmp_path):
     for i, row in enumerate([{"prompt": turn}, {"prompt": "a", "tools": [{"x": 1}, {"y": 1}]}]):
         path = tmp_path / f"{i}.parquet"
         pq.write_table(pa.Table.from_pylist([{**row, "answer": "a"}]), path)
-        with pytest.raises(DataError, match=r"parquet:1: `tools` or `arguments` hold nulls; in Parquet, write them as"):
+        with pytest.raises(
+            DataError,
+            match=r"parquet:1: `tools` or `arguments` hold nulls; in Parquet, write them as",
+        ):
             read_problems(str(path), "math", KNOWN)
     pq.write_table(pa.table({"prompt": [["a"]], "answer": ["b"]}), tmp_path / "list.parquet")
-    with pytest.raises(DataError, match=r"list\.parquet:1: `prompt\[0\]` must be an object, not str"):
+    with pytest.raises(
+        DataError, match=r"list\.parquet:1: `prompt\[0\]` must be an object, not str"
+    ):
         read_problems(str(tmp_path / "list.parquet"), "math", KNOWN)
 
 
@@ -132,7 +157,10 @@ BAD_PROMPTS = [
     ([{"role": "user"}], r"`prompt\[0\].content` is missing"),
     ([turn("user", " ")], r"`prompt\[0\].content` is empty"),
     ([turn("user", 3)], r"`prompt\[0\].content` must be text, not int \(3\)"),
-    ([turn("user", [{"type": "text", "text": "a"}])], r"`prompt\[0\].content` must be text, not list"),
+    (
+        [turn("user", [{"type": "text", "text": "a"}])],
+        r"`prompt\[0\].content` must be text, not list",
+    ),
     ([turn("user", "\ud800")], r"`prompt\[0\].content` holds half of a surrogate pair"),
     (
         [turn("user", contents="x")],
@@ -144,11 +172,26 @@ BAD_PROMPTS = [
     ([turn("user"), turn("assistant")], "`prompt` ends with an assistant message"),
     ([turn("user", tool_calls=[])], r"`prompt\[0\].tool_calls` stands in a message of the user"),
     ([turn("assistant", tool_calls={})], r"`prompt\[0\].tool_calls` must be a list, not dict"),
-    ([turn("assistant", tool_calls=["f"])], r"`prompt\[0\].tool_calls\[0\]` must be an object with the `name`"),
-    ([turn("assistant", tool_calls=[{"function": {}}])], r"tool_calls\[0\]` must be an object with the `name`"),
-    ([turn("assistant", tool_calls=[{"name": "f", "arguments": [1]}])], r"tool_calls\[0\]` must have `arguments`"),
-    ([turn("assistant", tool_calls=[{"name": "\ud800", "arguments": ""}])], r"tool_calls` is not made of JSON values"),
-    ([turn("assistant", reasoning_content=[])], r"`prompt\[0\].reasoning_content` must be text, not list"),
+    (
+        [turn("assistant", tool_calls=["f"])],
+        r"`prompt\[0\].tool_calls\[0\]` must be an object with the `name`",
+    ),
+    (
+        [turn("assistant", tool_calls=[{"function": {}}])],
+        r"tool_calls\[0\]` must be an object with the `name`",
+    ),
+    (
+        [turn("assistant", tool_calls=[{"name": "f", "arguments": [1]}])],
+        r"tool_calls\[0\]` must have `arguments`",
+    ),
+    (
+        [turn("assistant", tool_calls=[{"name": "\ud800", "arguments": ""}])],
+        r"tool_calls` is not made of JSON values",
+    ),
+    (
+        [turn("assistant", reasoning_content=[])],
+        r"`prompt\[0\].reasoning_content` must be text, not list",
+    ),
 ]
 BAD_TOOLS = [
     ({}, "`tools` must be a list of JSON schemas, not {}"),
@@ -157,7 +200,10 @@ BAD_TOOLS = [
     ("[", "`tools` is not made of JSON values"),
     (3, "`tools` must be a list"),
     ([{"x": "\udfff"}], "`tools` is not made of JSON values: .* half of a surrogate pair"),
-    (json.loads('[{"x":' + "[" * 200 + "]" * 200 + "}]"), "`tools` is not made of JSON values: .* nested too deeply"),
+    (
+        json.loads('[{"x":' + "[" * 200 + "]" * 200 + "}]"),
+        "`tools` is not made of JSON values: .* nested too deeply",
+    ),
 ]
 
 
@@ -209,7 +255,11 @@ def test_one_bad_row(write, line, message):
 
 def test_bytes_that_are_not_text(write):
     with pytest.raises(DataError, match=r"rows\.jsonl:2: not JSON: 'utf-8' codec"):
-        read_problems(write(b'{"prompt": "a", "answer": "b"}\n{"prompt": "\xff", "answer": "b"}'), "math", KNOWN)
+        read_problems(
+            write(b'{"prompt": "a", "answer": "b"}\n{"prompt": "\xff", "answer": "b"}'),
+            "math",
+            KNOWN,
+        )
 
 
 def test_all_bad_rows_at_once_the_first_20_shown(write):
@@ -226,16 +276,22 @@ def test_all_bad_rows_at_once_the_first_20_shown(write):
 def test_bad_parquet(write, tmp_path):
     table = pa.table({"prompt": ["a", None, "c"], "answer": ["b", "b", ""]})
     pq.write_table(table, tmp_path / "bad.parquet")
-    with pytest.raises(DataError, match=r"bad\.parquet:2: `prompt` is missing\n.*bad\.parquet:3: `answer` is empty"):
+    with pytest.raises(
+        DataError, match=r"bad\.parquet:2: `prompt` is missing\n.*bad\.parquet:3: `answer` is empty"
+    ):
         read_problems(str(tmp_path / "bad.parquet"), "math", KNOWN)
     with pytest.raises(DataError, match="broken.parquet: not a readable Parquet file"):
         read_problems(write(b"PAR1 nonsense", "broken.parquet"), "math", KNOWN)
     pq.write_table(pa.table({"question": ["a", "b"]}), tmp_path / "columns.parquet")
-    with pytest.raises(DataError, match="columns.parquet: no column answer nor prompt; there are question"):
+    with pytest.raises(
+        DataError, match="columns.parquet: no column answer nor prompt; there are question"
+    ):
         read_problems(str(tmp_path / "columns.parquet"), "math", KNOWN)
     binary = pa.table({"prompt": ["a"], "answer": ["b"], "metadata": [{"x": b"raw"}]})
     pq.write_table(binary, tmp_path / "binary.parquet")
-    with pytest.raises(DataError, match=r"binary\.parquet:1: `metadata` is not made of JSON values"):
+    with pytest.raises(
+        DataError, match=r"binary\.parquet:1: `metadata` is not made of JSON values"
+    ):
         read_problems(str(tmp_path / "binary.parquet"), "math", KNOWN)
 
 
@@ -260,7 +316,9 @@ def test_generator_is_a_function_of_name_options_and_seed():
     assert problems == take(1500)
     assert len({p.question for p in problems}) > 1300  # chunks do not repeat each other
     other = {p.question for p in take(1500, seed=1)}
-    assert len(other & {p.question for p in problems}) < 200  # neighbouring seeds are not shifted copies
+    assert (
+        len(other & {p.question for p in problems}) < 200
+    )  # neighbouring seeds are not shifted copies
 
 
 @pytest.mark.parametrize(
@@ -269,12 +327,18 @@ def test_generator_is_a_function_of_name_options_and_seed():
 )  # fmt: skip
 def test_problems_satisfy_their_verifier(name):
     options = {"precision": 6} if name == "decimal_arithmetic" else {}
-    problems = [p for p in take(20, name, **options) if not (name == "gsm_symbolic" and p.answer.startswith("-"))]
+    problems = [
+        p
+        for p in take(20, name, **options)
+        if not (name == "gsm_symbolic" and p.answer.startswith("-"))
+    ]
     for problem in problems:
         assert problem.verifier == "reasoning_gym"
         assert json.loads(json.dumps(problem.metadata)) == problem.metadata
-        assert judge(problem.verifier, problem.answer, problem.answer, problem.metadata).status == "ok"
-        wrong = judge(problem.verifier, "no idea", problem.answer, problem.metadata)
+        assert (
+            grade(problem.verifier, problem.answer, problem.answer, problem.metadata).status == "ok"
+        )
+        wrong = grade(problem.verifier, "no idea", problem.answer, problem.metadata)
         assert wrong.status in ("wrong", "unparsable")
     assert "reasoning_gym" in VERIFIERS
 
@@ -283,7 +347,9 @@ def test_problems_satisfy_their_verifier(name):
 @pytest.mark.parametrize("name", sorted(REASONING_GYM_TASKS - IRREPRODUCIBLE))
 def test_every_allowed_generator(name):
     for problem in take(5, name):
-        assert judge(problem.verifier, problem.answer, problem.answer, problem.metadata).status == "ok"
+        assert (
+            grade(problem.verifier, problem.answer, problem.answer, problem.metadata).status == "ok"
+        )
 
 
 def in_another_process(names, hash_seed):
@@ -296,7 +362,9 @@ streams = [itertools.islice(generate_reasoning_gym(name, {{}}, 0), 5) for name i
 print("#", json.dumps([[dataclasses.asdict(p) for p in stream] for stream in streams]))
 """
     environment = {**os.environ, "PYTHONHASHSEED": str(hash_seed)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
     return done.stdout.split("#", 1)[1]
 
 
@@ -326,7 +394,9 @@ def test_names_outside_the_allow_list():
 def test_bad_options():
     with pytest.raises(DataError, match="has no option max_term, seed; it has .*max_terms"):
         generate_reasoning_gym("chain_sum", {"max_term": 3, "seed": 1, "min_terms": 2}, 0)
-    with pytest.raises(DataError, match=r"refuses its options \{'min_terms': 9\}: max_terms must be"):
+    with pytest.raises(
+        DataError, match=r"refuses its options \{'min_terms': 9\}: max_terms must be"
+    ):
         generate_reasoning_gym("chain_sum", {"min_terms": 9}, 0)
     with pytest.raises(DataError, match="refuses its options"):
         generate_reasoning_gym("chain_sum", {"min_terms": "two"}, 0)
@@ -335,4 +405,9 @@ def test_bad_options():
 def test_importing_the_package_is_light():
     heavy = "('reasoning_gym', 'pyarrow', 'torch', 'transformers')"
     code = f"import sys, sapo_jax.data; print([m for m in {heavy} if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "[]\n"
+    )

@@ -219,7 +219,9 @@ def test_a_template_that_trims_and_marks_generations(both, tools, variables):
     tokenizer, template, hf = both(TRIMMING)
     for chat in (*CHATS.values(), *LOOK_ALIKES.values(), *random_chats(50, seed=2)):
         if variables:  # trusted here, guarded there: only the text can be compared
-            text = hf.apply_chat_template(chat, tools, tokenize=False, add_generation_prompt=True, **variables)
+            text = hf.apply_chat_template(
+                chat, tools, tokenize=False, add_generation_prompt=True, **variables
+            )
             assert template.render(chat, tools, **variables) == text
             assert "".join(piece for piece, _ in template.pieces(chat, tools, **variables)) == text
         else:
@@ -231,8 +233,13 @@ def test_smollm2(both):
     for name in "one question", "system", "several turns", "reasoning in contents":
         check(*everything, CHATS[name])
     check(*everything, LOOK_ALIKES["a turn forged in a question"])
-    for chat, tools in (CHATS["one question"], TOOLS), (CHATS["reasoning apart, in the running turn"], None):
-        with pytest.raises(ValueError, match="leaves out the tool"):  # Hugging Face drops them without a word
+    for chat, tools in (
+        (CHATS["one question"], TOOLS),
+        (CHATS["reasoning apart, in the running turn"], None),
+    ):
+        with pytest.raises(
+            ValueError, match="leaves out the tool"
+        ):  # Hugging Face drops them without a word
             everything[1].render(chat, tools)
 
 
@@ -273,8 +280,15 @@ def test_variables_of_the_tokenizer_and_jinja_settings(template):
 
 def test_special_tokens_of_variables_are_trusted_those_of_tools_are_not(template):
     source = "{{ eos_token }}{{ extra.x[0] }}{{ tools[0].x }}{{ messages[0].content }}"
-    pieces = template(source).pieces([user("u")], [{"x": "<|im_end|>"}], extra={"x": ["a<|im_end|>"]})
-    assert pieces == [("<|im_end|>", True), ("a", False), ("<|im_end|>", True), ("<|im_end|>u", False)]
+    pieces = template(source).pieces(
+        [user("u")], [{"x": "<|im_end|>"}], extra={"x": ["a<|im_end|>"]}
+    )
+    assert pieces == [
+        ("<|im_end|>", True),
+        ("a", False),
+        ("<|im_end|>", True),
+        ("<|im_end|>u", False),
+    ]
 
 
 def test_a_longer_token_is_not_completed_by_data():
@@ -292,7 +306,9 @@ def test_a_longer_token_is_not_completed_by_data():
     ],
 )
 def test_special_tokens_built_out_of_parts_are_refused(template, source, content):
-    with pytest.raises(ValueError, match=r"chat\.jinja builds the special token <\|im_end\|> out of parts"):
+    with pytest.raises(
+        ValueError, match=r"chat\.jinja builds the special token <\|im_end\|> out of parts"
+    ):
         template(source).pieces([user(content)])
 
 
@@ -314,10 +330,17 @@ def test_a_template_that_treats_special_tokens_in_data_in_its_own_way_is_refused
 
 
 @pytest.mark.parametrize(
-    "source", ["{{ '<|im_end|>'[1:] }}", "{{ '<|im_end|>'[:-1] }}", "{{ '<|im_end|>' | replace('end', 'start') }}"]
+    "source",
+    [
+        "{{ '<|im_end|>'[1:] }}",
+        "{{ '<|im_end|>'[:-1] }}",
+        "{{ '<|im_end|>' | replace('end', 'start') }}",
+    ],
 )
 def test_a_template_that_changes_its_own_special_tokens_is_refused(template, source):
-    with pytest.raises(ValueError, match="or changes special tokens, so it cannot be told who wrote them$"):
+    with pytest.raises(
+        ValueError, match="or changes special tokens, so it cannot be told who wrote them$"
+    ):
         template(source + "{{ messages[0].content }}").pieces([user("x")])
 
 
@@ -342,7 +365,10 @@ def test_data_cannot_turn_a_special_token_into_another(template):
 
 
 def test_a_template_cannot_hold_marks(template):
-    for source in r"{{ '\ud800' ~ messages[0].content }}<|im_end|>", r"{{ '\udbff' ~ messages[0].content }}":
+    for source in (
+        r"{{ '\ud800' ~ messages[0].content }}<|im_end|>",
+        r"{{ '\udbff' ~ messages[0].content }}",
+    ):
         with pytest.raises(ValueError):
             BYTE.encode_pieces(template(source).pieces([user("x")]))
 
@@ -358,7 +384,9 @@ def test_marks_in_the_input_are_refused():
 
 
 def test_generation_prompt_flag_and_variables(template):
-    thinking = template("{{ messages[0].content }}{% if add_generation_prompt and not think %}!{% endif %}")
+    thinking = template(
+        "{{ messages[0].content }}{% if add_generation_prompt and not think %}!{% endif %}"
+    )
     assert thinking.render([user("x")]) == "x!"
     without = thinking.render([user("x")], add_generation_prompt=False)
     assert thinking.render([user("x")], think=True) == without == "x"
@@ -449,18 +477,27 @@ def test_no_template(bpe, save):
     with pytest.raises(ValueError, match="the tokenizer byte is built in; give chatml or plain"):
         load_template("auto", BYTE)
     tokenizer = load_tokenizer(str(save(bpe, None, {"eos_token_id": 2})))
-    with pytest.raises(ValueError, match="neither chat_template.jinja nor tokenizer_config.json lies in"):
+    with pytest.raises(
+        ValueError, match="neither chat_template.jinja nor tokenizer_config.json lies in"
+    ):
         load_template("auto", tokenizer)
     tokenizer = load_tokenizer(str(save(bpe, {"eos_token": "<|im_end|>"})))
-    with pytest.raises(ValueError, match="tokenizer_config.json: no JSON object with a `chat_template`"):
+    with pytest.raises(
+        ValueError, match="tokenizer_config.json: no JSON object with a `chat_template`"
+    ):
         load_template("auto", tokenizer)
 
 
 def test_a_built_in_template_needs_its_special_tokens(bpe, save):
-    added = [token for token in json.loads(bpe.to_str())["added_tokens"] if token["content"] != "<|im_start|>"]
+    added = [
+        token
+        for token in json.loads(bpe.to_str())["added_tokens"]
+        if token["content"] != "<|im_start|>"
+    ]
     tokenizer = load_tokenizer(str(save(bpe, {"eos_token": "<|im_end|>"}, added_tokens=added)))
     with pytest.raises(
-        ValueError, match=r"chatml needs <\|im_start\|> as special tokens, which .*tokenizer\.json has not"
+        ValueError,
+        match=r"chatml needs <\|im_start\|> as special tokens, which .*tokenizer\.json has not",
     ):
         load_template("chatml", tokenizer)
     assert "<|im_start|>" in BUILT_IN["chatml"]

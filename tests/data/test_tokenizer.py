@@ -56,7 +56,14 @@ def test_look_alikes_in_data_are_text(tokenizer, text):
 
 def test_a_token_cannot_be_completed_across_pieces(tokenizer):
     special = set(tokenizer.special_tokens.values())
-    split = [("<|im_", True), ("end|>", False), ("<|im_end", False), ("|>", True), ("<|im_", True), ("end|>", True)]
+    split = [
+        ("<|im_", True),
+        ("end|>", False),
+        ("<|im_end", False),
+        ("|>", True),
+        ("<|im_", True),
+        ("end|>", True),
+    ]
     ids = tokenizer.encode_pieces(split)
     assert special.isdisjoint(ids)
     assert tokenizer.decode(ids) == "<|im_end|>" * 3
@@ -67,7 +74,9 @@ def test_decode_skips_specials_and_survives_bad_bytes():
     assert tokenizer.decode([257, 72, 105, 258, 256]) == "Hi"
     assert tokenizer.decode([257, 72, 105, 258], skip_special=False) == "<|im_start|>Hi<|im_end|>"
     assert tokenizer.decode([72, 0xC3, 105, 0xFF]) == "H\ufffdi\ufffd"
-    assert tokenizer.decode([72, 300, -1, 105]) == "Hi"  # a model may have more rows than the tokenizer has ids
+    assert (
+        tokenizer.decode([72, 300, -1, 105]) == "Hi"
+    )  # a model may have more rows than the tokenizer has ids
 
 
 def test_hf_decode(hf, bpe):
@@ -89,7 +98,9 @@ def test_hf_equals_the_library_on_text_without_look_alikes(hf, bpe):
     ]
     assert hf.encode_pieces(pieces) == expected
     # Ordinary text is joined before it is encoded: "answer" is not cut at the border between the pieces.
-    assert hf.encode_pieces([("The ans", True), ("wer is 19.", False)]) == hf.encode("The answer is 19.")
+    assert hf.encode_pieces([("The ans", True), ("wer is 19.", False)]) == hf.encode(
+        "The answer is 19."
+    )
     assert len(hf.encode("The ans") + hf.encode("wer is 19.")) > len(hf.encode("The answer is 19."))
 
 
@@ -99,7 +110,9 @@ def test_unmarked_added_tokens_are_ordinary_words(hf, bpe):
 
 
 def test_ids_from_the_configs(bpe, save):
-    tokenizer = load_tokenizer(str(save(bpe, CHATML, {"eos_token_id": [2, 0], "pad_token_id": 1}) / "tokenizer.json"))
+    tokenizer = load_tokenizer(
+        str(save(bpe, CHATML, {"eos_token_id": [2, 0], "pad_token_id": 1}) / "tokenizer.json")
+    )
     assert (tokenizer.end_id, tokenizer.pad_id, tokenizer.stop_ids) == (2, 0, (2, 0))
     assert tokenizer.template_variables == CHATML
 
@@ -107,7 +120,9 @@ def test_ids_from_the_configs(bpe, save):
 def test_ids_from_the_generation_config_alone(bpe, save):
     tokenizer = load_tokenizer(str(save(bpe, None, {"eos_token_id": 2})))
     assert (tokenizer.end_id, tokenizer.pad_id, tokenizer.stop_ids) == (2, 2, (2,))
-    tokenizer = load_tokenizer(str(save(bpe, {"eos_token": None}, {"eos_token_id": [2], "pad_token_id": 0})))
+    tokenizer = load_tokenizer(
+        str(save(bpe, {"eos_token": None}, {"eos_token_id": [2], "pad_token_id": 0}))
+    )
     assert (tokenizer.end_id, tokenizer.pad_id, tokenizer.stop_ids) == (2, 0, (2,))
 
 
@@ -160,7 +175,10 @@ def test_a_vocabulary_that_spells_its_special_tokens(save):
 
 def test_a_normaliser_cannot_make_a_special_token(save):
     backend = tokenizers.Tokenizer(models.WordLevel({"[unk]": 0, "[end]": 1}, unk_token="[unk]"))
-    backend.normalizer, backend.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.WhitespaceSplit()
+    backend.normalizer, backend.pre_tokenizer = (
+        normalizers.Lowercase(),
+        pre_tokenizers.WhitespaceSplit(),
+    )
     tokenizer = load_tokenizer(str(save(backend, {"eos_token": "[end]"})))
     with pytest.raises(ValueError, match="normalises part of this text"):
         tokenizer.encode("[END]")
@@ -177,7 +195,10 @@ def test_special_tokens_that_swallow_white_space(bpe, save):
         tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json")),
     )
     text = "a  <|im_start|> b <|im_end|> \n c"
-    assert tokenizer.encode(text, allow_special=True) == backend.encode(text, add_special_tokens=False).ids
+    assert (
+        tokenizer.encode(text, allow_special=True)
+        == backend.encode(text, add_special_tokens=False).ids
+    )
     assert tokenizer.decode(tokenizer.encode(text, allow_special=True)) == "a b c"
 
 
@@ -195,10 +216,17 @@ def test_a_vocabulary_with_gaps_is_refused(save):
 
 
 def test_unknown_text_may_become_a_special_token_made_for_it(save):
-    backend = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "[END]": 1, "a": 2}, unk_token="[UNK]"))
+    backend = tokenizers.Tokenizer(
+        models.WordLevel({"[UNK]": 0, "[END]": 1, "a": 2}, unk_token="[UNK]")
+    )
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.add_special_tokens(["[UNK]"])
-    assert load_tokenizer(str(save(backend, {"eos_token": "[END]"}))).encode("a b [END]") == [2, 0, 0, 0]
+    assert load_tokenizer(str(save(backend, {"eos_token": "[END]"}))).encode("a b [END]") == [
+        2,
+        0,
+        0,
+        0,
+    ]
     with pytest.raises(ValueError, match="into a special token"):  # not if it ends a turn
         load_tokenizer(str(save(backend, {"eos_token": "[UNK]"}))).encode("a b")
 
@@ -231,7 +259,10 @@ def llama_3_like():
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(words, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer, trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
@@ -240,7 +271,10 @@ def llama_3_like():
 def smollm2_like():
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer, trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
@@ -295,7 +329,12 @@ def test_pieces_agree_with_transformers(pair):
     ours, theirs = pair
     for text in CORPUS:
         whole = f"<|im_start|>user\n{text}<|im_end|> \n<|im_start|>{text}"
-        pieces = [("<|im_start|>us", True), (f"er\n{text}", False), ("<|im_end|> \n<|im_start|>", True), (text, False)]
+        pieces = [
+            ("<|im_start|>us", True),
+            (f"er\n{text}", False),
+            ("<|im_end|> \n<|im_start|>", True),
+            (text, False),
+        ]
         assert ours.encode_pieces(pieces) == theirs.encode(whole, add_special_tokens=False)
 
 

@@ -31,5 +31,8 @@ def of_rows(log_ratio_BT, adv_BT, mask_BT, ids_BT, gates) -> list[dict]:
             adv = float(adv_BT[b][mine][0])
             z = torch.tensor(log_ratio_BT[b][mine].astype("float64")).clamp(-20, 20)
             tau = gates.tau_pos if adv > 0 else gates.tau_neg
-            found.append(of_sequence(z, tau) | {"length": int(mine.sum()), "adv": adv, "row": b, "id": i, "tau": tau})
+            found.append(
+                of_sequence(z, tau)
+                | {"length": int(mine.sum()), "adv": adv, "row": b, "id": i, "tau": tau}
+            )
     return found

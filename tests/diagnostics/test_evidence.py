@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from sapo_jax.batch import Batch
 from sapo_jax.config import SAPO
 from sapo_jax.diagnostics import (
     Gates,
@@ -25,10 +26,9 @@ from sapo_jax.diagnostics import (
 from sapo_jax.diagnostics import histograms as hist
 from sapo_jax.diagnostics.evidence import NOBODY, PER_SEQUENCE, SAMPLE, SIGNS
 from sapo_jax.diagnostics.sequences import sequences
-from sapo_jax.metrics import _plain
+from sapo_jax.io.files import _plain
 from sapo_jax.objectives.sapo import sapo
 from sapo_jax.objectives.weights import token_weights
-from sapo_jax.types import Batch
 from tests.diagnostics.reference import of_rows, of_sequence
 from tests.models.tiny import quick_jit
 
@@ -40,8 +40,12 @@ GSPO_LIKE = dataclasses.replace(
 
 def collect(tokens, gates=GSPO_LIKE):
     unused = dict.fromkeys(("prefix_ids_BT", "picked_BM", "source_BM"), tokens["segment_ids_BT"])
-    batch = Batch(**unused, **{name: x for name, x in tokens.items() if name in Batch.__dataclass_fields__})
-    return collect_evidence(tokens["log_ratio_BT"], batch, gates, tokens["logp_BT"], tokens["collision_BT"])
+    batch = Batch(
+        **unused, **{name: x for name, x in tokens.items() if name in Batch.__dataclass_fields__}
+    )
+    return collect_evidence(
+        tokens["log_ratio_BT"], batch, gates, tokens["logp_BT"], tokens["collision_BT"]
+    )
 
 
 compiled = functools.partial(quick_jit, static_argnames="gates")(collect)
@@ -63,7 +67,8 @@ def sequence(rng, n_prompt: int, n: int, adv: float, spread: float) -> dict[str,
         "adv_BT": np.full(length, adv, np.float32),
         "log_ratio_BT": z.astype(np.float32),
         "logp_BT": logp,
-        "collision_BT": np.exp(2 * logp) + rng.uniform(0, 1, length).astype(np.float32) * (1 - np.exp(logp)) ** 2,
+        "collision_BT": np.exp(2 * logp)
+        + rng.uniform(0, 1, length).astype(np.float32) * (1 - np.exp(logp)) ** 2,
     }
 
 
@@ -80,12 +85,23 @@ def rows_of(sequences: list[dict], per_row: int, T: int, pad: float = 0.0) -> di
     rows = []
     for start in range(0, len(sequences), per_row):
         packed = sequences[start : start + per_row]
-        ids = np.concatenate([np.full(len(s["mask_BT"]), i + 1, np.int32) for i, s in enumerate(packed)])
-        row = {name: np.concatenate([s[name] for s in packed]) for name in packed[0]} | {"segment_ids_BT": ids}
+        ids = np.concatenate(
+            [np.full(len(s["mask_BT"]), i + 1, np.int32) for i, s in enumerate(packed)]
+        )
+        row = {name: np.concatenate([s[name] for s in packed]) for name in packed[0]} | {
+            "segment_ids_BT": ids
+        }
         fill = {name: pad if x.dtype.kind == "f" else 0 for name, x in row.items()}
-        rows.append({name: np.pad(x, (0, T - len(ids)), constant_values=fill[name]) for name, x in row.items()})
+        rows.append(
+            {
+                name: np.pad(x, (0, T - len(ids)), constant_values=fill[name])
+                for name, x in row.items()
+            }
+        )
     tokens = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    tokens["weight_BT"] = token_weights(tokens["mask_BT"], tokens["segment_ids_BT"], "sequence_mean", 8)
+    tokens["weight_BT"] = token_weights(
+        tokens["mask_BT"], tokens["segment_ids_BT"], "sequence_mean", 8
+    )
     return tokens
 
 
@@ -112,7 +128,10 @@ def test_by_hand():
     tokens = rows_of([sequence(np.random.default_rng(0), 1, 2, 1.0, 0.0)], 1, 5, pad=np.nan)
     tokens["log_ratio_BT"][0, 1:3] = 0.0, 0.2
     tokens["logp_BT"][0, 1:3] = np.log([0.5, 0.25])
-    tokens["collision_BT"][0, 1:3] = 0.5, 0.4375  # p = (1/2, 1/2); p = (1/4, 1/4, 1/2) + rounding of nothing: 0.375
+    tokens["collision_BT"][0, 1:3] = (
+        0.5,
+        0.4375,
+    )  # p = (1/2, 1/2); p = (1/4, 1/4, 1/2) + rounding of nothing: 0.375
     tokens["collision_BT"][0, 2] = 0.375
     found = evidence_of(tokens, gates)
     s = {name: float(x[0]) for name, x in found.sum.items() if x.ndim == 1}
@@ -133,7 +152,9 @@ def test_by_hand():
     assert all(not x[1:].any() for x in found.sum.values())  # nothing with A <= 0
     assert found.sample["length"].tolist() == [2] + [0] * (SAMPLE - 1)
     metrics = {name: float(x) for name, x in finalize_evidence(found).items()}
-    assert metrics["effective_tokens/fraction"] == pytest.approx((w0 + w1) ** 2 / (2 * (1 + w1**2)), rel=1e-6)
+    assert metrics["effective_tokens/fraction"] == pytest.approx(
+        (w0 + w1) ** 2 / (2 * (1 + w1**2)), rel=1e-6
+    )
     assert metrics["effective_tokens/neg_fraction"] == 0 and metrics["grad_share/gspo_clipped"] == 1
     assert metrics["a1/abs_log_ratio_max"] == pytest.approx(0.2) and metrics["a2/breaches"] == 0
     assert metrics["a2/gap_real_above_bound_fraction"] == 1
@@ -141,13 +162,21 @@ def test_by_hand():
 
 def test_sequences_against_float64_loops():
     """Three sequences in a row, spreads from tiny to large: sums, histograms and the sample of the reference."""
-    sequences = [s for i, spread in enumerate((1e-3, 0.05, 0.4, 2.0)) for s in example(i, 6, spread)]
+    sequences = [
+        s for i, spread in enumerate((1e-3, 0.05, 0.4, 2.0)) for s in example(i, 6, spread)
+    ]
     tokens = rows_of(sequences, 3, 45, pad=np.nan)
     found = evidence_of(tokens)
-    reference = of_rows(*(tokens[n] for n in ("log_ratio_BT", "adv_BT", "mask_BT", "segment_ids_BT")), GATES)
+    reference = of_rows(
+        *(tokens[n] for n in ("log_ratio_BT", "adv_BT", "mask_BT", "segment_ids_BT")), GATES
+    )
     assert len(reference) == 24
     for i, sign in enumerate(SIGNS):
-        mine = [r for r in reference if {"pos": r["adv"] > 0, "neg": r["adv"] < 0, "zero": r["adv"] == 0}[sign]]
+        mine = [
+            r
+            for r in reference
+            if {"pos": r["adv"] > 0, "neg": r["adv"] < 0, "zero": r["adv"] == 0}[sign]
+        ]
         assert mine and found.sum["sequences"][i] == len(mine)
         for name in ("variance", "gap_log", "gap_real", "bound"):
             expected = np.array([r[name] for r in mine])
@@ -155,28 +184,45 @@ def test_sequences_against_float64_loops():
             if name != "bound":
                 bins = np.asarray(hist.positive_bin(expected.astype(np.float32)))
                 clear = np.all(
-                    np.abs(found.sum[f"{name}_histogram"][i].cumsum() - np.bincount(bins, minlength=91).cumsum()) <= 1
+                    np.abs(
+                        found.sum[f"{name}_histogram"][i].cumsum()
+                        - np.bincount(bins, minlength=91).cumsum()
+                    )
+                    <= 1
                 )
                 assert clear and found.sum[f"{name}_histogram"][i].sum() == len(mine)
         assert found.sum["breaches_real"][i] == sum(r["gap_real"] > r["bound"] for r in mine)
-    assert found.max["variance"].max() == pytest.approx(max(r["variance"] for r in reference), rel=1e-5)
-    sampled = sorted(zip(*(found.sample[name][:24].tolist() for name in ("length", *PER_SEQUENCE)), strict=True))
+    assert found.max["variance"].max() == pytest.approx(
+        max(r["variance"] for r in reference), rel=1e-5
+    )
+    sampled = sorted(
+        zip(*(found.sample[name][:24].tolist() for name in ("length", *PER_SEQUENCE)), strict=True)
+    )
     expected = sorted(tuple(r[name] for name in ("length", *PER_SEQUENCE)) for r in reference)
     np.testing.assert_allclose(sampled, expected, rtol=1e-4, atol=1e-7)
 
 
 def test_tokens_against_the_objective_and_numpy():
     tokens = rows_of(example(1, 30, 0.3), 3, 45)
-    mask_BT, adv_BT, z_BT = tokens["mask_BT"], tokens["adv_BT"], tokens["log_ratio_BT"].astype(np.float64)
+    mask_BT, adv_BT, z_BT = (
+        tokens["mask_BT"],
+        tokens["adv_BT"],
+        tokens["log_ratio_BT"].astype(np.float64),
+    )
     found = evidence_of(tokens)
     _, own = sapo(tokens["log_ratio_BT"], adv_BT, mask_BT, SAPO(tau_pos=0.8, tau_neg=1.7))
     tau_BT, r_BT = np.where(adv_BT > 0, 0.8, 1.7), np.exp(z_BT)
-    gate_BT, log_gate_BT = 1 / np.cosh(tau_BT / 2 * (r_BT - 1)) ** 2, 1 / np.cosh(tau_BT / 2 * z_BT) ** 2
+    gate_BT, log_gate_BT = (
+        1 / np.cosh(tau_BT / 2 * (r_BT - 1)) ** 2,
+        1 / np.cosh(tau_BT / 2 * z_BT) ** 2,
+    )
     p_BT = np.exp(tokens["logp_BT"].astype(np.float64))
     norm_BT = np.sqrt(np.where(mask_BT, 1 - 2 * p_BT + tokens["collision_BT"], 0))
     coefficient_BT = tokens["weight_BT"] * np.abs(adv_BT) * r_BT * gate_BT
     grpo_BT = np.where(adv_BT > 0, r_BT > 1.27, (adv_BT < 0) & (r_BT < 0.8))
-    for sign, mine_BT in enumerate((mask_BT & (adv_BT > 0), mask_BT & (adv_BT < 0), mask_BT & (adv_BT == 0))):
+    for sign, mine_BT in enumerate(
+        (mask_BT & (adv_BT > 0), mask_BT & (adv_BT < 0), mask_BT & (adv_BT == 0))
+    ):
         expected = {
             "abs_log_ratio": np.abs(z_BT), "gate": own["gate"], "grad_weight": own["grad_weight"],
             "grad_weight_squared": (r_BT * gate_BT) ** 2, "gate_error": np.abs(gate_BT - log_gate_BT),
@@ -185,7 +231,9 @@ def test_tokens_against_the_objective_and_numpy():
             "logits/grpo_outside": coefficient_BT * norm_BT * ((r_BT > 1.27) | (r_BT < 0.8)),
         }  # fmt: skip
         for name, x_BT in expected.items():
-            assert found.sum[name][sign] == pytest.approx(float(x_BT[mine_BT].sum()), rel=2e-5), name
+            assert found.sum[name][sign] == pytest.approx(float(x_BT[mine_BT].sum()), rel=2e-5), (
+                name
+            )
         counts = np.histogram(z_BT[mine_BT], hist.SIGNED_EDGES)[0]
         np.testing.assert_array_equal(found.sum["log_ratio"][sign], counts)
         assert found.sum["tokens"][sign] == mine_BT.sum() > 0
@@ -200,7 +248,9 @@ def test_the_norm_is_that_of_the_losses_gradient_on_the_logits():
     rng = np.random.default_rng(0)
     tokens["tokens_BT"] %= 11
     logits_BTV = rng.normal(0, 3, (*tokens["mask_BT"].shape, 11)).astype(np.float32)
-    gather = lambda logits: jnp.take_along_axis(jax.nn.log_softmax(logits), tokens["tokens_BT"][..., None], -1)[..., 0]
+    gather = lambda logits: jnp.take_along_axis(
+        jax.nn.log_softmax(logits), tokens["tokens_BT"][..., None], -1
+    )[..., 0]
     tokens["logp_BT"] = np.asarray(gather(logits_BTV))
     tokens["collision_BT"] = np.asarray((jax.nn.softmax(logits_BTV) ** 2).sum(-1))
     tokens["correction_BT"] = rng.uniform(0.5, 2, tokens["mask_BT"].shape).astype(np.float32)
@@ -208,7 +258,9 @@ def test_the_norm_is_that_of_the_losses_gradient_on_the_logits():
 
     def loss(logits_BTV):
         log_ratio_BT = gather(logits_BTV) - old_logp_BT
-        surrogate_BT, _ = sapo(log_ratio_BT, tokens["adv_BT"], tokens["mask_BT"], SAPO(tau_pos=0.8, tau_neg=1.7))
+        surrogate_BT, _ = sapo(
+            log_ratio_BT, tokens["adv_BT"], tokens["mask_BT"], SAPO(tau_pos=0.8, tau_neg=1.7)
+        )
         return -jnp.sum(tokens["weight_BT"] * tokens["correction_BT"] * surrogate_BT)
 
     norms_BT = np.linalg.norm(jax.grad(loss)(logits_BTV), axis=-1)
@@ -240,7 +292,9 @@ def test_micro_batches_add_up(micro_batches):
     tokens = rows_of(example(5, 48, 0.2), 2, 30)
     whole = evidence_of(tokens)
     parts = {name: x.reshape(micro_batches, -1, *x.shape[1:]) for name, x in tokens.items()}
-    stacked = quick_jit(lambda parts: jax.lax.scan(lambda _, part: (None, collect(part)), None, parts)[1])(parts)
+    stacked = quick_jit(
+        lambda parts: jax.lax.scan(lambda _, part: (None, collect(part)), None, parts)[1]
+    )(parts)
     assert_same(reduce_evidence(jax.device_get(stacked)), whole)
     assert_same(jax.device_get(quick_jit(reduce_evidence)(stacked)), whole)
     assert (whole.sample["fingerprint"] != NOBODY).all()
@@ -257,7 +311,12 @@ def test_the_order_of_rows_and_tokens_changes_nothing_but_rounding():
     for i, s in enumerate(sequences):
         order = np.arange(len(s["mask_BT"]))
         order[s["mask_BT"]] = np.random.default_rng(i).permutation(order[s["mask_BT"]])
-        shuffled.append({name: x if name in ("tokens_BT", "positions_BT") else x[order] for name, x in s.items()})
+        shuffled.append(
+            {
+                name: x if name in ("tokens_BT", "positions_BT") else x[order]
+                for name, x in s.items()
+            }
+        )
     assert_same(evidence_of(rows_of(shuffled, 2, 30)), whole)
 
 
@@ -266,12 +325,16 @@ def test_the_sample_is_one_of_all_sequences():
     taken = np.zeros(64)
     tokens = rows_of([sequence(np.random.default_rng(i), 2, 2, 1.0, 0.1) for i in range(64)], 1, 4)
     for seed in range(40):
-        tokens["tokens_BT"] = np.random.default_rng(seed).integers(0, 1000, (64, 4)).astype(np.int32)
+        tokens["tokens_BT"] = (
+            np.random.default_rng(seed).integers(0, 1000, (64, 4)).astype(np.int32)
+        )
         tokens["log_ratio_BT"][:, 2:] = np.arange(64)[:, None] / 64  # the mean tells the place
         chosen = np.round(evidence_of(tokens).sample["mean"] * 64).astype(int)
         assert len(set(chosen.tolist())) == SAMPLE
         taken[chosen] += 1
-    assert abs(taken[:32].mean() - 20) < 2 and taken.min() > 5 and taken.max() < 35  # sd of a place: 3.2
+    assert (
+        abs(taken[:32].mean() - 20) < 2 and taken.min() > 5 and taken.max() < 35
+    )  # sd of a place: 3.2
 
 
 # ---------------------------------------------------------------- the bound
@@ -291,7 +354,9 @@ def test_the_log_gate_never_breaks_the_bound(tau):
     tokens["log_ratio_BT"] = (mean_B1 + spread_B1 * rng.normal(size=(B, T))).astype(np.float32)
     s = evidence_of(tokens, Gates.of(SAPO(tau_pos=tau))).sum
     assert s["sequences"].sum() == B and s["breaches_log"].sum() == 0
-    assert s["breaches_real"].sum() > 100  # the count counts: the real gate does not obey this bound
+    assert (
+        s["breaches_real"].sum() > 100
+    )  # the count counts: the real gate does not obey this bound
     assert s["gap_log"].sum() > 0.01 * B
 
 
@@ -300,23 +365,31 @@ def test_long_sequences_do_not_break_the_bound_by_rounding(spread):
     """20,000 tokens about 0.1, whose plain float32 sum is off by 1e-4 of itself: still Var, D and the bound."""
     z_T = (0.1 + spread * np.random.default_rng(0).normal(size=20_000)).astype(np.float32)
     one_BT = np.ones((1, 20_000), np.int32)
-    table = quick_jit(sequences, static_argnums=4)(z_T[None], one_BT.astype(np.float32), one_BT > 0, one_BT, GATES)
+    table = quick_jit(sequences, static_argnums=4)(
+        z_T[None], one_BT.astype(np.float32), one_BT > 0, one_BT, GATES
+    )
     assert table.is_there[0, 1] and not table.breaks_bound(table.gap_log).any()
     expected = of_sequence(torch.tensor(z_T, dtype=torch.float64), 0.8)
     assert table.mean[0, 1] == pytest.approx(expected["mean"], rel=1e-6)
     assert table.variance[0, 1] == pytest.approx(expected["variance"], rel=1e-4, abs=1e-11)
     ulp_of_the_gate = np.tanh(0.8 / 2 * 0.1) ** 2 * 2.0**-23  # differences of 1 - g cannot be finer
-    assert table.gap_log[0, 1] == pytest.approx(expected["gap_log"], rel=1e-3, abs=4 * ulp_of_the_gate)
+    assert table.gap_log[0, 1] == pytest.approx(
+        expected["gap_log"], rel=1e-3, abs=4 * ulp_of_the_gate
+    )
 
 
 def test_a_wrong_bound_would_be_broken():
     """The count of breaches is not zero by construction: with half the bound, sequences break it."""
     z_BT = np.array([[-0.01, 0.01], [0.3, 0.3]], np.float32)
     one_BT = np.ones((2, 2))
-    table = sequences(z_BT, one_BT.astype(np.float32), one_BT.astype(bool), one_BT.astype(np.int32), GATES)
+    table = sequences(
+        z_BT, one_BT.astype(np.float32), one_BT.astype(bool), one_BT.astype(np.int32), GATES
+    )
     assert not table.breaks_bound(table.gap_log).any()
     halved = dataclasses.replace(table, bound=table.bound / 2)
-    np.testing.assert_array_equal(halved.breaks_bound(table.gap_log), [[False, True, False], [False, False, False]])
+    np.testing.assert_array_equal(
+        halved.breaks_bound(table.gap_log), [[False, True, False], [False, False, False]]
+    )
 
 
 # ---------------------------------------------------------------- extremes
@@ -327,7 +400,9 @@ def test_extreme_log_ratios_stay_finite():
     tokens = rows_of(example(7, 12), 1, 13)
     tokens["log_ratio_BT"] = np.where(np.arange(13) % 2, 200, -200) * np.ones((12, 1), np.float32)
     found = evidence_of(tokens)
-    assert all(np.isfinite(x).all() for part in (found.sum, found.max, found.sample) for x in part.values())
+    assert all(
+        np.isfinite(x).all() for part in (found.sum, found.max, found.sample) for x in part.values()
+    )
     assert found.max["abs_log_ratio"].max() == 20 and found.sum["gate"].sum() == 0
     assert found.sum["coefficient/total"].sum() == 0 and found.sum["breaches_log"].sum() == 0
     assert found.sum["log_ratio"][:, [0, 1, -2, -1]].sum() == found.sum["tokens"].sum()
@@ -374,7 +449,10 @@ def test_a_masked_row_and_an_absent_sign():
     found = evidence_of(tokens)
     assert found.sum["sequences"].sum() == 11 and found.sum["sequences"][1] == 0
     metrics = finalize_evidence(found)
-    assert all(np.isfinite(x) for x in metrics.values()) and metrics["effective_tokens/neg_fraction"] == 0
+    assert (
+        all(np.isfinite(x) for x in metrics.values())
+        and metrics["effective_tokens/neg_fraction"] == 0
+    )
     assert ratio_quantiles(found, GATES)["gate"]["neg"] == []
 
 
@@ -382,7 +460,10 @@ def test_it_has_no_gradient():
     tokens = rows_of(example(12, 6, 0.2), 1, 14)
 
     def total(log_ratio_BT):
-        return sum(x.sum() for x in finalize_evidence(collect({**tokens, "log_ratio_BT": log_ratio_BT})).values())
+        return sum(
+            x.sum()
+            for x in finalize_evidence(collect({**tokens, "log_ratio_BT": log_ratio_BT})).values()
+        )
 
     np.testing.assert_array_equal(quick_jit(jax.grad(total))(tokens["log_ratio_BT"]), 0)
 
@@ -406,16 +487,23 @@ def test_a_row_goes_through_json_and_back():
     assert_same(found, whole, float_rtol=1e-6)
     assert len(row["by_update"]["a2/variance_mean"]) == 2
     first = finalize_evidence(reduce_evidence(stacked(*parts[:2])))
-    assert row["by_update"]["a2/variance_mean"][0] == pytest.approx(float(first["a2/variance_mean"]), rel=1e-6)
+    assert row["by_update"]["a2/variance_mean"][0] == pytest.approx(
+        float(first["a2/variance_mean"]), rel=1e-6
+    )
     expected = {name: float(x) for name, x in finalize_evidence(whole).items()}
-    assert {name: float(x) for name, x in finalize_evidence(found).items()} == pytest.approx(expected, rel=1e-6)
+    assert {name: float(x) for name, x in finalize_evidence(found).items()} == pytest.approx(
+        expected, rel=1e-6
+    )
 
 
 def test_quantiles_by_sign_are_those_of_the_tokens():
     """Of r, f'(r) and r f'(r), to within the histogram's bins."""
     tokens = rows_of(example(13, 300, 0.3), 3, 45)
     found = ratio_quantiles(evidence_of(tokens), GATES)
-    for sign, tau, mine_BT in (("pos", 0.8, tokens["adv_BT"] > 0), ("neg", 1.7, tokens["adv_BT"] < 0)):
+    for sign, tau, mine_BT in (
+        ("pos", 0.8, tokens["adv_BT"] > 0),
+        ("neg", 1.7, tokens["adv_BT"] < 0),
+    ):
         r_N = np.exp(tokens["log_ratio_BT"][mine_BT & tokens["mask_BT"]].astype(np.float64))
         gate_N = 1 / np.cosh(tau / 2 * (r_N - 1)) ** 2
         for name, x_N in {"ratio": r_N, "gate": gate_N, "grad_weight": r_N * gate_N}.items():
@@ -426,7 +514,9 @@ def test_quantiles_by_sign_are_those_of_the_tokens():
 def test_a_nan_survives_the_row():
     tokens = rows_of(example(9, 12, 0.2), 1, 14)
     tokens["log_ratio_BT"][tokens["mask_BT"]] = np.nan
-    row = json.loads(json.dumps(_plain(evidence_row([stacked(evidence_of(tokens))], GATES)), allow_nan=False))
+    row = json.loads(
+        json.dumps(_plain(evidence_row([stacked(evidence_of(tokens))], GATES)), allow_nan=False)
+    )
     found, _ = read_evidence(row)
     assert np.isnan(found.sum["gate"]).any() and found.sum["log_ratio"].sum() == 0
 

@@ -19,7 +19,9 @@ from tests.diagnostics.reference import of_sequence
 def test_settings_are_the_runs_own_or_the_papers():
     assert Gates.of(SAPO(tau_pos=0.5, tau_neg=2.0)) == Gates(0.5, 2.0, (0.2, 0.27), (3e-4, 4e-4))
     assert Gates.of(GRPO(clip_low=0.1, clip_high=0.3)) == Gates(1.0, 1.05, (0.1, 0.3), (3e-4, 4e-4))
-    assert Gates.of(GSPO(clip_low=0.01, clip_high=0.02)) == Gates(1.0, 1.05, (0.2, 0.27), (0.01, 0.02))
+    assert Gates.of(GSPO(clip_low=0.01, clip_high=0.02)) == Gates(
+        1.0, 1.05, (0.2, 0.27), (0.01, 0.02)
+    )
     assert Gates.of(CISPO()) == Gates(1.0, 1.05, (0.2, 0.27), (3e-4, 4e-4))
 
 
@@ -65,7 +67,9 @@ def test_tau_follows_the_sign_as_in_the_objective():
     cfg = SAPO(tau_pos=0.4, tau_neg=3.0)
     z_BT, adv_BT = np.full((1, 3), 0.7, np.float32), np.array([[1.0, -1.0, 0.0]], np.float32)
     gate_BT = 1 - closed_gate(z_BT, Gates.of(cfg).tau(adv_BT))
-    np.testing.assert_allclose(gate_BT, sapo(z_BT, adv_BT, np.ones((1, 3), bool), cfg)[1]["gate"], rtol=1e-6)
+    np.testing.assert_allclose(
+        gate_BT, sapo(z_BT, adv_BT, np.ones((1, 3), bool), cfg)[1]["gate"], rtol=1e-6
+    )
 
 
 # ---------------------------------------------------------------- histograms
@@ -80,10 +84,14 @@ def test_signed_bins():
     wide = centers > 0.01
     assert np.all(np.diff(edges)[wide] / centers[wide] < 0.126)
     np.testing.assert_array_equal(hist.signed_bin(centers.astype(np.float32)), np.arange(173))
-    x = np.random.default_rng(0).normal(0, 1, 1000) * 10.0 ** np.random.default_rng(1).uniform(-6, 1, 1000)
+    x = np.random.default_rng(0).normal(0, 1, 1000) * 10.0 ** np.random.default_rng(1).uniform(
+        -6, 1, 1000
+    )
     expected = np.clip(np.searchsorted(edges, x) - 1, 0, 172)
     np.testing.assert_array_equal(hist.signed_bin(x.astype(np.float32)), expected)
-    np.testing.assert_array_equal(hist.signed_bin(np.array([np.nan, np.inf, -np.inf, 1e9])), [-1, 172, 0, 172])
+    np.testing.assert_array_equal(
+        hist.signed_bin(np.array([np.nan, np.inf, -np.inf, 1e9])), [-1, 172, 0, 172]
+    )
 
 
 def test_positive_bins():
@@ -107,12 +115,18 @@ def test_histogram_counts_by_row_and_leaves_out_what_is_not_valid():
 @pytest.mark.parametrize("xp", [np, jnp])
 def test_quantiles_are_within_a_bin(xp):
     x = np.random.default_rng(0).normal(0.02, 0.3, 20_000).astype(np.float32)
-    counts = xp.asarray(hist.histogram(hist.signed_bin(x), np.zeros(len(x), int), 1, hist.SIGNED_BINS)[0])
+    counts = xp.asarray(
+        hist.histogram(hist.signed_bin(x), np.zeros(len(x), int), 1, hist.SIGNED_BINS)[0]
+    )
     for q in (0.01, 0.25, 0.5, 0.99):
-        assert hist.quantile(counts, hist.SIGNED_EDGES, q) == pytest.approx(np.quantile(x, q), rel=0.13, abs=2e-4)
+        assert hist.quantile(counts, hist.SIGNED_EDGES, q) == pytest.approx(
+            np.quantile(x, q), rel=0.13, abs=2e-4
+        )
         folded, edges = hist.magnitudes(counts)
         assert folded.sum() == len(x) and len(edges) == len(folded) + 1
-        assert hist.quantile(folded, edges, q) == pytest.approx(np.quantile(np.abs(x), q), rel=0.13, abs=2e-4)
+        assert hist.quantile(folded, edges, q) == pytest.approx(
+            np.quantile(np.abs(x), q), rel=0.13, abs=2e-4
+        )
     assert hist.quantile(xp.zeros(3, int), np.arange(4.0), 0.5) == 0
     np.testing.assert_allclose(hist.quantile(xp.asarray([0, 4, 0, 4]), np.arange(5.0), 0.75), 3.5)
 
@@ -125,7 +139,12 @@ def test_quantiles_of_a_function_that_is_not_monotone():
 
 
 def test_trimming_loses_nothing():
-    for counts in (np.zeros(5, int), np.array([0, 3, 0, 2, 0]), np.array([1, 0, 0, 0, 9]), np.array([0, 0, 0, 0, 1])):
+    for counts in (
+        np.zeros(5, int),
+        np.array([0, 3, 0, 2, 0]),
+        np.array([1, 0, 0, 0, 9]),
+        np.array([0, 0, 0, 0, 1]),
+    ):
         np.testing.assert_array_equal(hist.untrim(hist.trim(counts), 5), counts)
     assert hist.trim(np.array([0, 3, 0, 2, 0])) == [1, [3, 0, 2]]
     with pytest.raises(ValueError, match="up to bin 6, but there are 5"):

@@ -39,7 +39,9 @@ def numbers(metrics):
 def assert_metrics_close(actual, expected):
     assert actual.keys() == expected.keys()
     for name in expected:
-        np.testing.assert_allclose(actual[name], expected[name], rtol=1e-5, atol=1e-6, equal_nan=False, err_msg=name)
+        np.testing.assert_allclose(
+            actual[name], expected[name], rtol=1e-5, atol=1e-6, equal_nan=False, err_msg=name
+        )
 
 
 def test_by_hand():
@@ -79,13 +81,17 @@ def test_micro_batches_merge_to_the_whole():
 
     @jax.jit
     def scanned(micro_batches):
-        return finalize(reduce(jax.lax.scan(lambda _, micro: (None, stats_of(micro)), None, micro_batches)[1]))
+        return finalize(
+            reduce(jax.lax.scan(lambda _, micro: (None, stats_of(micro)), None, micro_batches)[1])
+        )
 
     micro_batches = {name: jnp.asarray(x).reshape(4, 2, -1) for name, x in tokens.items()}
     assert_metrics_close(numbers(scanned(micro_batches)), whole)
 
 
-@pytest.mark.parametrize("adv, absent", [(1.0, ["neg_"]), (-1.0, ["pos_"]), (0.0, ["pos_", "neg_"])])
+@pytest.mark.parametrize(
+    "adv, absent", [(1.0, ["neg_"]), (-1.0, ["pos_"]), (0.0, ["pos_", "neg_"])]
+)
 def test_an_absent_sign_is_zero_with_a_zero_count(adv, absent):
     tokens = batch()
     tokens["adv_BT"] = np.full_like(tokens["adv_BT"], adv)
@@ -101,13 +107,17 @@ def test_all_masked_is_all_zeros_and_merges_as_nothing():
     tokens = batch()
     nothing = stats_of({**tokens, "mask_BT": np.zeros_like(tokens["mask_BT"])})
     assert set(numbers(finalize(nothing)).values()) == {0}
-    assert numbers(finalize(merge(nothing, stats_of(tokens)))) == numbers(finalize(stats_of(tokens)))
+    assert numbers(finalize(merge(nothing, stats_of(tokens)))) == numbers(
+        finalize(stats_of(tokens))
+    )
 
 
 def test_masked_tokens_are_never_read():
     tokens = batch()
     mask_BT = tokens["mask_BT"]
-    dirty = {name: np.where(mask_BT, x, np.float32(np.nan)) for name, x in tokens.items()} | {"mask_BT": mask_BT}
+    dirty = {name: np.where(mask_BT, x, np.float32(np.nan)) for name, x in tokens.items()} | {
+        "mask_BT": mask_BT
+    }
     assert numbers(finalize(stats_of(dirty))) == numbers(finalize(stats_of(tokens)))
 
 
@@ -120,7 +130,9 @@ def test_nan_at_a_trained_token_shows():
 def test_counts_are_exact_integers_beyond_float32():
     """2^24 + 1 tokens: a float32 count would lose the one."""
     stats = stats_of(batch(1, 1))
-    big = type(stats)(count=jnp.full(3, 2**24, jnp.int32), sum=stats.sum, min=stats.min, max=stats.max)
+    big = type(stats)(
+        count=jnp.full(3, 2**24, jnp.int32), sum=stats.sum, min=stats.min, max=stats.max
+    )
     one = type(stats)(count=jnp.ones(3, jnp.int32), sum=stats.sum, min=stats.min, max=stats.max)
     assert numbers(finalize(merge(big, one)))["tokens/count"] == 2**24 + 1
 

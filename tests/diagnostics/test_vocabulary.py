@@ -18,7 +18,10 @@ def test_against_autodiff_through_the_objective():
     """Ten positions, logits of spread 3, log-ratios to +-2, advantages of both signs and 0."""
     rng = np.random.default_rng(0)
     logits_NV, token_N = rng.normal(0, 3, (10, 23)).astype(np.float32), rng.integers(0, 23, 10)
-    z_N, adv_N = rng.uniform(-2, 2, 10).astype(np.float32), rng.choice([-1.5, 0, 0.7], 10).astype(np.float32)
+    z_N, adv_N = (
+        rng.uniform(-2, 2, 10).astype(np.float32),
+        rng.choice([-1.5, 0, 0.7], 10).astype(np.float32),
+    )
     logp = lambda logits_NV: jax.nn.log_softmax(logits_NV)[np.arange(10), token_N]
     old_logp_N = logp(logits_NV) - z_N
 
@@ -41,8 +44,12 @@ def test_by_hand(adv):
     spread = vocabulary_spread(gradient_V, 0)
     one, two = (spread.raised, spread.lowered) if adv > 0 else (spread.lowered, spread.raised)
     assert (float(one), float(two)) == pytest.approx((1, 2), rel=1e-6)
-    assert float(spread.sampled) == pytest.approx(adv / 2) and float(spread.moved) == pytest.approx(0.5)
-    assert float(spread.largest) == pytest.approx(0.25) and float(spread.norm) == pytest.approx(np.sqrt(0.375))
+    assert float(spread.sampled) == pytest.approx(adv / 2) and float(spread.moved) == pytest.approx(
+        0.5
+    )
+    assert float(spread.largest) == pytest.approx(0.25) and float(spread.norm) == pytest.approx(
+        np.sqrt(0.375)
+    )
 
 
 def test_negative_advantages_raise_all_that_were_not_sampled():
@@ -52,7 +59,9 @@ def test_negative_advantages_raise_all_that_were_not_sampled():
     gradient_V = np.asarray(vocabulary_gradient(logits_V, 7, -1.0, 0.0, CFG))
     assert (gradient_V > 0).sum() == 999 and gradient_V[7] == pytest.approx(-0.5, rel=1e-5)
     spread = vocabulary_spread(gradient_V, 7)
-    assert float(spread.raised) == pytest.approx(999, rel=1e-4) and float(spread.lowered) == pytest.approx(1)
+    assert float(spread.raised) == pytest.approx(999, rel=1e-4) and float(
+        spread.lowered
+    ) == pytest.approx(1)
     assert float(spread.largest) == pytest.approx(0.5 / 999, rel=1e-4)
 
 

@@ -12,17 +12,30 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from sapo_jax.learner.scoring import score
 from sapo_jax.models.moe import MoE
-from sapo_jax.scoring import score
 from tests.models import tiny
-from tests.models.test_hf_parity import CASES, LENGTHS, assert_same_gradients, hugging_face, rows, stages
+from tests.models.test_hf_parity import (
+    CASES,
+    LENGTHS,
+    assert_same_gradients,
+    hugging_face,
+    rows,
+    stages,
+)
 from tests.references import moe_torch
 
-MIXED = dataclasses.replace(tiny.MOE, num_hidden_layers=4, mlp_only_layers=(1,))  # runs of 1, 1 and 2 layers
+MIXED = dataclasses.replace(
+    tiny.MOE, num_hidden_layers=4, mlp_only_layers=(1,)
+)  # runs of 1, 1 and 2 layers
 
 
 @pytest.mark.parametrize(
-    "name", [*(pytest.param(n, marks=pytest.mark.slow) for n in ("moe", "moe-sparse-step")), "moe-unnormalised-yarn"]
+    "name",
+    [
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("moe", "moe-sparse-step")),
+        "moe-unnormalised-yarn",
+    ],
 )
 def test_random_experts_equal_torch(name):
     """Loss and gradients of every parameter, the router's too: none of them is 0. Layers of both kinds mix in one case."""
@@ -30,7 +43,9 @@ def test_random_experts_equal_torch(name):
     ids_BTLk = tiny.random_experts((len(LENGTHS), max(LENGTHS)), cfg)
     chosen_Nk = stages(name)["expert_ids"][0]
     given_Nk = ids_BTLk[:, :, 0][rows()["segment_ids_BT"] > 0]
-    kept = np.mean([len(set(a) & set(b)) for a, b in zip(chosen_Nk.tolist(), given_Nk.tolist(), strict=True)])
+    kept = np.mean(
+        [len(set(a) & set(b)) for a, b in zip(chosen_Nk.tolist(), given_Nk.tolist(), strict=True)]
+    )
     assert kept < 0.7 * cfg.num_experts_per_tok  # most are not what the router would have chosen
     with moe_torch.forced(hugging_face(name), ids_BTLk, cfg.norm_topk_prob):
         assert_same_gradients(name, ids_BTLk)
@@ -42,7 +57,10 @@ def compiled(cfg, jit):
 
     def loss(params, batch):
         scores = score(tiny.policy(cfg).bind(params), batch, 0.8)
-        total = jnp.sum(batch.adv_BT * batch.weight_BT * scores.logp_BT) + 0.1 * scores.routing.aux_loss.sum()
+        total = (
+            jnp.sum(batch.adv_BT * batch.weight_BT * scores.logp_BT)
+            + 0.1 * scores.routing.aux_loss.sum()
+        )
         return total, (scores.logp_BT, scores.routing)
 
     return jit(jax.value_and_grad(loss, has_aux=True))
@@ -62,7 +80,9 @@ def test_the_routers_own_choice_replayed_changes_no_bit():
     (loss, (logp_BT, found)), gradients = values_and_gradients(MIXED, replayed, jax.jit)
     np.testing.assert_array_equal(found.replay.tokens, (batch.segment_ids_BT > 0).sum())
     np.testing.assert_array_equal(found.replay.difference, 0)
-    chex.assert_trees_all_equal(((loss, (logp_BT, dataclasses.replace(found, replay=None))), gradients), plain)
+    chex.assert_trees_all_equal(
+        ((loss, (logp_BT, dataclasses.replace(found, replay=None))), gradients), plain
+    )
 
 
 def test_tokens_without_recorded_experts_route_live():
@@ -124,11 +144,15 @@ def test_experts_that_the_router_rules_out(normalise):
     """Given experts may all have probability 0 (in float32): gates, output and gradients are finite all the same."""
     cfg = dataclasses.replace(tiny.MOE, norm_topk_prob=normalise)
     moe = MoE(cfg, rngs=nnx.Rngs(0))
-    moe.router.set_value(jnp.zeros_like(moe.router[...]).at[0].set(jnp.array([900.0, 800.0, 3, 1, 0])))
+    moe.router.set_value(
+        jnp.zeros_like(moe.router[...]).at[0].set(jnp.array([900.0, 800.0, 3, 1, 0]))
+    )
     x_BTD = jnp.ones((1, 1, cfg.hidden_size))
     ids_BTk = np.array([[[2, 3]]], np.uint8)
     graphdef, state = nnx.split(moe)
-    value = lambda state: nnx.merge(graphdef, state)(x_BTD, jnp.ones((1, 1), jnp.int32), ids_BTk)[0].sum()
+    value = lambda state: nnx.merge(graphdef, state)(x_BTD, jnp.ones((1, 1), jnp.int32), ids_BTk)[
+        0
+    ].sum()
     out, gradient = jax.value_and_grad(value)(state)
     assert np.isfinite(out) and all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
     assert bool(out != 0) == normalise  # not normalised, both gates are exp(-897) = 0
@@ -140,6 +164,10 @@ def test_experts_that_the_router_rules_out(normalise):
 def test_ids_of_another_shape_are_refused(cfg, shape):
     batch = dataclasses.replace(tiny.batch(), expert_ids_BTLk=np.zeros(shape, np.uint8))
     with pytest.raises(
-        ValueError, match=r"expert_ids_BTLk has the shape \(4, 1[56], \d, \d\), this model needs \(4, 16, "
+        ValueError,
+        match=r"expert_ids_BTLk has the shape \(4, 1[56], \d, \d\), this model needs \(4, 16, ",
     ):
-        jax.eval_shape(lambda params: score(tiny.policy(cfg).bind(params), batch, 1.0).logp_BT, tiny.params(cfg))
+        jax.eval_shape(
+            lambda params: score(tiny.policy(cfg).bind(params), batch, 1.0).logp_BT,
+            tiny.params(cfg),
+        )

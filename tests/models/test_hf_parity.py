@@ -13,13 +13,13 @@ import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding, apply_rotary_pos_emb
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
+from sapo_jax.batch import Batch
 from sapo_jax.config import SAPO, Config, Model, Rollout, Yarn
-from sapo_jax.learner import policy_loss
+from sapo_jax.learner.update import policy_loss
 from sapo_jax.models import make_policy
 from sapo_jax.models.moe import _routing
 from sapo_jax.models.rope import frequencies, rotations
-from sapo_jax.rollout import token_rows
-from sapo_jax.types import Batch
+from sapo_jax.rollout import pad_sequences
 from tests.models.tiny import quick_jit
 from tests.references import hf
 from tests.references.objectives_torch import mean_over_sequences_of_token_means, sapo_terms
@@ -33,19 +33,42 @@ YARN = Yarn(factor=4.0, original_max_position_embeddings=16, beta_fast=4.0)
 CASES = {
     "qwen3": BASE,
     "qwen3-untied-mha-yarn": dataclasses.replace(
-        BASE, num_key_value_heads=4, tie_word_embeddings=False, rope_theta=1e6, rope_scaling=YARN, rms_norm_eps=1e-3
+        BASE,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
+        rope_theta=1e6,
+        rope_scaling=YARN,
+        rms_norm_eps=1e-3,
     ),
     "llama-mqa": dataclasses.replace(
         BASE, qk_norm=False, num_key_value_heads=1, head_dim=10, tie_word_embeddings=False
     ),
     "moe": dataclasses.replace(MOE, tie_word_embeddings=False),
     "qwen3-bias": dataclasses.replace(BASE, attention_bias=True),
-    "llama-bias-wide-heads": dataclasses.replace(BASE, qk_norm=False, attention_bias=True, head_dim=14),
-    "moe-sparse-step": dataclasses.replace(MOE, decoder_sparse_step=2, num_hidden_layers=4, attention_bias=True),
+    "llama-bias-wide-heads": dataclasses.replace(
+        BASE, qk_norm=False, attention_bias=True, head_dim=14
+    ),
+    "moe-sparse-step": dataclasses.replace(
+        MOE, decoder_sparse_step=2, num_hidden_layers=4, attention_bias=True
+    ),
     "moe-mlp-only": dataclasses.replace(MOE, mlp_only_layers=(1,), tie_word_embeddings=False),
-    "moe-unnormalised-yarn": dataclasses.replace(MOE, norm_topk_prob=False, rope_scaling=YARN, num_experts_per_tok=2),
+    "moe-unnormalised-yarn": dataclasses.replace(
+        MOE, norm_topk_prob=False, rope_scaling=YARN, num_experts_per_tok=2
+    ),
 }
-STAGES = ("embed", "attention_norm", "q", "k", "v", "attention", "mlp_norm", "mlp", "block", "stack", "logits")
+STAGES = (
+    "embed",
+    "attention_norm",
+    "q",
+    "k",
+    "v",
+    "attention",
+    "mlp_norm",
+    "mlp",
+    "block",
+    "stack",
+    "logits",
+)
 each_case = pytest.mark.parametrize("name", CASES)
 LENGTHS, N_PROMPT = (13, 16, 9), (6, 4, 8)
 ADV, TAUS = (1.3, -0.7, -1.1), dict(tau_pos=0.8, tau_neg=1.7)
@@ -60,11 +83,19 @@ ADV, TAUS = (1.3, -0.7, -1.1), dict(tau_pos=0.8, tau_neg=1.7)
         (8, 1e4, None),
         (128, 1e6, None),
         (128, 1e6, Yarn()),
-        (128, 1e6, Yarn(factor=2.0, original_max_position_embeddings=4096, beta_fast=16.0, beta_slow=2.0)),
+        (
+            128,
+            1e6,
+            Yarn(factor=2.0, original_max_position_embeddings=4096, beta_fast=16.0, beta_slow=2.0),
+        ),
         (64, 5e5, Yarn(factor=8.0, attention_factor=1.25)),
         (16, 1e4, Yarn(factor=32.0, original_max_position_embeddings=64)),
         (32, 1e4, Yarn(factor=1.0)),
-        (8, 1e4, Yarn(factor=4.0, original_max_position_embeddings=200, beta_fast=1.0)),  # an empty ramp
+        (
+            8,
+            1e4,
+            Yarn(factor=4.0, original_max_position_embeddings=200, beta_fast=1.0),
+        ),  # an empty ramp
     ],
 )
 def test_rotary_angles(head_dim, theta, yarn):
@@ -76,7 +107,9 @@ def test_rotary_angles(head_dim, theta, yarn):
 
     positions_BT = np.array([[0, 1, 2, 7, 30], [5, 4, 3, 0, 0]], np.int32)
     cos_BTh, sin_BTh = (x.numpy() for x in reference(torch.zeros(1), torch.tensor(positions_BT)))
-    for ours_BT1h, theirs_BTh in zip(rotations(positions_BT, head_dim, theta, yarn), (cos_BTh, sin_BTh), strict=True):
+    for ours_BT1h, theirs_BTh in zip(
+        rotations(positions_BT, head_dim, theta, yarn), (cos_BTh, sin_BTh), strict=True
+    ):
         assert ours_BT1h.dtype == jnp.float32
         np.testing.assert_allclose(np.tile(ours_BT1h[:, :, 0], 2), theirs_BTh, atol=1e-5)
 
@@ -91,8 +124,11 @@ def hugging_face(name: str):
 
 def rows() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(2)
-    sequences = [(rng.integers(0, BASE.vocab_size, n).tolist(), p) for n, p in zip(LENGTHS, N_PROMPT, strict=True)]
-    return token_rows(sequences, pad_id=0)
+    sequences = [
+        (rng.integers(0, BASE.vocab_size, n).tolist(), p)
+        for n, p in zip(LENGTHS, N_PROMPT, strict=True)
+    ]
+    return pad_sequences(sequences, pad_id=0)
 
 
 @functools.cache
@@ -128,7 +164,9 @@ def our_stages(policy, params, x_BTD, normed_BTD, mlp_input_BTD) -> dict[str, ja
         "k": k,
         "v": v,
         "attention": block.attention(normed_BTD, rotation, positions, segments, prefixes)[0],
-        "mlp_norm": block.mlp_norm(x_BTD + block.attention(normed_BTD, rotation, positions, segments, prefixes)[0]),
+        "mlp_norm": block.mlp_norm(
+            x_BTD + block.attention(normed_BTD, rotation, positions, segments, prefixes)[0]
+        ),
     }
     if block.sparse:
         mlp, routing = block.mlp(mlp_input_BTD, segments)
@@ -136,13 +174,19 @@ def our_stages(policy, params, x_BTD, normed_BTD, mlp_input_BTD) -> dict[str, ja
     else:
         found |= {"mlp": block.mlp(mlp_input_BTD)}
     block_BTD = block(x_BTD, rotation, positions, segments, prefixes)[0]
-    return found | {"block": block_BTD, "stack": forward.hidden_BTD, "logits": model.logits(forward.hidden_BTD)}
+    return found | {
+        "block": block_BTD,
+        "stack": forward.hidden_BTD,
+        "logits": model.logits(forward.hidden_BTD),
+    }
 
 
 @torch.no_grad()
 def their_stages(name: str) -> dict[str, np.ndarray]:
     model, cfg = hugging_face(name), CASES[name]
-    tokens, positions, segments = (torch.tensor(rows()[n]) for n in ("tokens_BT", "positions_BT", "segment_ids_BT"))
+    tokens, positions, segments = (
+        torch.tensor(rows()[n]) for n in ("tokens_BT", "positions_BT", "segment_ids_BT")
+    )
     layer = model.model.layers[studied(cfg)]
     B, T = tokens.shape
     x = model.model.embed_tokens(tokens)
@@ -153,16 +197,29 @@ def their_stages(name: str) -> dict[str, np.ndarray]:
     q, k, v = (getattr(attention, f"{n}_proj")(normed).view(B, T, -1, cfg.head_dim) for n in "qkv")
     q, k = getattr(attention, "q_norm", unit)(q), getattr(attention, "k_norm", unit)(k)
     q, k = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
-    causal = torch.full((T, T), torch.finfo(torch.float32).min).triu(1)[None, None].expand(B, 1, T, T)
+    causal = (
+        torch.full((T, T), torch.finfo(torch.float32).min).triu(1)[None, None].expand(B, 1, T, T)
+    )
     attended, _ = attention(normed, position_embeddings=(cos, sin), attention_mask=causal)
     mlp_norm = layer.post_attention_layernorm(x + attended)
-    found = {"embed": x, "attention_norm": normed, "q": q, "k": k, "v": v, "attention": attended, "mlp_norm": mlp_norm}
+    found = {
+        "embed": x,
+        "attention_norm": normed,
+        "q": q,
+        "k": k,
+        "v": v,
+        "attention": attended,
+        "mlp_norm": mlp_norm,
+    }
     if cfg.num_experts:
         found["expert_ids"] = layer.mlp.gate(mlp_norm)[2].view(B, T, -1)
     found["mlp"] = layer.mlp(mlp_norm)
     found["block"] = layer(x, position_embeddings=(cos, sin), attention_mask=causal)
     out = model(tokens, attention_mask=(segments > 0).long(), output_hidden_states=True)
-    return {stage: x.numpy() for stage, x in (found | {"stack": out.hidden_states[-1], "logits": out.logits}).items()}
+    return {
+        stage: x.numpy()
+        for stage, x in (found | {"stack": out.hidden_states[-1], "logits": out.logits}).items()
+    }
 
 
 @each_case
@@ -183,7 +240,9 @@ def test_router_choice(name):
     ours, theirs = stages(name)["expert_ids"]
     assert ours.dtype == np.uint8
     np.testing.assert_array_equal(ours, theirs)
-    assert set(theirs.flatten()) == set(range(CASES[name].num_experts))  # every expert has something to do
+    assert set(theirs.flatten()) == set(
+        range(CASES[name].num_experts)
+    )  # every expert has something to do
 
 
 @pytest.mark.parametrize(("E", "k"), [(6, 2), (256, 2), (300, 3)])
@@ -194,11 +253,15 @@ def test_router_statistics(E, k):
     prob_BTE = jax.nn.softmax(logits_BTE)
     ids_BTk = jax.lax.top_k(prob_BTE, k)[1]
     routing = _routing(ids_BTk, prob_BTE, segments_BT > 0, E)
-    theirs = load_balancing_loss_func((torch.tensor(logits_BTE).reshape(-1, E),), E, k, torch.tensor(segments_BT))
+    theirs = load_balancing_loss_func(
+        (torch.tensor(logits_BTE).reshape(-1, E),), E, k, torch.tensor(segments_BT)
+    )
     assert routing.aux_loss == pytest.approx(theirs.item() / k, rel=1e-5)
     counts_E = np.bincount(np.asarray(ids_BTk)[segments_BT > 0].flatten(), minlength=E)
     np.testing.assert_allclose(routing.load_E, counts_E / (12 * k), rtol=1e-6)
-    assert routing.expert_ids_BTk.dtype == (np.uint8 if E < 256 else np.uint16)  # it holds E, "not recorded", too
+    assert routing.expert_ids_BTk.dtype == (
+        np.uint8 if E < 256 else np.uint16
+    )  # it holds E, "not recorded", too
     np.testing.assert_array_equal(routing.expert_ids_BTk, ids_BTk)
 
 
@@ -208,10 +271,16 @@ def test_router_statistics(E, k):
 def torch_gradients(name: str, drift: list[np.ndarray]) -> tuple[float, dict, list[np.ndarray]]:
     """Loss and gradients of SAPO on the completions, from the paper's formula; the old log-probs, log pi + drift."""
     model, tokens = hugging_face(name), torch.tensor(rows()["tokens_BT"])
-    logp_BTV = model(tokens, attention_mask=torch.tensor(rows()["segment_ids_BT"] > 0)).logits.log_softmax(-1)
-    spans = [(b, torch.arange(p, n)) for b, (n, p) in enumerate(zip(LENGTHS, N_PROMPT, strict=True))]
+    logp_BTV = model(
+        tokens, attention_mask=torch.tensor(rows()["segment_ids_BT"] > 0)
+    ).logits.log_softmax(-1)
+    spans = [
+        (b, torch.arange(p, n)) for b, (n, p) in enumerate(zip(LENGTHS, N_PROMPT, strict=True))
+    ]
     logp = [logp_BTV[b, t - 1, tokens[b, t].long()] for b, t in spans]
-    old = [x.detach() + torch.tensor(d, dtype=torch.float32) for x, d in zip(logp, drift, strict=True)]
+    old = [
+        x.detach() + torch.tensor(d, dtype=torch.float32) for x, d in zip(logp, drift, strict=True)
+    ]
     loss = -mean_over_sequences_of_token_means(sapo_terms(logp, old, list(ADV), **TAUS))
     named = dict(model.named_parameters())
     gradients = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
@@ -234,16 +303,28 @@ def assert_same_gradients(name: str, expert_ids_BTLk: np.ndarray | None = None) 
     old_logp_BT = np.zeros(mask_BT.shape, np.float32)
     old_logp_BT[mask_BT] = np.concatenate(old_logp)
     adv_BT = np.broadcast_to(np.array(ADV, np.float32)[:, None], mask_BT.shape)
-    weight_BT = np.where(mask_BT, 1 / (len(ADV) * mask_BT.sum(axis=1, keepdims=True)), 0).astype(np.float32)
-    batch = Batch(**found, adv_BT=adv_BT, weight_BT=weight_BT, old_logp_BT=old_logp_BT, expert_ids_BTLk=expert_ids_BTLk)
+    weight_BT = np.where(mask_BT, 1 / (len(ADV) * mask_BT.sum(axis=1, keepdims=True)), 0).astype(
+        np.float32
+    )
+    batch = Batch(
+        **found,
+        adv_BT=adv_BT,
+        weight_BT=weight_BT,
+        old_logp_BT=old_logp_BT,
+        expert_ids_BTLk=expert_ids_BTLk,
+    )
 
     cfg = Config(model=CASES[name], objective=SAPO(**TAUS), rollout=Rollout(temperature=1.0))
     policy, loss = make_policy(cfg.model), policy_loss(cfg)
     params = hf.params(hugging_face(name).state_dict(), CASES[name])
-    ours, gradients = quick_jit(jax.value_and_grad(lambda params: loss(policy.bind(params), batch)[0]))(params)
+    ours, gradients = quick_jit(
+        jax.value_and_grad(lambda params: loss(policy.bind(params), batch)[0])
+    )(params)
 
     assert ours == pytest.approx(value, abs=1e-5)
-    for (path, theirs), gradient in zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(gradients), strict=True):
+    for (path, theirs), gradient in zip(
+        jax.tree.leaves_with_path(expected), jax.tree.leaves(gradients), strict=True
+    ):
         key = jax.tree_util.keystr(path)
         layers = zip(theirs, gradient, strict=True) if "layers" in key else [(theirs, gradient)]
         for i, (reference, x) in enumerate(layers):

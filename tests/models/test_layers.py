@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sapo_jax.models import layers
-from sapo_jax.models.layers import product
+from sapo_jax.ops.matmul import linear
 
 LEADING = (2, 3)  # of x: tokens
 SHAPES = {  # of w, and how many of its dims are summed over
@@ -29,8 +29,12 @@ def test_values_and_gradients_are_those_of_the_sum(shape, over):
     random = np.random.default_rng(0)
     x, w = random.standard_normal(LEADING + shape[:over]), random.standard_normal(shape)
     d_out = random.standard_normal(LEADING + shape[over:])
-    y, pull = jax.vjp(lambda x, w: product(x, w, over), jnp.float32(x), jnp.float32(w))
-    flat_x, flat_w, flat_d = x.reshape(6, -1), w.reshape(np.prod(shape[:over]), -1), d_out.reshape(6, -1)
+    y, pull = jax.vjp(lambda x, w: linear(x, w, over), jnp.float32(x), jnp.float32(w))
+    flat_x, flat_w, flat_d = (
+        x.reshape(6, -1),
+        w.reshape(np.prod(shape[:over]), -1),
+        d_out.reshape(6, -1),
+    )
     expected = flat_x @ flat_w, flat_d @ flat_w.T, flat_x.T @ flat_d
     found = y, *pull(jnp.float32(d_out))
     for a, b, like in zip(found, expected, (d_out, x, w), strict=True):
@@ -41,12 +45,14 @@ def test_values_and_gradients_are_those_of_the_sum(shape, over):
 @pytest.mark.parametrize(("shape", "over"), SHAPES.values(), ids=SHAPES)
 def test_the_rule_has_the_dtypes_of_autodiff(shape, over):
     x, w = jnp.ones(LEADING + shape[:over], jnp.bfloat16), jnp.ones(shape, jnp.bfloat16)
-    y, pull = jax.vjp(lambda x, w: product(x, w, over), x, w)
+    y, pull = jax.vjp(lambda x, w: linear(x, w, over), x, w)
     assert {a.dtype for a in (y, *pull(y))} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_small_weights_are_left_to_autodiff(monkeypatch):
-    traced = lambda: str(jax.make_jaxpr(lambda x, w: product(x, w))(jnp.ones((2, 8)), jnp.ones((8, 8))))
+    traced = lambda: str(
+        jax.make_jaxpr(lambda x, w: linear(x, w))(jnp.ones((2, 8)), jnp.ones((8, 8)))
+    )
     assert "custom_vjp" not in traced()
     monkeypatch.setattr(layers, "LARGE", 64)
     assert "custom_vjp" in traced()

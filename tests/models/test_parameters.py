@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sapo_jax import sharding
 from sapo_jax.config import PRESETS, Model
-from sapo_jax.describe import parameter_count
+from sapo_jax.distributed import sharding
 from sapo_jax.models import make_policy
+from sapo_jax.models.size import parameter_count
 from tests.models import tiny
 
 VARIANTS = {
@@ -22,7 +22,9 @@ VARIANTS = {
     "no-qk-norm": dict(qk_norm=False, num_key_value_heads=1),
     "wide-heads": dict(head_dim=12, num_key_value_heads=4),
     "one-layer": dict(num_hidden_layers=1),
-    "mixed": dict(num_hidden_layers=5, mlp_only_layers=(3,), decoder_sparse_step=2, attention_bias=True),
+    "mixed": dict(
+        num_hidden_layers=5, mlp_only_layers=(3,), decoder_sparse_step=2, attention_bias=True
+    ),
 }
 MODELS = {
     f"{kind}-{name}": dataclasses.replace(cfg, **changes)
@@ -59,9 +61,15 @@ def test_presets_can_be_traced_without_memory(preset):
 def test_every_dim_of_every_parameter_has_a_name(name):
     policy = make_policy(MODELS[name])
     known = {*sharding.RULES, "layers", None}
-    flat_dims = jax.tree.leaves_with_path(policy.dims, is_leaf=lambda x: isinstance(x, tuple))
-    for (path, dims), (same_path, x) in zip(flat_dims, jax.tree.leaves_with_path(policy.shapes), strict=True):
-        assert path == same_path and len(dims) == x.ndim and set(dims) <= known, jax.tree_util.keystr(path)
+    flat_dims = jax.tree.leaves_with_path(
+        policy.logical_axes, is_leaf=lambda x: isinstance(x, tuple)
+    )
+    for (path, dims), (same_path, x) in zip(
+        flat_dims, jax.tree.leaves_with_path(policy.shapes), strict=True
+    ):
+        assert path == same_path and len(dims) == x.ndim and set(dims) <= known, (
+            jax.tree_util.keystr(path)
+        )
         assert (dims[0] == "layers") == ("layers" in jax.tree_util.keystr(path))
 
 
@@ -96,10 +104,14 @@ def test_initial_values():
 @pytest.mark.parametrize("name", ["dense-untied", "moe-dense", "dense-no-qk-norm"])
 def test_bind_gives_the_arrays_back_and_leaves_the_template_alone(name):
     policy = make_policy(MODELS[name])
-    params = jax.tree.map(lambda x: np.random.default_rng(x.size).standard_normal(x.shape, np.float32), policy.shapes)
+    params = jax.tree.map(
+        lambda x: np.random.default_rng(x.size).standard_normal(x.shape, np.float32), policy.shapes
+    )
     other = jax.tree.map(lambda x: x + 1, params)
     model, second = policy.bind(params), policy.bind(other)
-    np.testing.assert_array_equal(model.layers[0].attention.q[...], params["layers"][0]["attention"]["q"])
+    np.testing.assert_array_equal(
+        model.layers[0].attention.q[...], params["layers"][0]["attention"]["q"]
+    )
     np.testing.assert_array_equal(second.embed[...], other["embed"])
     np.testing.assert_array_equal(model.embed[...], params["embed"])
     assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(policy.state))

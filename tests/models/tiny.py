@@ -9,11 +9,12 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from sapo_jax.batch import Batch, Params, Rollout
 from sapo_jax.config import Model
 from sapo_jax.models import Policy, make_policy
 from sapo_jax.objectives.weights import token_weights
-from sapo_jax.rollout import token_rows
-from sapo_jax.types import Batch, Params, Prompt, Rollout
+from sapo_jax.rollout import pad_sequences
+from sapo_jax.types import Prompt
 
 PAD = 0
 # For programs that run once: XLA's LLVM passes off. It halves the compile time, which is what these tests wait for.
@@ -38,14 +39,20 @@ def params(cfg: Model = DENSE) -> Params:
     rng = np.random.default_rng(8)
 
     def shake(path, x):
-        return x * (1 + 0.3 * rng.standard_normal(x.shape, np.float32)) if path[-1].key == "scale" else x
+        return (
+            x * (1 + 0.3 * rng.standard_normal(x.shape, np.float32))
+            if path[-1].key == "scale"
+            else x
+        )
 
     return jax.tree.map_with_path(shake, quick_jit(policy(cfg).init)(jax.random.key(7)))
 
 
 def prompt(index: int, length: int) -> Prompt:
     """A prompt of random tokens; it depends on nothing but its arguments."""
-    ids = tuple(int(i) for i in np.random.default_rng((index, length)).integers(1, DENSE.vocab_size, length))
+    ids = tuple(
+        int(i) for i in np.random.default_rng((index, length)).integers(1, DENSE.vocab_size, length)
+    )
     return Prompt(index, "", ids, "", "", "exact", "none")
 
 
@@ -62,16 +69,26 @@ def separate_rows(prompts: Sequence[Prompt], rollout: Rollout) -> dict[str, np.n
     for b, (completion, length) in enumerate(zip(rollout.tokens_BC, rollout.length_B, strict=True)):
         ids = prompts[b // G].ids
         sequences.append(((*ids, *completion[:length].tolist()), len(ids)))
-    return token_rows(sequences, PAD)
+    return pad_sequences(sequences, PAD)
 
 
-def batch(seed: int = 0, lengths: tuple[int, ...] = (12, 7, 16, 10), *, completion: int = 5, signs: int = 2) -> Batch:
+def batch(
+    seed: int = 0,
+    lengths: tuple[int, ...] = (12, 7, 16, 10),
+    *,
+    completion: int = 5,
+    signs: int = 2,
+) -> Batch:
     """Rows of random tokens; the last `completion` of each row, one fewer in each further row (but one), are trained
     on. Advantages are of both signs (signs=2) or all negative (signs=1); old log-probs are not set."""
     rng = np.random.default_rng(seed)
     n_prompt = [n - max(1, completion - i) for i, n in enumerate(lengths)]
-    rows = token_rows(
-        [(rng.integers(1, DENSE.vocab_size, n).tolist(), p) for n, p in zip(lengths, n_prompt, strict=True)], PAD
+    rows = pad_sequences(
+        [
+            (rng.integers(1, DENSE.vocab_size, n).tolist(), p)
+            for n, p in zip(lengths, n_prompt, strict=True)
+        ],
+        PAD,
     )
     weight_BT = token_weights(rows["mask_BT"], rows["segment_ids_BT"], "sequence_mean", completion)
     adv_B = rng.uniform(0.5, 1.5, len(lengths)) * np.where(np.arange(len(lengths)) % signs, 1, -1)

@@ -46,11 +46,15 @@ class Tokens:
         return Tokens(*(x if x is None else x[index] for x in vars(self).values()))
 
     def astype(self, dtype) -> Tokens:
-        return self.replace(log_ratio_BT=self.log_ratio_BT.astype(dtype), adv_BT=self.adv_BT.astype(dtype))
+        return self.replace(
+            log_ratio_BT=self.log_ratio_BT.astype(dtype), adv_BT=self.adv_BT.astype(dtype)
+        )
 
 
 def weighted(log_ratio_BT, adv_BT, mask_BT, segment_ids_BT=None) -> Tokens:
-    weight_BT = token_weights(mask_BT, segment_ids_BT, "sequence_mean", max_new_tokens=mask_BT.shape[1])
+    weight_BT = token_weights(
+        mask_BT, segment_ids_BT, "sequence_mean", max_new_tokens=mask_BT.shape[1]
+    )
     return Tokens(log_ratio_BT, adv_BT, mask_BT, weight_BT, segment_ids_BT)
 
 
@@ -63,7 +67,9 @@ def example() -> Tokens:
     position_BT = np.broadcast_to(np.arange(9), (6, 9))
     mask_BT = (position_BT >= 2) & (position_BT < 2 + length_B[:, None])
     log_ratio_BT = np.where(mask_BT, scale_B1 * rng.standard_normal(mask_BT.shape), 0)
-    return weighted(log_ratio_BT.astype(np.float32), np.where(mask_BT, adv_B1, 0).astype(np.float32), mask_BT)
+    return weighted(
+        log_ratio_BT.astype(np.float32), np.where(mask_BT, adv_B1, 0).astype(np.float32), mask_BT
+    )
 
 
 def extremes() -> list[Tokens]:
@@ -77,17 +83,25 @@ def extremes() -> list[Tokens]:
     mixed_RT = np.random.default_rng(0).choice(values_N, (6, 9))
     batches = np.concatenate([constant_RT, mixed_RT]).reshape(-1, 6, 9)
     ones_BT = np.ones((6, 9), np.float32)
-    return [weighted(x_BT, np.float32(adv) * ones_BT, ones_BT > 0) for x_BT in batches for adv in (1.5, -0.8)]
+    return [
+        weighted(x_BT, np.float32(adv) * ones_BT, ones_BT > 0)
+        for x_BT in batches
+        for adv in (1.5, -0.8)
+    ]
 
 
 def outputs(objective, cfg, log_ratio_BT, adv_BT, mask_BT, weight_BT, segment_ids_BT):
     """surrogate, diagnostics, and the gradient of sum(weight * surrogate) with respect to the log-ratio."""
 
     def total(log_ratio_BT):
-        surrogate_BT, diagnostics = objective(log_ratio_BT, adv_BT, mask_BT, cfg, segment_ids_BT=segment_ids_BT)
+        surrogate_BT, diagnostics = objective(
+            log_ratio_BT, adv_BT, mask_BT, cfg, segment_ids_BT=segment_ids_BT
+        )
         return jnp.sum(weight_BT * surrogate_BT), (surrogate_BT, diagnostics)
 
-    gradient_BT, (surrogate_BT, diagnostics) = jax.grad(total, has_aux=True)(jnp.asarray(log_ratio_BT))
+    gradient_BT, (surrogate_BT, diagnostics) = jax.grad(total, has_aux=True)(
+        jnp.asarray(log_ratio_BT)
+    )
     return {"surrogate": surrogate_BT, "gradient": gradient_BT, **diagnostics}
 
 
@@ -101,7 +115,11 @@ def evaluate(objective, cfg, tokens: Tokens, function=jitted_outputs) -> dict[st
 def assert_close(actual, expected, tolerance=1e-6):
     """Trees equal within tolerance (absolute and relative); a NaN equals nothing."""
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=False), actual, expected
+        lambda a, b: np.testing.assert_allclose(
+            a, b, rtol=tolerance, atol=tolerance, equal_nan=False
+        ),
+        actual,
+        expected,
     )
 
 
@@ -136,7 +154,9 @@ def check_padding(objective, cfg):
     def pad(x, fill):
         return np.pad(x, ((0, 2), (0, 3)), constant_values=fill)
 
-    padded = weighted(pad(tokens.log_ratio_BT, 7.0), pad(tokens.adv_BT, -3.0), pad(tokens.mask_BT, False))
+    padded = weighted(
+        pad(tokens.log_ratio_BT, 7.0), pad(tokens.adv_BT, -3.0), pad(tokens.mask_BT, False)
+    )
     result = evaluate(objective, cfg, padded)
     assert_close(jax.tree.map(lambda x: x[:B, :T], result), evaluate(objective, cfg, tokens))
     assert all(np.all(x[B:] == 0) and np.all(x[:, T:] == 0) for x in result.values())
@@ -153,7 +173,9 @@ def check_packing(objective, cfg):
     # Prompts belong to their sequence's segment, padding (here also between the sequences) to segment 0.
     inside_BT = tokens.mask_BT | (np.arange(T) < 2)
     segment_ids = pack(np.where(inside_BT, np.tile([[1], [2], [3]], (B // 3, 1)), 0))
-    packed = weighted(pack(tokens.log_ratio_BT), pack(tokens.adv_BT), pack(tokens.mask_BT), segment_ids)
+    packed = weighted(
+        pack(tokens.log_ratio_BT), pack(tokens.adv_BT), pack(tokens.mask_BT), segment_ids
+    )
     assert_close(packed.weight_BT, pack(tokens.weight_BT))
     expected = jax.tree.map(pack, evaluate(objective, cfg, tokens))
     assert_close(evaluate(objective, cfg, packed), expected)
@@ -169,21 +191,29 @@ def check_row_permutation(objective, cfg):
 def check_micro_batches(objective, cfg):
     """Splitting the rows into micro-batches, with the weights of the whole, changes neither outputs nor gradients."""
     tokens = example()
-    parts = [evaluate(objective, cfg, tokens.rows(part)) for part in (slice(0, 2), slice(2, 4), slice(4, 6))]
+    parts = [
+        evaluate(objective, cfg, tokens.rows(part))
+        for part in (slice(0, 2), slice(2, 4), slice(4, 6))
+    ]
     whole = jax.tree.map(lambda *x: np.concatenate(x), *parts)
     assert_close(whole, evaluate(objective, cfg, tokens))
 
 
 def check_jit(objective, cfg):
     """The objective and its gradient compile, to the same numbers."""
-    assert_close(evaluate(objective, cfg, example(), jitted_outputs), evaluate(objective, cfg, example(), outputs))
+    assert_close(
+        evaluate(objective, cfg, example(), jitted_outputs),
+        evaluate(objective, cfg, example(), outputs),
+    )
 
 
 def check_zero_advantage(objective, cfg):
     """A = 0: exactly no surrogate and no gradient, however far off-policy; the other sequences do not notice."""
     for tokens in (example(), *extremes()):
         silent_B = np.arange(len(tokens.mask_BT)) % 2 == 0
-        some = tokens.replace(adv_BT=np.where(silent_B[:, None], 0, tokens.adv_BT).astype(np.float32))
+        some = tokens.replace(
+            adv_BT=np.where(silent_B[:, None], 0, tokens.adv_BT).astype(np.float32)
+        )
         result, expected = evaluate(objective, cfg, some), evaluate(objective, cfg, tokens)
         for name in ("surrogate", "gradient", "centered"):
             np.testing.assert_array_equal(result[name][silent_B], 0)
@@ -203,7 +233,9 @@ def check_grad_weight(objective, cfg):
         with jax.enable_x64(dtype == np.float64):
             for tokens in (example(), *extremes()):
                 tokens = tokens.astype(dtype)
-                result = evaluate(objective, cfg, tokens.replace(weight_BT=np.ones_like(tokens.adv_BT)))
+                result = evaluate(
+                    objective, cfg, tokens.replace(weight_BT=np.ones_like(tokens.adv_BT))
+                )
                 assert_close(result["gradient"], result["grad_weight"] * tokens.adv_BT, tolerance)
                 assert_close(result["grad_weight"], result["ratio"] * result["gate"], tolerance)
                 assert np.all(result["grad_weight"] >= 0)
@@ -221,7 +253,9 @@ def check_centered(objective, cfg):
     """`centered` is the surrogate less its value at r = 1: 0 there, and different by the same constant everywhere."""
     with jax.enable_x64(True):
         tokens = example().astype(np.float64)
-        at_one = evaluate(objective, cfg, tokens.replace(log_ratio_BT=np.zeros_like(tokens.log_ratio_BT)))
+        at_one = evaluate(
+            objective, cfg, tokens.replace(log_ratio_BT=np.zeros_like(tokens.log_ratio_BT))
+        )
         result = evaluate(objective, cfg, tokens)
         np.testing.assert_array_equal(at_one["centered"], 0)
         assert_close(result["surrogate"] - result["centered"], at_one["surrogate"], 1e-10)
@@ -238,12 +272,18 @@ def check_scales_with_advantage(objective, cfg):
 
 def check_output_form(objective, cfg):
     """[B, T] arrays under the agreed names; float32 for float32 and bfloat16 inputs, float64 for float64."""
-    for input_dtype, output_dtype in ((jnp.bfloat16, "float32"), (np.float32, "float32"), (np.float64, "float64")):
+    for input_dtype, output_dtype in (
+        (jnp.bfloat16, "float32"),
+        (np.float32, "float32"),
+        (np.float64, "float64"),
+    ):
         with jax.enable_x64(input_dtype == np.float64):
             result = evaluate(objective, cfg, example().astype(input_dtype))
         result.pop("gradient")
         assert result.keys() == {"surrogate", "ratio", "gate", "grad_weight", "clipped", "centered"}
-        assert all((x.shape, x.dtype) == (example().mask_BT.shape, output_dtype) for x in result.values())
+        assert all(
+            (x.shape, x.dtype) == (example().mask_BT.shape, output_dtype) for x in result.values()
+        )
 
 
 def check_diagnostics_are_constants(objective, cfg):
@@ -257,4 +297,8 @@ def check_diagnostics_are_constants(objective, cfg):
     np.testing.assert_array_equal(jax.grad(total)(jnp.asarray(tokens.log_ratio_BT)), 0)
 
 
-CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}
+CHECKS = {
+    name.removeprefix("check_"): check
+    for name, check in list(globals().items())
+    if name.startswith("check_")
+}

@@ -15,7 +15,9 @@ from sapo_jax.objectives.gspo import gspo
 from sapo_jax.objectives.sapo import sapo
 from tests.objectives.conformance import CHECKS, VARIANTS, assert_close, evaluate, example
 
-CASES = [pytest.param(OBJECTIVES[name], cfg, id=repr(cfg)) for name in VARIANTS for cfg in VARIANTS[name]]
+CASES = [
+    pytest.param(OBJECTIVES[name], cfg, id=repr(cfg)) for name in VARIANTS for cfg in VARIANTS[name]
+]
 
 
 def test_every_objective_has_variants_of_its_own_config():
@@ -30,7 +32,9 @@ def test_conformance(objective, cfg, check):
 
 
 class Variants(chex.TestCase):
-    @chex.all_variants(with_pmap=False)  # with and without jit, on device and from numpy; pmap is not used here
+    @chex.all_variants(
+        with_pmap=False
+    )  # with and without jit, on device and from numpy; pmap is not used here
     @parameterized.named_parameters((name, name) for name in OBJECTIVES)
     def test_same_numbers_under_every_transformation(self, name):
         tokens, cfg = example(), VARIANTS[name][0]
@@ -38,7 +42,9 @@ class Variants(chex.TestCase):
         def objective(log_ratio_BT, adv_BT, mask_BT):
             return OBJECTIVES[name](log_ratio_BT, adv_BT, mask_BT, cfg)
 
-        surrogate_BT, diagnostics = self.variant(objective)(tokens.log_ratio_BT, tokens.adv_BT, tokens.mask_BT)
+        surrogate_BT, diagnostics = self.variant(objective)(
+            tokens.log_ratio_BT, tokens.adv_BT, tokens.mask_BT
+        )
         expected = evaluate(OBJECTIVES[name], cfg, tokens)
         expected.pop("gradient")
         assert_close({"surrogate": surrogate_BT, **diagnostics}, expected)
@@ -62,7 +68,9 @@ def change(**changes):
 
 def masks_after_exp(log_ratio_BT, adv_BT, mask_BT, cfg, *, segment_ids_BT=None):
     """The trap of DESIGN 5: where() around exp() is right in value and NaN in gradient."""
-    return jnp.where(mask_BT, jnp.exp(log_ratio_BT) * adv_BT, 0), sapo(log_ratio_BT, adv_BT, mask_BT, cfg)[1]
+    return jnp.where(mask_BT, jnp.exp(log_ratio_BT) * adv_BT, 0), sapo(
+        log_ratio_BT, adv_BT, mask_BT, cfg
+    )[1]
 
 
 def ignores_segments(log_ratio_BT, adv_BT, mask_BT, cfg, *, segment_ids_BT=None):
@@ -81,7 +89,10 @@ BROKEN = {
     "masked_is_never_read": (masks_after_exp, SAPO()),
     "padding": (change(surrogate=lambda s, x, a: s / s.shape[1]), SAPO()),
     "packing": (ignores_segments, GSPO(clip_low=0.2, clip_high=0.27)),
-    "row_permutation": (change(surrogate=lambda s, x, a: s * (1 + jnp.arange(len(s))[:, None])), SAPO()),
+    "row_permutation": (
+        change(surrogate=lambda s, x, a: s * (1 + jnp.arange(len(s))[:, None])),
+        SAPO(),
+    ),
     "micro_batches": (change(surrogate=lambda s, x, a: s / s.shape[0]), SAPO()),
     "jit": (change(surrogate=lambda s, x, a: s if x[0, 0] >= 0 else -s), SAPO()),
     "zero_advantage": (change(surrogate=lambda s, x, a: s + 0.1 * x), SAPO()),
@@ -111,7 +122,9 @@ def test_wrong_shapes_and_mask_types_are_refused():
     tokens = example()
     for objective, cfg in ((OBJECTIVES[name], VARIANTS[name][0]) for name in OBJECTIVES):
         with pytest.raises(AssertionError):
-            objective(tokens.log_ratio_BT, tokens.adv_BT[:, :1], tokens.mask_BT, cfg)  # would broadcast
+            objective(
+                tokens.log_ratio_BT, tokens.adv_BT[:, :1], tokens.mask_BT, cfg
+            )  # would broadcast
         with pytest.raises(AssertionError):
             objective(tokens.log_ratio_BT[0], tokens.adv_BT[0], tokens.mask_BT[0], cfg)
         with pytest.raises(AssertionError):

@@ -11,7 +11,10 @@ from sapo_jax.objectives.correction import CORRECTIONS
 
 W_1T = np.array([[0.1, 0.49, 0.51, 1.0, 1.9, 2.1, 50.0, 1.0]])
 MASK_1T = np.array([[True] * 7 + [False]])
-EXPECTED = {"truncated": [0.1, 0.49, 0.51, 1, 1.9, 2, 2, 0], "masked": [0, 0, 0.51, 1, 1.9, 0, 0, 0]}
+EXPECTED = {
+    "truncated": [0.1, 0.49, 0.51, 1, 1.9, 2, 2, 0],
+    "masked": [0, 0, 0.51, 1, 1.9, 0, 0, 0],
+}
 
 
 def test_table_is_that_of_the_config():
@@ -26,7 +29,12 @@ def test_by_hand():
 
 
 def test_constant_and_safe():
-    x_1T, mask_1T = jnp.array([[0.1, 200.0, -200.0, jnp.nan]]), jnp.array([[True, True, True, False]])
+    x_1T, mask_1T = (
+        jnp.array([[0.1, 200.0, -200.0, jnp.nan]]),
+        jnp.array([[True, True, True, False]]),
+    )
     for correction in CORRECTIONS.values():
         assert np.all(np.isfinite(correction(x_1T, mask_1T, 2.0)))
-        np.testing.assert_array_equal(jax.grad(lambda x, f=correction: f(x, mask_1T, 2.0).sum())(x_1T), 0)
+        np.testing.assert_array_equal(
+            jax.grad(lambda x, f=correction: f(x, mask_1T, 2.0).sum())(x_1T), 0
+        )

@@ -23,17 +23,25 @@ PPO_TABLE = [
 ]
 
 
-@pytest.mark.parametrize("objective, cfg", [(grpo, GRPO()), (gspo, GSPO(clip_low=0.2, clip_high=0.27))])
+@pytest.mark.parametrize(
+    "objective, cfg", [(grpo, GRPO()), (gspo, GSPO(clip_low=0.2, clip_high=0.27))]
+)
 @pytest.mark.parametrize("adv, ratio, surrogate, passes", PPO_TABLE)
 def test_sign_table(objective, cfg, adv, ratio, surrogate, passes):
     """For GSPO with one-token sequences, whose sequence ratio is the token's."""
-    log_ratio_11, adv_11, mask_11 = jnp.log(jnp.full((1, 1), ratio)), jnp.full((1, 1), adv), jnp.ones((1, 1), bool)
+    log_ratio_11, adv_11, mask_11 = (
+        jnp.log(jnp.full((1, 1), ratio)),
+        jnp.full((1, 1), adv),
+        jnp.ones((1, 1), bool),
+    )
 
     def total(x_11):
         return objective(x_11, adv_11, mask_11, cfg)[0].sum()
 
     np.testing.assert_allclose(total(log_ratio_11), surrogate, rtol=1e-6)
-    np.testing.assert_allclose(jax.grad(total)(log_ratio_11), ratio * adv if passes else 0, rtol=1e-6)
+    np.testing.assert_allclose(
+        jax.grad(total)(log_ratio_11), ratio * adv if passes else 0, rtol=1e-6
+    )
     d = objective(log_ratio_11, adv_11, mask_11, cfg)[1]
     assert (d["gate"], d["clipped"]) == (passes, not passes)
     np.testing.assert_allclose(d["grad_weight"], ratio * passes, rtol=1e-6)
@@ -46,7 +54,9 @@ def test_gspo_by_hand():
     mask_BT = np.array([[False, True, True], [False, True, False]])
     adv_BT = np.array([[2.0] * 3, [-1.0] * 3], np.float32)
     surrogate_BT, d = gspo(log_ratio_BT, adv_BT, mask_BT, GSPO(clip_low=0.5, clip_high=0.5))
-    np.testing.assert_allclose(surrogate_BT, [[0, 2.442806, 2.442806], [0, -0.670320, 0]], rtol=1e-6)
+    np.testing.assert_allclose(
+        surrogate_BT, [[0, 2.442806, 2.442806], [0, -0.670320, 0]], rtol=1e-6
+    )
     np.testing.assert_allclose(d["ratio"], [[0, 1.221403, 1.221403], [0, 0.670320, 0]], rtol=1e-6)
     # Clipped at 1.2 and at 0.8, every token of a sequence goes.
     surrogate_BT, d = gspo(log_ratio_BT, adv_BT, mask_BT, GSPO(clip_low=0.2, clip_high=0.2))
@@ -73,10 +83,14 @@ def test_gspo_levels_have_the_same_gradient_when_advantages_are_per_sequence(cli
                 results.append(jax.value_and_grad(total)(jnp.asarray(log_ratio_BT)))
             return results
 
-        (value, gradient_BT), (token_value, token_gradient_BT) = both(np.repeat(rng.standard_normal((8, 1)), 7, axis=1))
+        (value, gradient_BT), (token_value, token_gradient_BT) = both(
+            np.repeat(rng.standard_normal((8, 1)), 7, axis=1)
+        )
         assert abs(value - token_value) < 1e-12
         np.testing.assert_allclose(gradient_BT, token_gradient_BT, rtol=1e-10, atol=1e-15)
-        assert np.any(gradient_BT != 0) and np.any(np.all(gradient_BT == 0, axis=1))  # some pass, some are clipped
+        assert np.any(gradient_BT != 0) and np.any(
+            np.all(gradient_BT == 0, axis=1)
+        )  # some pass, some are clipped
 
         # With advantages per token the two differ: that is what the token level is for.
         (_, gradient_BT), (_, token_gradient_BT) = both(rng.standard_normal((8, 7)))
@@ -111,6 +125,12 @@ def test_cispo_drops_no_token_however_far_off_policy():
 
 def test_gspo_levels_have_the_same_ratio_to_the_last_bit():
     """Also where a token's log-ratio dwarfs the sequence's mean: pi_t / sg[pi_t] is exactly 1, not 1 after rounding."""
-    log_ratio_1T, ones_1T = np.array([[100.0, -99.0, 57.3, -58.2999]], np.float32), np.ones((1, 4), np.float32)
-    ratio = [gspo(log_ratio_1T, ones_1T, ones_1T > 0, GSPO(level=level))[1]["ratio"] for level in ("sequence", "token")]
+    log_ratio_1T, ones_1T = (
+        np.array([[100.0, -99.0, 57.3, -58.2999]], np.float32),
+        np.ones((1, 4), np.float32),
+    )
+    ratio = [
+        gspo(log_ratio_1T, ones_1T, ones_1T > 0, GSPO(level=level))[1]["ratio"]
+        for level in ("sequence", "token")
+    ]
     np.testing.assert_array_equal(ratio[0], ratio[1])

@@ -19,7 +19,10 @@ TRUE_BT = np.ones((1, 5), bool)
 def policies():
     rng = np.random.default_rng(3)
     with jax.enable_x64(True):
-        yield jnp.asarray(rng.standard_normal(5)), jax.nn.log_softmax(jnp.asarray(rng.standard_normal(5)))
+        yield (
+            jnp.asarray(rng.standard_normal(5)),
+            jax.nn.log_softmax(jnp.asarray(rng.standard_normal(5))),
+        )
 
 
 def kl(logp_V, logq_V):
@@ -77,4 +80,6 @@ def test_safe(name):
     np.testing.assert_array_equal(gradient_1T[0, 6:], 0)
     if name != "k1":
         assert np.all(value_1T >= 0)
-        assert np.all(gradient_1T[0, :6] * np.sign(x_1T[0, :6]) >= 0)  # always towards the reference
+        assert np.all(
+            gradient_1T[0, :6] * np.sign(x_1T[0, :6]) >= 0
+        )  # always towards the reference

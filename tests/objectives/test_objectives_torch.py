@@ -37,11 +37,15 @@ TERMS = [  # our config, the paper's terms_{i,t} and their parameters
     (CISPO(clip_low=0.3, clip_high=0.5), ref.cispo_terms, {"clip_low": 0.3, "clip_high": 0.5}),
 ]
 CASES = [
-    pytest.param(cfg, lambda *x, t=terms, p=params, a=aggregate: a(t(*x, **p)), norm, id=f"{cfg}-{norm}")
+    pytest.param(
+        cfg, lambda *x, t=terms, p=params, a=aggregate: a(t(*x, **p)), norm, id=f"{cfg}-{norm}"
+    )
     for cfg, terms, params in TERMS
     for norm, aggregate in AGGREGATIONS.items()
 ] + [
-    pytest.param(GSPO(**clips), lambda *x, p=clips: ref.gspo(*x, **p), "sequence_mean", id=f"{clips}-gspo")
+    pytest.param(
+        GSPO(**clips), lambda *x, p=clips: ref.gspo(*x, **p), "sequence_mean", id=f"{clips}-gspo"
+    )
     for clips in (CLIPS, TINY_CLIPS)
 ]
 
@@ -98,11 +102,15 @@ def test_loss_and_gradient(cfg, paper, normalization, dtype, tolerance):
             surrogate_BT, _ = OBJECTIVES[cfg.name](logp_BT - old_logp_BT, adv_BT, mask_BT, cfg)
             return -jnp.sum(weight_BT * surrogate_BT)
 
-        loss_value, gradient_BT = jax.value_and_grad(loss)(jnp.asarray(padded(logp, -9.0).astype(dtype)))
+        loss_value, gradient_BT = jax.value_and_grad(loss)(
+            jnp.asarray(padded(logp, -9.0).astype(dtype))
+        )
 
     assert loss_value.dtype == gradient_BT.dtype == dtype
     np.testing.assert_allclose(-loss_value, value, rtol=tolerance, atol=tolerance)
-    np.testing.assert_allclose(-gradient_BT[mask_BT], np.concatenate(gradients), rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(
+        -gradient_BT[mask_BT], np.concatenate(gradients), rtol=tolerance, atol=tolerance
+    )
     np.testing.assert_array_equal(gradient_BT[~mask_BT], 0)
 
 

@@ -11,7 +11,9 @@ from sapo_jax.objectives.ratios import is_live, masked, safe_log_ratio, sequence
 def test_safe_log_ratio_values_and_derivative():
     x_1T = jnp.array([[-200.0, -20.0, -1.0, 0.0, 20.0, 20.5, 100.0, jnp.nan, jnp.inf]])
     mask_1T = jnp.array([[True] * 6 + [False] * 3])
-    np.testing.assert_array_equal(safe_log_ratio(x_1T, mask_1T), [[-20, -20, -1, 0, 20, 20, 0, 0, 0]])
+    np.testing.assert_array_equal(
+        safe_log_ratio(x_1T, mask_1T), [[-20, -20, -1, 0, 20, 20, 0, 0, 0]]
+    )
     derivative_1T = jax.grad(lambda x: safe_log_ratio(x, mask_1T).sum())(x_1T)
     np.testing.assert_array_equal(derivative_1T, [[0, 1, 1, 1, 1, 0, 0, 0, 0]])
     np.testing.assert_array_equal(derivative_1T, is_live(x_1T, mask_1T))
@@ -30,14 +32,18 @@ def test_masked_widens_half_precision():
 
 
 def test_sequence_mean_by_hand():
-    x_BT = np.array([[1.0, 2.0, 6.0, 100.0], [5.0, 7.0, 9.0, 11.0], [1.0, 1.0, 1.0, 1.0]], np.float32)
+    x_BT = np.array(
+        [[1.0, 2.0, 6.0, 100.0], [5.0, 7.0, 9.0, 11.0], [1.0, 1.0, 1.0, 1.0]], np.float32
+    )
     mask_BT = np.array([[True, True, True, False], [True, False, True, True], [False] * 4])
     rows_BT = sequence_mean(x_BT, mask_BT)
     np.testing.assert_allclose(rows_BT, [[3] * 4, [25 / 3] * 4, [0] * 4], rtol=1e-6)
     # Row 0: sequences (1, 2) and (6); row 1: (5, masked) and (9, 11), then all padding.
     segment_ids_BT = np.array([[1, 1, 2, 0], [1, 1, 2, 2], [0, 0, 0, 0]])
     np.testing.assert_allclose(
-        sequence_mean(x_BT, mask_BT, segment_ids_BT), [[1.5, 1.5, 6, 0], [5, 5, 10, 10], [0] * 4], rtol=1e-6
+        sequence_mean(x_BT, mask_BT, segment_ids_BT),
+        [[1.5, 1.5, 6, 0], [5, 5, 10, 10], [0] * 4],
+        rtol=1e-6,
     )
 
 

@@ -23,7 +23,9 @@ def run(ratio_N, adv, cfg):
 
         surrogate_1N, diagnostics = objective(log_ratio_1N)
         gradient_1N = jax.grad(lambda x_1N: objective(x_1N)[0].sum())(log_ratio_1N)
-        return jax.tree.map(lambda x: np.asarray(x)[0, : len(ratio_N)], (surrogate_1N, gradient_1N, diagnostics))
+        return jax.tree.map(
+            lambda x: np.asarray(x)[0, : len(ratio_N)], (surrogate_1N, gradient_1N, diagnostics)
+        )
 
 
 def test_by_hand():
@@ -31,7 +33,9 @@ def test_by_hand():
     surrogate, gradient, d = run([2.0], 1.5, SAPO())
     np.testing.assert_allclose(surrogate, 1.5 * 2.924234, rtol=1e-6)
     np.testing.assert_allclose(gradient, 1.5 * 2 * 0.786448, rtol=1e-6)
-    np.testing.assert_allclose((d["ratio"], d["gate"], d["grad_weight"]), [[2], [0.786448], [1.572895]], rtol=1e-6)
+    np.testing.assert_allclose(
+        (d["ratio"], d["gate"], d["grad_weight"]), [[2], [0.786448], [1.572895]], rtol=1e-6
+    )
     np.testing.assert_allclose(d["centered"], 1.5 * 0.924234, rtol=1e-6)
     assert d["clipped"] == 0
 

@@ -8,7 +8,9 @@ import pytest
 from sapo_jax.objectives.weights import token_weights
 
 # Lengths 3, 1, 0: the third sequence is masked (its verifier failed) and must drop out of n.
-MASK_BT = np.array([[False, True, True, True, False], [False, True, False, False, False], [False] * 5])
+MASK_BT = np.array(
+    [[False, True, True, True, False], [False, True, False, False, False], [False] * 5]
+)
 EXPECTED = {  # the weight of a trained token in rows 0 and 1; n = 2, 4 tokens, max_new_tokens = 10
     "sequence_mean": (1 / 6, 1 / 2),
     "token_mean": (1 / 4, 1 / 4),
@@ -32,7 +34,9 @@ def test_packing_and_jit_change_nothing(normalization):
     packed_mask = MASK_BT.reshape(1, 15)
     ids = np.array([[1, 1, 1, 1, 0, 2, 2, 0, 0, 0, 3, 3, 3, 3, 3]], np.int32)
     expected = token_weights(MASK_BT, None, normalization, 10).reshape(1, 15)
-    np.testing.assert_allclose(token_weights(packed_mask, ids, normalization, 10), expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        token_weights(packed_mask, ids, normalization, 10), expected, rtol=1e-6
+    )
     jitted = jax.jit(token_weights, static_argnums=(2, 3))
     np.testing.assert_allclose(jitted(packed_mask, ids, normalization, 10), expected, rtol=1e-6)
 
@@ -40,7 +44,9 @@ def test_packing_and_jit_change_nothing(normalization):
 def test_the_same_segment_id_in_two_rows_is_two_sequences():
     mask_BT, ids_BT = np.ones((2, 3), bool), np.array([[1, 1, 2], [1, 2, 2]])
     np.testing.assert_allclose(
-        token_weights(mask_BT, ids_BT, "sequence_mean", 3), [[1 / 8, 1 / 8, 1 / 4], [1 / 4, 1 / 8, 1 / 8]], rtol=1e-6
+        token_weights(mask_BT, ids_BT, "sequence_mean", 3),
+        [[1 / 8, 1 / 8, 1 / 4], [1 / 4, 1 / 8, 1 / 8]],
+        rtol=1e-6,
     )
 
 

@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sapo_jax.plan.costs import Collective, Costs, Loop, hbm_bytes, kernel_flops, matmul_flops, program_costs
+from sapo_jax.plan.costs import (
+    Collective,
+    Costs,
+    Loop,
+    hbm_bytes,
+    kernel_flops,
+    matmul_flops,
+    program_costs,
+)
 from sapo_jax.plan.hlo import Computation, Shape, _instruction, parse, shapes
 from sapo_jax.plan.report import largest_buffers
 
@@ -105,11 +113,15 @@ def test_costs_of_the_loop(module):
     assert costs.open_loops == 0
     assert costs.cycles == 7 * (100 + 5000)  # of the conditional the dear branch
     assert costs.matmul_flops == 7 * 2 * 8 * 4 * 16
-    assert costs.kernels == {"splash_mha_fwd_residuals": 7 * 2 * 2 * (2 * 256 * 128) * (256 + 128) / 2}
+    assert costs.kernels == {
+        "splash_mha_fwd_residuals": 7 * 2 * 2 * (2 * 256 * 128) * (256 + 128) / 2
+    }
     source = "sapo_jax/models/moe.py:20 (dot_general)"
     assert costs.collectives == {
         Collective("all-gather", "{{0,1},{2,3}}", 128, source): 7,  # two links of one chain
-        Collective("reduce-scatter", "mesh['a'=4] {'a'}", 128, "sapo_jax/models/moe.py:20 (grad)"): 7,
+        Collective(
+            "reduce-scatter", "mesh['a'=4] {'a'}", 128, "sapo_jax/models/moe.py:20 (grad)"
+        ): 7,
     }
 
 
@@ -134,7 +146,10 @@ def test_hbm_bytes_of_a_fusion_count_slices_and_only_hbm(module):
     ("line", "expected"),
     [
         # a quarter of an array in HBM is brought on chip, beside other work
-        ("((bf16[8,4,16]{2,1,0}), bf16[8,1,16]{2,1,0:S(1)}, s32[]{:S(2)}) slice-start(%x)", 8 * 16 * 2),
+        (
+            "((bf16[8,4,16]{2,1,0}), bf16[8,1,16]{2,1,0:S(1)}, s32[]{:S(2)}) slice-start(%x)",
+            8 * 16 * 2,
+        ),
         ("(f32[8]{0:S(1)}, f32[8]{0}, u32[]{:S(2)}) copy-start(%x)", 8 * 4),  # onto the chip
         ("(f32[8]{0}, f32[8]{0}, u32[]{:S(2)}) copy-start(%x)", 2 * 8 * 4),  # from HBM to HBM
         ("(bf16[8]{0}, bf16[32]{0}) all-gather-start(%x)", (8 + 32) * 2),
@@ -169,7 +184,9 @@ def test_trip_counts_from_start_and_step(start, step, trips):
 
 
 def test_largest_buffers_name_their_source(module):
-    assert largest_buffers(module, 1) == ["0.000 GiB  bf16[2, 256, 128]  sapo_jax/models/moe.py:20 (splash)"]
+    assert largest_buffers(module, 1) == [
+        "0.000 GiB  bf16[2, 256, 128]  sapo_jax/models/moe.py:20 (splash)"
+    ]
 
 
 def test_not_a_module():
@@ -189,7 +206,11 @@ def test_not_a_module():
     ],
 )  # fmt: skip
 def test_matmuls_as_convolutions(lhs, rhs, out, attributes, flops):
-    lines = f"%a = {lhs} parameter(0)", f"%b = {rhs} parameter(1)", f"%c = {out} convolution(%a, %b), {attributes}"
+    lines = (
+        f"%a = {lhs} parameter(0)",
+        f"%b = {rhs} parameter(1)",
+        f"%c = {out} convolution(%a, %b), {attributes}",
+    )
     computation = Computation("c", {i.name: i for i in map(_instruction, lines)})
     assert matmul_flops(computation, computation.instructions["c"]) == flops
 

@@ -9,12 +9,12 @@ import chex
 import jax
 import pytest
 
-from sapo_jax.columns import PAGE
+from sapo_jax.batch import Rollout
+from sapo_jax.ops.tiles import PAGE
 from sapo_jax.plan.programs import NO_STOP, Workload, decode_trips
-from sapo_jax.rollout import Rule
+from sapo_jax.rollout import SamplingParams
 from sapo_jax.rollout import decode as decode_module
 from sapo_jax.rollout import sampler as sampler_module
-from sapo_jax.types import Rollout
 from tests.rollout.test_sampler import make, sample
 
 
@@ -42,18 +42,32 @@ def counted(monkeypatch, names: list[str], run) -> tuple[collections.Counter, Ro
 def test_trips_are_those_of_a_rollout(page, monkeypatch):
     """12 completions of 130 tokens in 3 slots, in a cache as on CPU, and by pages as on TPU (without its kernel): the
     completions are those of 12 slots."""
-    common = dict(group_size=4, max_new_tokens=130, stop_ids=NO_STOP, rule=Rule(0.8))
+    common = dict(group_size=4, max_new_tokens=130, stop_ids=NO_STOP, rule=SamplingParams(0.8))
     expected = sample(make(**common))
-    monkeypatch.setattr("sapo_jax.kernels.page", lambda *_: page)
-    work = Workload(3, 12, 3, prompt_tokens=16, new_tokens=130, row_tokens=146, picked=130, rows=12, mini_batches=1)
+    monkeypatch.setattr("sapo_jax.ops.attention.page", lambda *_: page)
+    work = Workload(
+        3,
+        12,
+        3,
+        prompt_tokens=16,
+        new_tokens=130,
+        row_tokens=146,
+        picked=130,
+        rows=12,
+        mini_batches=1,
+    )
     start, *nested = decode_trips(work, page)
     placed, steps = start.trips, 0.0
     for fills, ((turns, (refill, step)),) in nested:
         placed, steps = placed + fills * turns * refill.trips, steps + fills * turns * step.trips
-    found, rollout = counted(monkeypatch, ["_placed", "_step", "_shifted"], lambda: sample(make(**common, slots=3)))
+    found, rollout = counted(
+        monkeypatch, ["_placed", "_step", "_shifted"], lambda: sample(make(**common, slots=3))
+    )
     chex.assert_trees_all_close(rollout, expected, atol=2e-5, rtol=1e-5)
     assert found["_placed"] == pytest.approx(placed) and found["_step"] == pytest.approx(steps)
-    assert len(nested) < found["_shifted"] <= sum(fill.trips for fill in nested)  # here all slots are free at once
+    assert (
+        len(nested) < found["_shifted"] <= sum(fill.trips for fill in nested)
+    )  # here all slots are free at once
 
 
 def test_a_free_slot_is_refilled_at_once(monkeypatch):
@@ -61,7 +75,9 @@ def test_a_free_slot_is_refilled_at_once(monkeypatch):
     limits, free_at = [40, 3, 1, 17, 40, 2, 9, 33, 25, 40, 5, 12], [0, 0, 0]
     for limit in limits:
         heapq.heapreplace(free_at, free_at[0] + limit)
-    run = lambda: sample(make(group_size=4, max_new_tokens=40, stop_ids=NO_STOP, slots=3), limit_B=limits)
+    run = lambda: sample(
+        make(group_size=4, max_new_tokens=40, stop_ids=NO_STOP, slots=3), limit_B=limits
+    )
     found, rollout = counted(monkeypatch, ["_placed", "_step"], run)
     assert rollout.length_B.tolist() == limits
     assert found == {"_placed": 12, "_step": max(free_at)}

@@ -14,8 +14,9 @@ from rich.console import Console
 
 from sapo_jax.cli import main
 from sapo_jax.config import Config, Data, Mesh, Model, ReasoningGymTask, Rollout, Train
+from sapo_jax.errors import PlanError
 from sapo_jax.plan import TPU_ENV, plan, sweep
-from sapo_jax.plan.chips import PlanError, parse_topology, tpu_devices
+from sapo_jax.plan.chips import parse_topology, tpu_devices
 from sapo_jax.plan.compile import Compiled, compile_cached, largest_refused
 from sapo_jax.plan.hlo import parse
 from sapo_jax.plan.programs import Programs, mesh_of
@@ -23,7 +24,8 @@ from sapo_jax.plan.report import show_ranking
 from sapo_jax.rollout.sampler import _sample
 
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -c .ci/constraints.txt -e '.[plan]'"
+    importlib.util.find_spec("libtpu") is None,
+    reason="needs libtpu: pip install -c .ci/constraints.txt -e '.[plan]'",
 )
 CFG = Config(
     model=Model(
@@ -57,7 +59,9 @@ def test_plan_of_a_tiny_model(tpu):
     assert (found["devices"], found["mesh"]["fsdp"]) == (4, 4)
     update = found["functions"]["update"]
     assert update["fits"] and 0 < update["peak_fraction"] < 0.1 and update["missing_gib"] == 0
-    assert 1.0 < update["flops_ratio"] < 2.0  # attention of T x T instead of T x T / 2 in blocks of 128
+    assert (
+        1.0 < update["flops_ratio"] < 2.0
+    )  # attention of T x T instead of T x T / 2 in blocks of 128
     assert {"splash_mha_fwd_segmented_residuals", "splash_mha_dkv_segmented_no_residuals"} == set(
         update["flops_kernels"]
     )
@@ -72,15 +76,22 @@ def test_plan_of_a_tiny_model(tpu):
 @needs_libtpu
 def test_slots_that_do_not_divide_over_the_topology(tpu):
     """mesh.data: 0 is open until the topology says how many devices there are."""
-    cfg = dataclasses.replace(CFG, mesh=Mesh(data=0), rollout=dataclasses.replace(CFG.rollout, slots=6))
-    with pytest.raises(PlanError, match="6 completions that are written at a time cannot be split over .* = 4 devices"):
+    cfg = dataclasses.replace(
+        CFG, mesh=Mesh(data=0), rollout=dataclasses.replace(CFG.rollout, slots=6)
+    )
+    with pytest.raises(
+        PlanError,
+        match="6 completions that are written at a time cannot be split over .* = 4 devices",
+    ):
         plan(cfg, "v5e:2x2", ["decode"])
 
 
 @needs_libtpu
 def test_experts_over_an_axis(tpu):
     """Two shards of experts: tokens are gathered over `expert` and their sums scattered back; grouped matmuls run."""
-    model = dataclasses.replace(CFG.model, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=128)
+    model = dataclasses.replace(
+        CFG.model, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=128
+    )
     cfg = dataclasses.replace(CFG, model=model, mesh=Mesh(data=1, fsdp=2, expert=2))
     score = plan(cfg, "v5e:2x2", ["score"])["functions"]["score"]
     assert score["fits"] and score["flops_kernels"]["gmm"] > 0
@@ -92,12 +103,23 @@ def test_experts_over_an_axis(tpu):
 @pytest.mark.parametrize("mesh", [{"fsdp": 4}, {"fsdp": 2, "tensor": 2}, {"fsdp": 2, "expert": 2}])
 def test_decoding_moves_tokens_to_the_weights(tpu, mesh):
     """In a step nothing larger than the step's logits passes between chips: no weight does, the cache stays."""
-    sparse = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 1024} if "expert" in mesh else {}
+    sparse = (
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 1024}
+        if "expert" in mesh
+        else {}
+    )
     model = dataclasses.replace(CFG.model, intermediate_size=1024, **sparse)
-    decode = plan(dataclasses.replace(CFG, model=model, mesh=Mesh(data=1, **mesh)), "v5e:2x2", ["decode"])
+    decode = plan(
+        dataclasses.replace(CFG, model=model, mesh=Mesh(data=1, **mesh)), "v5e:2x2", ["decode"]
+    )
     decode, B, steps = decode["functions"]["decode"], 32, CFG.rollout.max_new_tokens
-    each_step = [row["bytes"] / row["times"] for row in decode["collectives"] if row["times"] >= steps]
-    logits, weight = 4 * B * model.vocab_size, 2 * model.hidden_size * 1024  # bytes; of one MLP or expert matrix
+    each_step = [
+        row["bytes"] / row["times"] for row in decode["collectives"] if row["times"] >= steps
+    ]
+    logits, weight = (
+        4 * B * model.vocab_size,
+        2 * model.hidden_size * 1024,
+    )  # bytes; of one MLP or expert matrix
     assert decode["fits"] and each_step and max(each_step) <= logits < weight
 
 
@@ -115,35 +137,54 @@ def test_decoding_reads_pages_and_copies_no_cache(tpu, slots):
     """Heads of 128 in bfloat16: a step runs the kernel of paged attention in each layer, and no copy or other fusion of
     the cache than the one that writes a page, of keys neither. Also where completions wait for slots."""
     rollout = dataclasses.replace(CFG.rollout, slots=slots)
-    cfg = dataclasses.replace(CFG, model=dataclasses.replace(CFG.model, head_dim=128), rollout=rollout)
+    cfg = dataclasses.replace(
+        CFG, model=dataclasses.replace(CFG.model, head_dim=128), rollout=rollout
+    )
     programs = Programs(cfg, mesh_of(cfg, tpu_devices(parse_topology("v5e:2x2"))))
     sampler = programs.sampler
     with jax.set_mesh(programs.mesh):
         traced = _sample.trace(sampler, programs.params, *programs.arguments("prefill")[1:])
     module = parse(traced.lower(lowering_platforms=("tpu",)).compile().as_text())
     rows, widths = (16 // 4, [320]) if slots else (32 // 4, [192])
-    steps = [c for c in module.computations.values() if any("paged_attention" in name for name in c.instructions)]
+    steps = [
+        c
+        for c in module.computations.values()
+        if any("paged_attention" in name for name in c.instructions)
+    ]
     free = ("parameter", "tuple", "get-tuple-element", "bitcast", "dynamic-update-slice")
     found_widths = set()
     for step in steps:
         kernels = [i for i in step.instructions.values() if i.name.startswith("paged_attention")]
-        cache = max(shape.elements for shape in step.operand_shapes(kernels[0])[-1])  # a device's values of a layer
+        cache = max(
+            shape.elements for shape in step.operand_shapes(kernels[0])[-1]
+        )  # a device's values of a layer
         found_widths.add(cache // (rows * 2 * 128))
-        whole = [i for i in step.instructions.values() if i.shapes and max(s.elements for s in i.shapes) >= cache]
+        whole = [
+            i
+            for i in step.instructions.values()
+            if i.shapes and max(s.elements for s in i.shapes) >= cache
+        ]
         moved = [i.name for i in whole if i.op not in free and not _writes_a_part(module, i)]
         assert len(kernels) == CFG.model.num_hidden_layers and len(whole) >= 6 and not moved
     assert sorted(found_widths) == widths and len(steps) == len(widths)
 
 
 def _writes_a_part(module, i) -> bool:
-    return i.op == "fusion" and module.computations[i.called["calls"]].root.op == "dynamic-update-slice"
+    return (
+        i.op == "fusion"
+        and module.computations[i.called["calls"]].root.op == "dynamic-update-slice"
+    )
 
 
 @needs_libtpu
 def test_what_does_not_fit_is_a_verdict(tpu):
     """12 billion parameters with their moments on four chips of 16 GB."""
-    model = dataclasses.replace(CFG.model, hidden_size=8192, num_hidden_layers=32, intermediate_size=16384)
-    update = plan(dataclasses.replace(CFG, model=model), "v5e:2x2", ["update"])["functions"]["update"]
+    model = dataclasses.replace(
+        CFG.model, hidden_size=8192, num_hidden_layers=32, intermediate_size=16384
+    )
+    update = plan(dataclasses.replace(CFG, model=model), "v5e:2x2", ["update"])["functions"][
+        "update"
+    ]
     assert update["fits"] is False and update["peak_fraction"] > 1 and update["missing_gib"] > 1
     assert "RESOURCE_EXHAUSTED" in update["verdict"]
     assert any("['gate']" in line or "['up']" in line for line in update["largest_buffers"])
@@ -155,7 +196,13 @@ def test_sweep_ranks_the_meshes(tpu, capsys):
     """Every mesh of four chips that the config allows comes once, by the estimated seconds."""
     found = sweep(CFG, "v5e:2x2", ["prefill"])
     meshes = sorted(tuple(one["mesh"].values()) for one in found)
-    assert meshes == [(1, 2, 1, 1, 2), (1, 4, 1, 1, 1), (2, 1, 1, 1, 2), (2, 2, 1, 1, 1), (4, 1, 1, 1, 1)]
+    assert meshes == [
+        (1, 2, 1, 1, 2),
+        (1, 4, 1, 1, 1),
+        (2, 1, 1, 1, 2),
+        (2, 2, 1, 1, 1),
+        (4, 1, 1, 1, 1),
+    ]
     seconds = [one["functions"]["prefill"]["seconds"]["estimate"] for one in found]
     assert seconds == sorted(seconds)
     show_ranking(found, Console())
@@ -170,18 +217,24 @@ def test_a_topology_that_libtpu_does_not_have(tpu):
 
 def test_without_libtpu_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(PlanError, match=r"libtpu \(640 MB\), is not installed: pip install .*\[plan\]"):
+    with pytest.raises(
+        PlanError, match=r"libtpu \(640 MB\), is not installed: pip install .*\[plan\]"
+    ):
         tpu_devices(parse_topology("v5e:2x2"))
 
 
 def test_a_mesh_that_does_not_cover_the_topology():
     cfg = dataclasses.replace(CFG, mesh=Mesh(data=1, fsdp=3))
-    with pytest.raises(PlanError, match="mesh.data=1, mesh.fsdp=3, .* makes 3 devices, the topology has 4"):
+    with pytest.raises(
+        PlanError, match="mesh.data=1, mesh.fsdp=3, .* makes 3 devices, the topology has 4"
+    ):
         mesh_of(cfg, [None] * 4)
 
 
 def test_functions_that_do_not_exist():
-    with pytest.raises(PlanError, match="no function train; there are update, score, prefill, decode"):
+    with pytest.raises(
+        PlanError, match="no function train; there are update, score, prefill, decode"
+    ):
         plan(CFG, "v5e:2x2", ["train"])
 
 
@@ -214,10 +267,10 @@ Largest program allocations in hbm:
 def test_reading_a_refusal():
     refused = Compiled(False, 1.0, refusal=REFUSAL)
     assert refused.needed == int(20.5 * 2**30)
-    short = (
-        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (60.90G) exceeds"
+    short = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (60.90G) exceeds"
+    assert Compiled(False, 1.0, refusal=f"{short} available HBM (15.75G).").needed == int(
+        60.9 * 2**30
     )
-    assert Compiled(False, 1.0, refusal=f"{short} available HBM (15.75G).").needed == int(60.9 * 2**30)
     assert largest_refused(REFUSAL) == [
         "8.00G  f32[32,8192,8192]{2,1,0:T(8,128)}  layers.py:45",
         "2.00G  f32[8192,65536]{1,0}  ?",

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from sapo_jax.config import Config, Data, Mesh, Model, ReasoningGymTask, Rollout, Train
-from sapo_jax.describe import flops
+from sapo_jax.errors import PlanError
 from sapo_jax.plan import valid_meshes
-from sapo_jax.plan.chips import CHIPS, PlanError, parse_topology
+from sapo_jax.plan.chips import CHIPS, parse_topology
 from sapo_jax.plan.costs import Collective, Costs, Loop
+from sapo_jax.plan.dry_run import flops
 from sapo_jax.plan.programs import Workload, decode_trips
 from sapo_jax.plan.report import iteration_report
 from sapo_jax.plan.roofline import (
@@ -39,13 +40,20 @@ def fabric(name: str, **axes: int) -> Fabric:
 def test_topologies():
     found = parse_topology("v5p:4x4x8")
     assert (found.chip.name, found.shape, found.devices) == ("v5p", (4, 4, 8), 128)
-    assert found.wraps(0) and not parse_topology("v5e:4x4").wraps(0) and parse_topology("v6e:16x16").wraps(1)
+    assert (
+        found.wraps(0)
+        and not parse_topology("v5e:4x4").wraps(0)
+        and parse_topology("v6e:16x16").wraps(1)
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("v5:4x4", r"unknown topology 'v5:4x4'; did you mean v5\w\?. Chips: v4, v5e, v5p, v6e. Examples: v5e:2x2"),
+        (
+            "v5:4x4",
+            r"unknown topology 'v5:4x4'; did you mean v5\w\?. Chips: v4, v5e, v5p, v6e. Examples: v5e:2x2",
+        ),
         ("h100:8", "unknown topology 'h100:8'. Chips: v4"),
         ("v5p", "unknown topology 'v5p'"),
         ("v5p:4x4", "a v5p torus has 3 dims"),
@@ -82,7 +90,9 @@ def test_replica_groups_that_cannot_be_read_are_no_guess(text):
 
 def test_seconds_of_collectives():
     """An all-gather sends (n-1)/n of the whole over the links of the dims that its group spans, both ways on a ring."""
-    line = fabric("v5e:4x4", data=4, fsdp=4)  # fsdp runs along the second dim; no rings in so small a v5e
+    line = fabric(
+        "v5e:4x4", data=4, fsdp=4
+    )  # fsdp runs along the second dim; no rings in so small a v5e
     gather = Collective("all-gather", "mesh['d'=4,'f'=4] {'f'}", 4 * GIGA, "")
     assert line.axis_names(first_group(gather.groups, 16)) == "fsdp"
     assert line.seconds(gather) == pytest.approx(3 / 45 + 3 * HOP)
@@ -90,9 +100,13 @@ def test_seconds_of_collectives():
     assert line.axis_names(first_group(everywhere.groups, 16)) == "data+fsdp"
     assert line.seconds(everywhere) == pytest.approx(2 * 15 / (45 + 45) + 6 * HOP)
     ring = fabric("v5p:4x4x4", data=16, fsdp=4)
-    assert ring.seconds(Collective("reduce-scatter", "[16,4]<=[64]", 4 * GIGA, "")) == pytest.approx(3 / 180 + 3 * HOP)
+    assert ring.seconds(
+        Collective("reduce-scatter", "[16,4]<=[64]", 4 * GIGA, "")
+    ) == pytest.approx(3 / 180 + 3 * HOP)
     # each of 4 devices has 4 GB for the others: a quarter of gathering all 16 GB
-    assert ring.seconds(Collective("all-to-all", "[16,4]<=[64]", 4 * GIGA, "")) == pytest.approx(3 / 180 + 3 * HOP)
+    assert ring.seconds(Collective("all-to-all", "[16,4]<=[64]", 4 * GIGA, "")) == pytest.approx(
+        3 / 180 + 3 * HOP
+    )
     shift = Collective("collective-permute", "{{0,1},{1,2},{2,3},{3,0}}", 9 * GIGA, "")
     assert ring.seconds(shift) == pytest.approx(9 / 90 + HOP)
     assert ring.seconds(Collective("all-reduce", "{{0},{1}}", GIGA, "")) == 0
@@ -104,14 +118,23 @@ def test_times_and_what_bounds():
     costs.kernels["gmm"] = chip.flops * KERNEL_EFFICIENCY
     costs.collectives[Collective("all-gather", "[16,4]<=[64]", 240 * GIGA, "here")] = 2
     found = times(costs, chip, fabric("v5p:4x4x4", data=16, fsdp=4))
-    assert (found.compute, found.hbm, found.cores) == pytest.approx((0.3 + KERNEL_EFFICIENCY, 0.5, 2.0))
+    assert (found.compute, found.hbm, found.cores) == pytest.approx(
+        (0.3 + KERNEL_EFFICIENCY, 0.5, 2.0)
+    )
     assert found.interconnect == pytest.approx(2.0, abs=1e-4) and found.bound == "interconnect"
     assert found.roof == found.interconnect and found.serial == pytest.approx(4.0, abs=1e-4)
     assert Times(1.0, 2.0, 1.5, 3.0).bound == "hbm" and Times(1.0, 2.0, 1.5, 3.0).estimate == 3.0
-    assert Times(3.0, 2.0, 1.5, 2.5).bound == "compute" and Times(3.0, 2.0, 1.5, 2.5).estimate == 3.0
+    assert (
+        Times(3.0, 2.0, 1.5, 2.5).bound == "compute" and Times(3.0, 2.0, 1.5, 2.5).estimate == 3.0
+    )
     assert Times(3.0, 2.0, 1.5, 2.5).serial == 4.5
     (row,) = collective_rows(costs, fabric("v5p:4x4x4", data=16, fsdp=4))
-    assert (row["kind"], row["axis"], row["times"], row["bytes"]) == ("all-gather", "fsdp", 2, 480 * GIGA)
+    assert (row["kind"], row["axis"], row["times"], row["bytes"]) == (
+        "all-gather",
+        "fsdp",
+        2,
+        480 * GIGA,
+    )
 
 
 CFG = Config(
@@ -123,7 +146,9 @@ SLOTS = Workload.of(dataclasses.replace(CFG, rollout=dataclasses.replace(CFG.rol
 
 
 def test_workload():
-    assert Workload.of(CFG) == Workload(8, 32, 32, 8, 24, 64, 48, rows=8, mini_batches=2)  # two sequences a row
+    assert Workload.of(CFG) == Workload(
+        8, 32, 32, 8, 24, 64, 48, rows=8, mini_batches=2
+    )  # two sequences a row
 
 
 def test_steps_of_decoding_in_slots():
@@ -144,7 +169,9 @@ def test_trips_of_the_decode_loops():
             steps.append(fills * turns * step.trips)
         assert sum(steps) == pytest.approx(work.decode_steps(work.new_tokens)) and min(steps) > 0
         assert placed == pytest.approx(32)
-        assert len(nested) == len(phases(bucket(work.prompt_tokens), work.new_tokens, 32, 8, False, page))
+        assert len(nested) == len(
+            phases(bucket(work.prompt_tokens), work.new_tokens, 32, 8, False, page)
+        )
 
 
 def test_useful_flops_are_the_dry_run_s_without_recomputation():
@@ -159,8 +186,14 @@ def test_useful_flops_are_the_dry_run_s_without_recomputation():
 
 def test_valid_meshes_use_every_device_once():
     meshes = list(valid_meshes(CFG, 4))
-    assert Mesh(1, 4, 1, 1, 1) in meshes and Mesh(1, 1, 4, 1, 1) in meshes and Mesh(1, 2, 1, 1, 2) in meshes
-    assert all(m.data * m.fsdp * m.expert * m.tensor == 4 for m in meshes) and len(set(meshes)) == len(meshes)
+    assert (
+        Mesh(1, 4, 1, 1, 1) in meshes
+        and Mesh(1, 1, 4, 1, 1) in meshes
+        and Mesh(1, 2, 1, 1, 2) in meshes
+    )
+    assert all(m.data * m.fsdp * m.expert * m.tensor == 4 for m in meshes) and len(
+        set(meshes)
+    ) == len(meshes)
     assert not any(m.tensor == 4 for m in meshes)  # two key/value heads
 
 
@@ -168,7 +201,9 @@ def test_iteration():
     work, topology = Workload.of(CFG), parse_topology("v5e:2x2")
     steps = {"update": 4.0, "score": 1.0, "prefill": 0.5, "decode": 10.0}
     functions = {name: {"seconds": {"estimate": seconds}} for name, seconds in steps.items()}
-    found = iteration_report(functions, work, topology, mean_tokens=8)  # rows are half as many: (8 + 8) / (8 + 24)
+    found = iteration_report(
+        functions, work, topology, mean_tokens=8
+    )  # rows are half as many: (8 + 8) / (8 + 24)
     assert found["phases"] == {"prefill": 0.5, "decode": 10.0, "score": 1.0, "update": 4.0}
     assert found["completion_tokens_per_second_per_chip"] == pytest.approx(32 * 8 / 15.5 / 4)
     waiting = iteration_report(functions, SLOTS, topology, mean_tokens=8)

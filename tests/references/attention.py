@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 
 
-def whole_attention(q_BTHh, k_BSKh, v_BSKh, q_positions, k_positions, q_segments, k_segments, q_prefixes):
+def whole_attention(
+    q_BTHh, k_BSKh, v_BSKh, q_positions, k_positions, q_segments, k_segments, q_prefixes
+):
     """softmax(q k^T / sqrt(h)) v over the visible keys; 0 for a query that sees none. In the dtype of q."""
     B, T, H, h = q_BTHh.shape
     K = k_BSKh.shape[2]

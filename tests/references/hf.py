@@ -21,8 +21,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )  # fmt: skip
 
+from sapo_jax.batch import Params
 from sapo_jax.config import Model, Yarn
-from sapo_jax.types import Params
 
 
 def rope_parameters(theta: float, yarn: Yarn | None) -> dict:
@@ -43,25 +43,38 @@ def config(cfg: Model) -> Qwen3Config | Qwen3MoeConfig | LlamaConfig:
         "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step",
     )  # fmt: skip
     keys = {name: getattr(cfg, name) for name in names}
-    keys |= dict(rope_parameters=rope_parameters(cfg.rope_theta, cfg.rope_scaling), attn_implementation="eager")
+    keys |= dict(
+        rope_parameters=rope_parameters(cfg.rope_theta, cfg.rope_scaling),
+        attn_implementation="eager",
+    )
     if cfg.num_experts:
         assert cfg.qk_norm, "Hugging Face has no Qwen3-MoE without qk-norm"
         moe = {name: getattr(cfg, name) for name in moe_names}
-        return Qwen3MoeConfig(**keys, **moe, mlp_only_layers=list(cfg.mlp_only_layers), experts_implementation="eager")
+        return Qwen3MoeConfig(
+            **keys, **moe, mlp_only_layers=list(cfg.mlp_only_layers), experts_implementation="eager"
+        )
     return (Qwen3Config if cfg.qk_norm else LlamaConfig)(**keys)
 
 
 def model(cfg: Model, seed: int = 0) -> PreTrainedModel:
     """A float32 model with random tensors: norms near 1 (but not 1), matrices that keep activations near 1."""
     hf = config(cfg)
-    cls = {Qwen3Config: Qwen3ForCausalLM, Qwen3MoeConfig: Qwen3MoeForCausalLM, LlamaConfig: LlamaForCausalLM}[type(hf)]
+    cls = {
+        Qwen3Config: Qwen3ForCausalLM,
+        Qwen3MoeConfig: Qwen3MoeForCausalLM,
+        LlamaConfig: LlamaForCausalLM,
+    }[type(hf)]
     made = cls(hf).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in made.parameters():
             noise = torch.randn(tensor.shape, generator=generator)
             is_norm = tensor.ndim == 1 and tensor.mean() == 1  # biases start at 0
-            tensor.copy_(1 + 0.3 * noise if is_norm else noise / (tensor.shape[-1] if tensor.ndim > 1 else 25) ** 0.5)
+            tensor.copy_(
+                1 + 0.3 * noise
+                if is_norm
+                else noise / (tensor.shape[-1] if tensor.ndim > 1 else 25) ** 0.5
+            )
     return made
 
 
@@ -90,17 +103,28 @@ def params(tensors: Mapping[str, torch.Tensor], cfg: Model) -> Params:
             gate_EFD, up_EFD = np.split(take(f"{at}mlp.experts.gate_up_proj"), 2, axis=1)
             down_EDF = take(f"{at}mlp.experts.down_proj")
             experts = {"gate": gate_EFD, "up": up_EFD, "down": down_EDF}
-            mlp = {"router": linear("mlp.gate"), **{name: x.transpose(0, 2, 1) for name, x in experts.items()}}
+            mlp = {
+                "router": linear("mlp.gate"),
+                **{name: x.transpose(0, 2, 1) for name, x in experts.items()},
+            }
         else:
             mlp = {name: linear(f"mlp.{name}_proj") for name in ("gate", "up", "down")}
-        norms = {"attention_norm": scale("input_layernorm"), "mlp_norm": scale("post_attention_layernorm")}
+        norms = {
+            "attention_norm": scale("input_layernorm"),
+            "mlp_norm": scale("post_attention_layernorm"),
+        }
         return {"attention": attention, "mlp": mlp, **norms}
 
     layers = [layer(i) for i in range(cfg.num_hidden_layers)]
-    tree = {"embed": take("model.embed_tokens.weight"), "norm": {"scale": take("model.norm.weight")}}
+    tree = {
+        "embed": take("model.embed_tokens.weight"),
+        "norm": {"scale": take("model.norm.weight")},
+    }
     runs = itertools.groupby(zip(layers, cfg.sparse_layers, strict=True), key=lambda item: item[1])
     tree["layers"] = {n: _stack([tree for tree, _ in run]) for n, (_, run) in enumerate(runs)}
-    head = left.pop("lm_head.weight", None)  # a tied head is in the state dict, but has no gradient of its own
+    head = left.pop(
+        "lm_head.weight", None
+    )  # a tied head is in the state dict, but has no gradient of its own
     if not cfg.tie_word_embeddings:
         tree["head"] = head
     assert not left, f"tensors that were not used: {sorted(left)}"

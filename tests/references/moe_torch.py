@@ -25,7 +25,9 @@ def moe(x_ND, ids_Nk, router_ED, gate_up_EGD, down_EDF, normalise: bool):
         y_D = torch.zeros_like(x_D)
         for e in ids_k:
             gate_F, up_F = (gate_up_EGD[e] @ x_D).chunk(2)
-            y_D = y_D + prob_E[e] / total * (down_EDF[e] @ (torch.nn.functional.silu(gate_F) * up_F))
+            y_D = y_D + prob_E[e] / total * (
+                down_EDF[e] @ (torch.nn.functional.silu(gate_F) * up_F)
+            )
         out.append(y_D)
     return torch.stack(out)
 
@@ -41,13 +43,17 @@ def forced(model: PreTrainedModel, ids_BTLk: np.ndarray, normalise: bool) -> Ite
 
         def forward(x_BTD):
             x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-            y_ND = moe(x_ND, ids_Nk, block.gate.weight, experts.gate_up_proj, experts.down_proj, normalise)
+            y_ND = moe(
+                x_ND, ids_Nk, block.gate.weight, experts.gate_up_proj, experts.down_proj, normalise
+            )
             return y_ND.reshape(x_BTD.shape)
 
         return forward
 
     for i, block in enumerate(blocks):
-        block.forward = forward_of(block, ids_BTLk[:, :, i].reshape(-1, ids_BTLk.shape[-1]).tolist())
+        block.forward = forward_of(
+            block, ids_BTLk[:, :, i].reshape(-1, ids_BTLk.shape[-1]).tolist()
+        )
     try:
         yield
     finally:

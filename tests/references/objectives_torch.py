@@ -35,7 +35,12 @@ def sapo_terms(logp, old_logp, adv, tau_pos, tau_neg):
     terms = []
     for logp_T, old_T, a in zip(logp, old_logp, adv):
         tau = tau_pos if a > 0 else tau_neg
-        terms.append([torch.sigmoid(tau * (torch.exp(p - q) - 1)) * 4 / tau * a for p, q in zip(logp_T, old_T)])
+        terms.append(
+            [
+                torch.sigmoid(tau * (torch.exp(p - q) - 1)) * 4 / tau * a
+                for p, q in zip(logp_T, old_T)
+            ]
+        )
     return terms
 
 
@@ -68,13 +73,18 @@ def gspo_token_terms(logp, old_logp, adv, clip_low, clip_high):
     terms = []
     for logp_T, old_T, a in zip(logp, old_logp, adv):
         s = torch.exp((logp_T - old_T).mean()).detach()
-        terms.append([ppo_clip(s * p.exp() / p.exp().detach(), a, clip_low, clip_high) for p in logp_T])
+        terms.append(
+            [ppo_clip(s * p.exp() / p.exp().detach(), a, clip_low, clip_high) for p in logp_T]
+        )
     return terms
 
 
 def cispo_terms(logp, old_logp, adv, clip_low, clip_high):
     """sg(clip(r)) A log pi (MiniMax-M1, Eqs. 4, 5): the value uses log pi itself."""
     return [
-        [torch.clamp(torch.exp(p - q), 1 - clip_low, 1 + clip_high).detach() * a * p for p, q in zip(logp_T, old_T)]
+        [
+            torch.clamp(torch.exp(p - q), 1 - clip_low, 1 + clip_high).detach() * a * p
+            for p, q in zip(logp_T, old_T)
+        ]
         for logp_T, old_T, a in zip(logp, old_logp, adv)
     ]

@@ -11,10 +11,27 @@ import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
 from sapo_jax.rewards.allowlist import NEEDS_OPTIONS, REASONING_GYM_TASKS
-from sapo_jax.rewards.registry import judge
+from sapo_jax.rewards.registry import grade
+from sapo_jax.types import Verdict
 
 SLOW_TO_GENERATE = {"knight_swap", "sokoban", "futoshiki", "zebra_puzzles"}
-JUNK = ["0", "-1", "nan", "nan+nanj", "inf", "[]", "{}", "null", "[[]]", "1e400", "NaN", "A=1", "x", "\x00", "[" * 3000]
+JUNK = [
+    "0",
+    "-1",
+    "nan",
+    "nan+nanj",
+    "inf",
+    "[]",
+    "{}",
+    "null",
+    "[[]]",
+    "1e400",
+    "NaN",
+    "A=1",
+    "x",
+    "\x00",
+    "[" * 3000,
+]
 
 
 def test_every_name_exists():
@@ -30,12 +47,12 @@ def test_scorer_is_sound(task):
         entry = json.loads(json.dumps(dataset[index], default=str))
         entry["options"] = {}
         answer = entry["answer"]
-        assert judge("reasoning_gym", answer, answer, entry) == ("ok", 1.0, "")
+        assert grade("reasoning_gym", answer, answer, entry) == Verdict("ok", 1.0, "")
         shuffled = "".join(random.Random(index).sample(answer, len(answer)))
         for response in [text for text in [*JUNK, shuffled] if text != answer]:
-            judgement = judge("reasoning_gym", response, answer, entry)
+            verdict = grade("reasoning_gym", response, answer, entry)
             allowed = ("wrong", "unparsable") if response in JUNK else ("wrong", "unparsable", "ok")
-            assert judgement.status in allowed, (response, answer, judgement)
+            assert verdict.status in allowed, (response, answer, verdict)
 
 
 def _names_called(function) -> set[str]:

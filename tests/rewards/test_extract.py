@@ -67,7 +67,9 @@ def test_unknown_form_is_named():
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("form", ["answer_tag", "boxed", "last_number"])
-@pytest.mark.parametrize("piece", ["<answer>", "</answer>", r"\boxed{", "{", "}", "\\", "\x00", "<answer></answer>"])
+@pytest.mark.parametrize(
+    "piece", ["<answer>", "</answer>", r"\boxed{", "{", "}", "\\", "\x00", "<answer></answer>"]
+)
 def test_a_megabyte_of_one_piece_has_no_answer(form, piece):
     """It ends at all: a quadratic scan would run into the time-out."""
     assert extract(piece * (1_000_000 // len(piece)), form) is None

@@ -11,7 +11,8 @@ import time
 import pytest
 
 from sapo_jax.config.schema import Rewards
-from sapo_jax.rewards import VERIFIERS, VerifierPool, WorkerError, process
+from sapo_jax.errors import WorkerError
+from sapo_jax.rewards import VERIFIERS, VerifierPool, process
 from sapo_jax.types import Prompt, Verdict
 
 HOSTILE = Rewards(workers=2, deadline=5.0, memory_mb=512, plugins=("hostile_verifiers",))
@@ -128,13 +129,13 @@ def test_details_are_cut_and_can_be_written(pool):
 def test_a_verifier_may_return_a_verdict(returned, expected):
     import hostile_verifiers  # noqa: F401  (registers it)
 
-    from sapo_jax.rewards.registry import judge
+    from sapo_jax.rewards.registry import grade
 
-    judgement = judge("hostile", "verdict", "", {"verdict": returned})
+    verdict = grade("hostile", "verdict", "", {"verdict": returned})
     if expected == "malformed":
-        assert judgement.status == "error" and "malformed verdict" in judgement.detail
+        assert verdict.status == "error" and "malformed verdict" in verdict.detail
     else:
-        assert Verdict(*judgement) == expected
+        assert verdict == expected
 
 
 # ---------------------------------------------------------------- neighbours
@@ -148,7 +149,9 @@ def test_a_hang_is_a_timeout_and_touches_no_neighbour(impatient, action):
     for i, verdict in enumerate(verdicts):
         if i in (7, 8, 30):
             assert (verdict.status, verdict.reward) in [("timeout", 0.0), ("error", 0.0)]
-            assert verdict.status == "timeout" or action == "close"  # it has closed its reply channel: it died
+            assert (
+                verdict.status == "timeout" or action == "close"
+            )  # it has closed its reply channel: it died
         else:
             assert verdict == RIGHT
 
@@ -158,13 +161,20 @@ def test_a_crash_touches_no_neighbour(pool, action):
     items = [(str(i), prompt(str(i))) for i in range(40)]
     items[0] = items[1] = items[20] = hostile(action)
     verdicts = pool.verify(items)
-    status = "ok" if action == "hoard" else "error"  # a hoarder leaves too little memory for the next hoarder
+    status = (
+        "ok" if action == "hoard" else "error"
+    )  # a hoarder leaves too little memory for the next hoarder
     assert [v.status for v in verdicts] == [status if i in (0, 1, 20) else "ok" for i in range(40)]
 
 
 def test_who_inherits_a_doomed_worker_is_tried_again():
     with VerifierPool(dataclasses.replace(HOSTILE, workers=1)) as pool:
-        assert pool.verify([hostile("right"), hostile("die later"), hostile("pause"), hostile("right")]) == [RIGHT] * 4
+        assert (
+            pool.verify(
+                [hostile("right"), hostile("die later"), hostile("pause"), hostile("right")]
+            )
+            == [RIGHT] * 4
+        )
         pool.verify([hostile("die later")])
         time.sleep(0.5)  # now it dies while idle, before a verifier that it has yet to prepare
         assert pool.verify([("1", prompt("1", "numeric"))]) == [RIGHT]
@@ -188,14 +198,24 @@ def test_verifiers_only_import_what_they_need():
 
 @pytest.mark.parametrize(
     "text",
-    ["\x00", "a\ud800b", "\udfff" * 99, '{"verifier": "x"}\n{"prepare": 1}\n', "\r\n\u2028", "😀" * 999, "x" * 10**6],
+    [
+        "\x00",
+        "a\ud800b",
+        "\udfff" * 99,
+        '{"verifier": "x"}\n{"prepare": 1}\n',
+        "\r\n\u2028",
+        "😀" * 999,
+        "x" * 10**6,
+    ],
     ids=range(7),
 )
 def test_any_text_arrives_whole(text):
     seen_by_verifier = text.encode("utf-8", "replace").decode()
     with VerifierPool(Rewards(workers=1, max_chars=2 * 10**6)) as pool:
         golds = [f"[{seen_by_verifier}]", "[x]"]
-        verdicts = pool.verify([*((f"[{text}]", prompt(gold)) for gold in golds), ("y", prompt("y"))])
+        verdicts = pool.verify(
+            [*((f"[{text}]", prompt(gold)) for gold in golds), ("y", prompt("y"))]
+        )
     assert [v.status for v in verdicts] == ["ok", "wrong", "ok"]
 
 
@@ -227,7 +247,9 @@ def test_too_long_a_completion_is_not_run():
     ],
 )
 def test_extraction_and_format_reward(form, completion, verifier, status, reward):
-    with VerifierPool(dataclasses.replace(HOSTILE, workers=1, extract=form, format_reward=0.25)) as pool:
+    with VerifierPool(
+        dataclasses.replace(HOSTILE, workers=1, extract=form, format_reward=0.25)
+    ) as pool:
         (verdict,) = pool.verify([(completion, prompt("5", verifier))])
     assert (verdict.status, verdict.reward) == (status, reward)
 
@@ -235,7 +257,10 @@ def test_extraction_and_format_reward(form, completion, verifier, status, reward
 def test_reasoning_gym_through_the_pool():
     import reasoning_gym
 
-    entries = [json.loads(json.dumps(entry)) for entry in reasoning_gym.create_dataset("chain_sum", seed=1, size=8)]
+    entries = [
+        json.loads(json.dumps(entry))
+        for entry in reasoning_gym.create_dataset("chain_sum", seed=1, size=8)
+    ]
     countdown = {"metadata": {"source_dataset": "countdown"}}
     items = [(e["answer"], prompt(e["answer"], "reasoning_gym", e)) for e in entries]
     items += [("0" + e["answer"] + "1", prompt(e["answer"], "reasoning_gym", e)) for e in entries]
@@ -243,7 +268,9 @@ def test_reasoning_gym_through_the_pool():
     with VerifierPool(Rewards(workers=2)) as pool:
         verdicts = pool.verify(items)
     assert [v.status for v in verdicts] == ["ok"] * 8 + ["wrong"] * 8 + ["error"]
-    assert [v.reward for v in verdicts] == [1.0] * 8 + [0.0] * 9  # the scorer's own partial credit is not paid
+    assert [v.reward for v in verdicts] == [1.0] * 8 + [
+        0.0
+    ] * 9  # the scorer's own partial credit is not paid
     assert "'countdown' is not on the allow-list" in verdicts[-1].detail
 
 
@@ -258,7 +285,9 @@ def test_an_unknown_verifier_is_named(pool):
 
 
 def test_a_plugin_that_cannot_be_imported_is_named():
-    with pytest.raises(ValueError, match="rewards.plugins: module 'no_such_plugin' cannot be imported"):
+    with pytest.raises(
+        ValueError, match="rewards.plugins: module 'no_such_plugin' cannot be imported"
+    ):
         VerifierPool(Rewards(plugins=("no_such_plugin",)))
 
 
@@ -266,7 +295,8 @@ def test_a_verifier_that_only_the_trainer_knows(monkeypatch):
     monkeypatch.setitem(VERIFIERS, "homemade", VERIFIERS["exact"])
     with VerifierPool(Rewards(workers=1)) as pool:
         with pytest.raises(
-            WorkerError, match="cannot prepare the verifier 'homemade'(.|\n)*belongs in rewards.plugins"
+            WorkerError,
+            match="cannot prepare the verifier 'homemade'(.|\n)*belongs in rewards.plugins",
         ):
             pool.verify([("1", prompt("1", "homemade"))])
         with pytest.raises(RuntimeError, match="the verifier pool is closed"):
@@ -277,10 +307,14 @@ _IN_WORKER = "import os, sys, time\nif 'sapo_jax.rewards.worker' in sys.orig_arg
 
 
 def test_a_worker_that_cannot_start_shows_its_last_words(tmp_path, monkeypatch):
-    (tmp_path / "stillborn.py").write_text(_IN_WORKER + "    os.write(2, b'no licence')\n    os._exit(9)\n")
+    (tmp_path / "stillborn.py").write_text(
+        _IN_WORKER + "    os.write(2, b'no licence')\n    os._exit(9)\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     with VerifierPool(Rewards(plugins=("stillborn",))) as pool:
-        with pytest.raises(WorkerError, match="cannot start .*: the worker exited with code 9\nno licence"):
+        with pytest.raises(
+            WorkerError, match="cannot start .*: the worker exited with code 9\nno licence"
+        ):
             pool.verify([("1", prompt("1"))])
 
 
@@ -301,7 +335,9 @@ def test_too_little_memory_to_start_is_said():
 
 def test_metadata_must_be_json():
     with VerifierPool(Rewards(workers=1)) as pool:
-        with pytest.raises(ValueError, match="problem 3 of task 'task': its answer or metadata is not JSON"):
+        with pytest.raises(
+            ValueError, match="problem 3 of task 'task': its answer or metadata is not JSON"
+        ):
             pool.verify([("1", prompt("1", metadata={"a": {1, 2}}, index=3))])
 
 

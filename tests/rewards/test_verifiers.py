@@ -8,13 +8,13 @@ import sys
 import pytest
 
 from sapo_jax.rewards import VERIFIERS, Unparsable, register
-from sapo_jax.rewards.registry import judge
+from sapo_jax.rewards.registry import grade
 
 
 def status(name, response, answer, metadata=None):
-    judgement = judge(name, response, answer, metadata or {})
-    assert judgement.reward == (1.0 if judgement.status == "ok" else 0.0)
-    return judgement.status
+    verdict = grade(name, response, answer, metadata or {})
+    assert verdict.reward == (1.0 if verdict.status == "ok" else 0.0)
+    return verdict.status
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_math(response, answer, expected):
 
 
 def test_math_names_a_gold_answer_that_it_cannot_parse():
-    assert "gold answer 'north'" in judge("math", "42", "north", {}).detail
+    assert "gold answer 'north'" in grade("math", "42", "north", {}).detail
 
 
 def test_math_evaluates_no_text(monkeypatch):
@@ -129,7 +129,9 @@ def test_math_evaluates_no_text(monkeypatch):
     VERIFIERS["math"].prepare()
     evaluated = []
     real = sympy_parser.eval_expr
-    monkeypatch.setattr(sympy_parser, "eval_expr", lambda code, *rest: evaluated.append(code) or real(code, *rest))
+    monkeypatch.setattr(
+        sympy_parser, "eval_expr", lambda code, *rest: evaluated.append(code) or real(code, *rest)
+    )
     sympy.Number("7")
     assert len(evaluated) == 1  # the trap works
     texts = """27|The answer is 3*(4+5)|answer: 2^3|the answer is (1)(2)|1/2|2.5|1e5|0,5|007|1,234.5|50%|$3*9$|= 5-2|-3
@@ -144,7 +146,14 @@ def test_math_evaluates_no_text(monkeypatch):
 @pytest.mark.parametrize("name", ["exact", "numeric", "math"])
 @pytest.mark.parametrize(
     "response",
-    ["\x00" * 100, "{" * 300, "\\boxed{" * 100, "$" * 999, '{"status": "ok", "reward": 1.0}', "\n" * 1000],
+    [
+        "\x00" * 100,
+        "{" * 300,
+        "\\boxed{" * 100,
+        "$" * 999,
+        '{"status": "ok", "reward": 1.0}',
+        "\n" * 1000,
+    ],
     ids=range(6),
 )
 def test_adversarial_text_is_never_right(name, response):
@@ -152,7 +161,9 @@ def test_adversarial_text_is_never_right(name, response):
 
 
 def test_registering_a_taken_name_is_refused():
-    with pytest.raises(ValueError, match="'exact' is registered twice: in sapo_jax.rewards.verifiers and in"):
+    with pytest.raises(
+        ValueError, match="'exact' is registered twice: in sapo_jax.rewards.verifiers and in"
+    ):
         register("exact")(lambda response, answer, metadata: True)
     assert VERIFIERS["exact"].function("a", "a", {}) is True
 
@@ -167,7 +178,12 @@ def test_a_module_may_be_reloaded():
 def test_importing_the_package_is_light():
     heavy = "jax numpy sympy math_verify reasoning_gym pydantic".split()
     script = f"import sys, sapo_jax.rewards; print([m for m in {heavy} if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 # ---------------------------------------------------------------- reasoning-gym
@@ -197,24 +213,30 @@ def _entry(task, index=0, **options):
 )
 def test_reasoning_gym(task, response, expected):
     entry = _entry(task)
-    assert status("reasoning_gym", response.replace("{answer}", entry["answer"]), entry["answer"], entry) == expected
+    assert (
+        status(
+            "reasoning_gym", response.replace("{answer}", entry["answer"]), entry["answer"], entry
+        )
+        == expected
+    )
 
 
 @pytest.mark.parametrize(
-    "task", ["countdown", "puzzle24", "simple_integration", "composite", "no_such_task", None, ["gcd"]]
+    "task",
+    ["countdown", "puzzle24", "simple_integration", "composite", "no_such_task", None, ["gcd"]],
 )
 def test_reasoning_gym_refuses_tasks_that_are_not_listed(task):
-    judgement = judge("reasoning_gym", "1", "1", {"metadata": {"source_dataset": task}})
-    assert judgement.status == "error"
-    assert "allow-list" in judgement.detail or isinstance(task, list)
+    verdict = grade("reasoning_gym", "1", "1", {"metadata": {"source_dataset": task}})
+    assert verdict.status == "error"
+    assert "allow-list" in verdict.detail or isinstance(task, list)
 
 
 def test_reasoning_gym_refuses_an_entry_that_is_damaged():
     entry = _entry("tower_of_hanoi")
     entry["metadata"]["num_disks"] = 1
-    judgement = judge("reasoning_gym", "1", entry["answer"], entry)
-    assert judgement.status == "error" and "gold answer" in judgement.detail
-    assert judge("reasoning_gym", "1", "1", {}).status == "error"
+    verdict = grade("reasoning_gym", "1", entry["answer"], entry)
+    assert verdict.status == "error" and "gold answer" in verdict.detail
+    assert grade("reasoning_gym", "1", "1", {}).status == "error"
 
 
 def test_reasoning_gym_scores_with_the_options_of_the_generator():
@@ -222,10 +244,15 @@ def test_reasoning_gym_scores_with_the_options_of_the_generator():
     options = {"min_num_decimal_places": 6, "max_num_decimal_places": 6, "precision": 12}
     entry = _entry("decimal_arithmetic", **options)
     near = str(float(entry["answer"]) + 0.0005)
-    assert "needs metadata['options']" in judge("reasoning_gym", near, entry["answer"], entry).detail
+    assert (
+        "needs metadata['options']" in grade("reasoning_gym", near, entry["answer"], entry).detail
+    )
     assert status("reasoning_gym", near, entry["answer"], {**entry, "options": {}}) == "ok"
     assert status("reasoning_gym", near, entry["answer"], {**entry, "options": options}) == "wrong"
-    assert status("reasoning_gym", entry["answer"], entry["answer"], {**entry, "options": options}) == "ok"
+    assert (
+        status("reasoning_gym", entry["answer"], entry["answer"], {**entry, "options": options})
+        == "ok"
+    )
 
 
 def test_unparsable_is_not_an_error():

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sapo_jax.rollout import Packing, Rule, Sampler, rollout_rows
+from sapo_jax.batch import Batch, Rollout
+from sapo_jax.learner.scoring import make_scorer, score
+from sapo_jax.rollout import Packing, Sampler, SamplingParams, pack_rollout
+from sapo_jax.rollout.batching import left_padded
 from sapo_jax.rollout.decode import first_slots
-from sapo_jax.rollout.rows import left_padded
 from sapo_jax.rollout.sampler import prefill
-from sapo_jax.scoring import make_scorer, score
-from sapo_jax.types import Batch, Prompt, Rollout
+from sapo_jax.types import Prompt
 from tests.models import tiny
 
 TEMPERATURE, C, G = 0.8, 12, 2
@@ -27,7 +28,14 @@ each_model = pytest.mark.parametrize("kind", tiny.MODELS)
 
 @functools.cache
 def sampler(kind: str) -> Sampler:
-    return Sampler(tiny.policy(tiny.MODELS[kind]), Rule(TEMPERATURE), G, C, stop_ids=(1, 2), pad_id=tiny.PAD)
+    return Sampler(
+        tiny.policy(tiny.MODELS[kind]),
+        SamplingParams(TEMPERATURE),
+        G,
+        C,
+        stop_ids=(1, 2),
+        pad_id=tiny.PAD,
+    )
 
 
 def sample(kind: str, prompts: list[Prompt], **kwargs) -> Rollout:
@@ -57,7 +65,9 @@ def separate_rows(rollout: Rollout):
 
     def place(value_BC: np.ndarray) -> np.ndarray:
         value_BT = np.zeros(rows["mask_BT"].shape, np.float32)
-        value_BT[rows["mask_BT"]] = value_BC[np.arange(value_BC.shape[1])[None] < rollout.length_B[:, None]]
+        value_BT[rows["mask_BT"]] = value_BC[
+            np.arange(value_BC.shape[1])[None] < rollout.length_B[:, None]
+        ]
         return value_BT
 
     return rows, place
@@ -109,7 +119,9 @@ def test_prefill_equals_decode(kind):
         requests, _ = prefill(made, model, tokens_PS, length_P, ones_P, ones_P, KEY)
         slots = first_slots(requests, len(tokens_PS), C, tiny.PAD)
         decoder = model.decoder(positions=tokens_PS.shape[1])
-        return decoder.logits(model.decode(decoder, slots.token_R, length_P - 1, slots.cache, slots.live_R)[0])
+        return decoder.logits(
+            model.decode(decoder, slots.token_R, length_P - 1, slots.cache, slots.live_R)[0]
+        )
 
     logits_PV = next_logits(tiny.params(made.policy.cfg), *left_padded(prefixes, tiny.PAD))
     logp_PV = np.asarray(jax.nn.log_softmax(logits_PV / TEMPERATURE))
@@ -159,7 +171,7 @@ PACKINGS = {  # what is cheapest
 def test_packed_rows(kind, packing):
     """Completions that share a row, and their prompt: the log-probs of a row of their own, in every way of packing."""
     rollout = sampled(kind)
-    rows = rollout_rows(PROMPTS, rollout, tiny.PAD, 1, PACKINGS[packing])
+    rows = pack_rollout(PROMPTS, rollout, tiny.PAD, 1, PACKINGS[packing])
     assert rows.mask_BT.sum() == rollout.length_B.sum()
     assert rows.arrays["segment_ids_BT"].max() > 2 or packing == "one completion each"
     logp_BT = np.asarray(scorer(kind)(tiny.params(tiny.MODELS[kind]), as_batch(rows.arrays))[0])
@@ -168,7 +180,10 @@ def test_packed_rows(kind, packing):
 
 def test_packings_differ():
     """Or else the test above says little."""
-    shapes = {rollout_rows(PROMPTS, sampled("dense"), tiny.PAD, 1, way).mask_BT.shape for way in PACKINGS.values()}
+    shapes = {
+        pack_rollout(PROMPTS, sampled("dense"), tiny.PAD, 1, way).mask_BT.shape
+        for way in PACKINGS.values()
+    }
     assert len(shapes) == 3
 
 
@@ -176,18 +191,24 @@ def test_packings_differ():
 def test_packing_changes_no_gradient(kind):
     """Of a weighted sum of log-probs, with respect to every parameter: a shared prompt gets the sum of its shares."""
     rollout, policy = sampled(kind), tiny.policy(tiny.MODELS[kind])
-    coefficient_BC = np.random.default_rng(1).standard_normal(rollout.logp_BC.shape).astype(np.float32)
+    coefficient_BC = (
+        np.random.default_rng(1).standard_normal(rollout.logp_BC.shape).astype(np.float32)
+    )
 
     def gradient(arrays, weight_BT):
         batch = as_batch(arrays)
-        loss = lambda params: jnp.sum(weight_BT * score(policy.bind(params), batch, TEMPERATURE).logp_BT)
+        loss = lambda params: jnp.sum(
+            weight_BT * score(policy.bind(params), batch, TEMPERATURE).logp_BT
+        )
         return tiny.quick_jit(jax.grad(loss))(tiny.params(policy.cfg))
 
-    packed = rollout_rows(PROMPTS, rollout, tiny.PAD, 1, TOKENS)
+    packed = pack_rollout(PROMPTS, rollout, tiny.PAD, 1, TOKENS)
     arrays, place = separate_rows(rollout)
     separate = gradient(arrays, place(coefficient_BC))
     together = gradient(packed.arrays, packed.place(coefficient_BC))
-    for (path, a), b in zip(jax.tree.leaves_with_path(together), jax.tree.leaves(separate), strict=True):
+    for (path, a), b in zip(
+        jax.tree.leaves_with_path(together), jax.tree.leaves(separate), strict=True
+    ):
         assert float(jnp.abs(a - b).max() / jnp.abs(b).max()) < 1e-5, jax.tree_util.keystr(path)
 
 
@@ -196,7 +217,9 @@ def test_right_padding(kind):
     """Longer rows, filled with another pad id."""
     rows, _, logp_BT = scored(kind)
     T = rows["tokens_BT"].shape[1]
-    longer = {name: np.pad(x, [(0, 0), (0, 13)]) if name.endswith("BT") else x for name, x in rows.items()}
+    longer = {
+        name: np.pad(x, [(0, 0), (0, 13)]) if name.endswith("BT") else x for name, x in rows.items()
+    }
     longer["tokens_BT"] = np.where(longer["segment_ids_BT"] > 0, longer["tokens_BT"], 17)
     longer["picked_BM"] = np.where(rows["picked_BM"] == T, T + 13, rows["picked_BM"])
     longer_BT, _ = scorer(kind)(tiny.params(tiny.MODELS[kind]), as_batch(longer))
@@ -214,7 +237,9 @@ def test_remat_changes_no_gradient(kind):
 
     def gradient(remat: str):
         policy = tiny.policy(dataclasses.replace(tiny.MODELS[kind], remat=remat))
-        loss = lambda params: jnp.sum(batch.weight_BT * batch.adv_BT * score(policy.bind(params), batch, 1.0).logp_BT)
+        loss = lambda params: jnp.sum(
+            batch.weight_BT * batch.adv_BT * score(policy.bind(params), batch, 1.0).logp_BT
+        )
         return tiny.quick_jit(jax.value_and_grad(loss))(params)
 
     plain = gradient("none")
@@ -262,7 +287,10 @@ def test_bfloat16_compute_is_close_and_its_log_probs_are_float32():
     real_BT = rows["mask_BT"]
     gap_N = np.abs(np.asarray(bf16_BT) - logp_BT)[real_BT]
     size_N = np.maximum(1, np.abs(logp_BT[real_BT]))
-    assert 1e-4 < gap_N.mean() < 0.03 and (gap_N / size_N).max() < 2**-4, (gap_N.mean(), (gap_N / size_N).max())
+    assert 1e-4 < gap_N.mean() < 0.03 and (gap_N / size_N).max() < 2**-4, (
+        gap_N.mean(),
+        (gap_N / size_N).max(),
+    )
 
     made = dataclasses.replace(sampler("dense"), policy=tiny.policy(cfg))
     rollout = made(tiny.params(), PROMPTS, KEY)
@@ -272,4 +300,7 @@ def test_bfloat16_compute_is_close_and_its_log_probs_are_float32():
     gap_N = np.abs(np.asarray(bf16_BT) - sampler_logp_BT)[rows["mask_BT"]]
     assert rollout.logp_BC.dtype == np.float32
     size_N = np.maximum(1, np.abs(sampler_logp_BT[rows["mask_BT"]]))
-    assert gap_N.mean() < 0.015 and (gap_N / size_N).max() < 2**-5, (gap_N.mean(), (gap_N / size_N).max())
+    assert gap_N.mean() < 0.015 and (gap_N / size_N).max() < 2**-5, (
+        gap_N.mean(),
+        (gap_N / size_N).max(),
+    )

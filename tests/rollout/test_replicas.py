@@ -18,15 +18,17 @@ import jax
 import numpy as np
 import pytest
 
-from sapo_jax import sharding
+from sapo_jax.batch import Rollout
 from sapo_jax.config import Mesh
-from sapo_jax.rollout import Rule, Sampler
+from sapo_jax.distributed import sharding
+from sapo_jax.rollout import Sampler, SamplingParams
 from sapo_jax.rollout.sampler import _sample
-from sapo_jax.types import Rollout
 from tests.models import tiny
 
 PROMPTS = [tiny.prompt(i, n) for i, n in enumerate((3, 9, 16, 5))]
-SAMPLER = Sampler(tiny.policy(tiny.DENSE), Rule(0.9), 2, 12, (1, 2), tiny.PAD, slots=4)  # half of the completions wait
+SAMPLER = Sampler(
+    tiny.policy(tiny.DENSE), SamplingParams(0.9), 2, 12, (1, 2), tiny.PAD, slots=4
+)  # half of the completions wait
 LIMITS = [1, 12, 5, 7, 12, 2, 9, 12]
 COLLECTIVES = re.compile(r"all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter")
 
@@ -34,11 +36,13 @@ COLLECTIVES = re.compile(r"all-reduce|all-gather|all-to-all|collective-permute|r
 def on_mesh(data: int, fsdp: int) -> tuple[dict, list[Rollout]]:
     """What is true of sampling on a mesh; and the rollouts, with and without all prompts."""
     mesh = sharding.make_mesh(Mesh(data=data, fsdp=fsdp), jax.devices()[: data * fsdp])
-    placed = sharding.shardings(mesh, SAMPLER.policy.dims)
+    placed = sharding.shardings(mesh, SAMPLER.policy.logical_axes)
     params = jax.device_put(tiny.params(tiny.DENSE), placed)
     with jax.set_mesh(mesh):
         rollout = SAMPLER(params, PROMPTS, jax.random.key(1), limit_B=LIMITS)
-        padded = SAMPLER(params, PROMPTS[:3], jax.random.key(1), batch_prompts=4, limit_B=LIMITS[:6])
+        padded = SAMPLER(
+            params, PROMPTS[:3], jax.random.key(1), batch_prompts=4, limit_B=LIMITS[:6]
+        )
         if fsdp == 1:  # parameters that nobody has laid out over the mesh
             unplaced = SAMPLER(tiny.params(tiny.DENSE), PROMPTS, jax.random.key(1), limit_B=LIMITS)
             np.testing.assert_array_equal(unplaced.tokens_BC, rollout.tokens_BC)
@@ -52,9 +56,15 @@ def on_mesh(data: int, fsdp: int) -> tuple[dict, list[Rollout]]:
     sampler = dataclasses.replace(SAMPLER, slots=4 // data)
     share = [x[: len(x) // data] for x in SAMPLER.inputs(PROMPTS)]
     with jax.set_mesh(replica):
-        lowered = _sample.lower(sampler, own, *sharding.put_batch(share, replica), jax.random.key(1))
+        lowered = _sample.lower(
+            sampler, own, *sharding.put_batch(share, replica), jax.random.key(1)
+        )
     pointers = lambda tree: [
-        [shard.data.unsafe_buffer_pointer() for shard in x.addressable_shards if shard.device in replica.devices]
+        [
+            shard.data.unsafe_buffer_pointer()
+            for shard in x.addressable_shards
+            if shard.device in replica.devices
+        ]
         for x in jax.tree.leaves(tree)
     ]
     return {
@@ -99,7 +109,10 @@ def test_each_replica_samples_its_share(mesh, devices):
     assert sorted(map(sorted, found["devices"])) == devices
     assert found["in_place"]
     assert (found["collectives"] == 0) == (mesh == "2 1")
-    assert "3 prompts cannot be split over" in found["unpadded"] and "batch_prompts" in found["unpadded"]
+    assert (
+        "3 prompts cannot be split over" in found["unpadded"]
+        and "batch_prompts" in found["unpadded"]
+    )
 
 
 if __name__ == "__main__":

@@ -13,16 +13,17 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sapo_jax import kernels
-from sapo_jax.columns import growth
+from sapo_jax.batch import Rollout
 from sapo_jax.models import Qwen3
-from sapo_jax.rollout import Rule, Sampler
+from sapo_jax.ops import attention as kernels
+from sapo_jax.rollout import Sampler, SamplingParams
 from sapo_jax.rollout import sampler as sampler_module
+from sapo_jax.rollout.cache_width import growth
 from sapo_jax.rollout.decode import phases
-from sapo_jax.types import FINISH_REASONS, Prompt, Rollout
+from sapo_jax.types import FINISH_REASONS, Prompt
 from tests.models import tiny
 from tests.rollout.test_agreement import sampled
-from tests.rollout.test_choice import slow_truncate
+from tests.rollout.test_sampling import slow_truncate
 
 STOP, LENGTH = FINISH_REASONS.index("stop"), FINISH_REASONS.index("length")
 KEY = jax.random.key(11)
@@ -30,8 +31,23 @@ PROMPTS = [tiny.prompt(11, 3), tiny.prompt(5, 9), tiny.prompt(8, 16)]
 each_model = pytest.mark.parametrize("kind", tiny.MODELS)
 
 
-def make(kind: str = "dense", rule: Rule = Rule(), group_size=2, max_new_tokens=8, stop_ids=(), **kwargs) -> Sampler:  # noqa: B008
-    return Sampler(tiny.policy(tiny.MODELS[kind]), rule, group_size, max_new_tokens, stop_ids, tiny.PAD, **kwargs)
+def make(
+    kind: str = "dense",
+    rule: SamplingParams = SamplingParams(),
+    group_size=2,
+    max_new_tokens=8,
+    stop_ids=(),
+    **kwargs,
+) -> Sampler:  # noqa: B008
+    return Sampler(
+        tiny.policy(tiny.MODELS[kind]),
+        rule,
+        group_size,
+        max_new_tokens,
+        stop_ids,
+        tiny.PAD,
+        **kwargs,
+    )
 
 
 def sample(sampler: Sampler, prompts: list[Prompt] = PROMPTS, key=KEY, **kwargs) -> Rollout:
@@ -46,7 +62,9 @@ def full_forward(kind: str):
     @tiny.quick_jit
     def logits(tokens_T, n):
         model, t = policy.bind(tiny.params(policy.cfg)), jnp.arange(len(tokens_T))
-        out = model.forward(tokens_T[None], jnp.where(t < n, t, 0)[None], (t < n).astype(jnp.int32)[None])
+        out = model.forward(
+            tokens_T[None], jnp.where(t < n, t, 0)[None], (t < n).astype(jnp.int32)[None]
+        )
         return model.logits(out.hidden_BTD[0, n - 1])
 
     def run(ids) -> np.ndarray:
@@ -73,7 +91,7 @@ def argmax_loop(kind: str) -> list[list[int]]:
 
 @each_model
 def test_greedy_decode_is_the_argmax_loop(kind):
-    rollout = sample(make(kind, Rule(temperature=0.0), max_new_tokens=N_GREEDY))
+    rollout = sample(make(kind, SamplingParams(temperature=0.0), max_new_tokens=N_GREEDY))
     expected = argmax_loop(kind)
     assert min(len(set(ids)) for ids in expected) > 3  # not one token over and over
     assert len({token for ids in expected for token in ids}) > 12
@@ -88,19 +106,26 @@ def test_greedy_decode_with_stop_tokens(kind):
     """Cut after the first stop token, which is part of the completion; pad ids and log-prob 0 follow."""
     expected = argmax_loop(kind)
     stop_ids = (expected[0][6], expected[1][12])
-    lengths = [next((i + 1 for i, token in enumerate(ids) if token in stop_ids), N_GREEDY) for ids in expected]
+    lengths = [
+        next((i + 1 for i, token in enumerate(ids) if token in stop_ids), N_GREEDY)
+        for ids in expected
+    ]
     assert len(set(lengths)) > 1 and min(lengths) < 8
-    rule = Rule(temperature=0.0)
+    rule = SamplingParams(temperature=0.0)
     rollout = sample(make(kind, rule, group_size=1, max_new_tokens=N_GREEDY, stop_ids=stop_ids))
     assert rollout.length_B.tolist() == lengths
-    for tokens_C, finish, ids, n in zip(rollout.tokens_BC, rollout.finish_B, expected, lengths, strict=True):
+    for tokens_C, finish, ids, n in zip(
+        rollout.tokens_BC, rollout.finish_B, expected, lengths, strict=True
+    ):
         assert tokens_C.tolist() == ids[:n] + [tiny.PAD] * (N_GREEDY - n)
         assert finish == (STOP if ids[n - 1] in stop_ids else LENGTH)
 
 
 @functools.cache
 def stopped() -> Rollout:
-    return sample(make(rule=Rule(0.8), group_size=4, max_new_tokens=10, stop_ids=(1, 2, 3)))
+    return sample(
+        make(rule=SamplingParams(0.8), group_size=4, max_new_tokens=10, stop_ids=(1, 2, 3))
+    )
 
 
 def test_sampled_completions_end_at_stop_tokens():
@@ -113,13 +138,18 @@ def test_sampled_completions_end_at_stop_tokens():
         assert length == (stops[0] + 1 if len(stops) else 10)
         assert np.all(tokens_C[length:] == tiny.PAD) and np.all(logp_C[length:] == 0)
         assert np.all(logp_C[:length] < 0)
-    assert [x.dtype.name for x in jax.tree.leaves(rollout)] == ["int32", "float32", "int32", "int32"]
+    assert [x.dtype.name for x in jax.tree.leaves(rollout)] == [
+        "int32",
+        "float32",
+        "int32",
+        "int32",
+    ]
     assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(rollout))
 
 
 def test_a_pad_id_that_is_a_stop_token_ends_a_completion_once():
     """As in tokenizers whose pad and end token are one."""
-    sampler = make(rule=Rule(0.8), group_size=4, max_new_tokens=10, stop_ids=(1, 2, 3))
+    sampler = make(rule=SamplingParams(0.8), group_size=4, max_new_tokens=10, stop_ids=(1, 2, 3))
     rollout = sample(dataclasses.replace(sampler, pad_id=3))
     expected = stopped()
     np.testing.assert_array_equal(rollout.length_B, expected.length_B)
@@ -153,7 +183,9 @@ def test_prompts_are_passed_once_and_the_loop_ends_with_the_last_completion(monk
     longest = rollout.length_B.max()
     assert set(rollout.finish_B) == {STOP} and 3 < longest < 60
     assert len(decodes) == longest and decodes[0] == (9,)
-    live = [(rollout.length_B > n).sum() for n in range(longest)]  # the last ones go on in fewer slots
+    live = [
+        (rollout.length_B > n).sum() for n in range(longest)
+    ]  # the last ones go on in fewer slots
     assert decodes == [(next(R for R in (2, 4, 9) if R >= n),) for n in live]
 
 
@@ -177,7 +209,9 @@ def test_draws_depend_on_prompt_index_sample_and_position_alone():
     """Changed: the group size, the number of prompts, their order, the bucket, the fellow prompts, the length limit."""
     expected = stopped().tokens_BC.reshape(3, 4, 10)
     prompts = [PROMPTS[2], tiny.prompt(3, 20), PROMPTS[0]]
-    other = sample(make(rule=Rule(0.8), group_size=6, max_new_tokens=7, stop_ids=(1, 2, 3)), prompts)
+    other = sample(
+        make(rule=SamplingParams(0.8), group_size=6, max_new_tokens=7, stop_ids=(1, 2, 3)), prompts
+    )
     other = other.tokens_BC.reshape(3, 6, 7)
     np.testing.assert_array_equal(other[0, :4], expected[2, :, :7])
     np.testing.assert_array_equal(other[2, :4], expected[0, :, :7])
@@ -185,8 +219,12 @@ def test_draws_depend_on_prompt_index_sample_and_position_alone():
 
 def test_draws_differ_between_samples_prompts_positions_and_keys():
     """The same tokens under another index, another key: other completions. So are the samples of a group."""
-    sampler = make(rule=Rule(0.8), group_size=4, max_new_tokens=10, stop_ids=(1, 2, 3))
-    twins = [PROMPTS[0], dataclasses.replace(PROMPTS[0], index=12), dataclasses.replace(PROMPTS[0], index=11 + 2**31)]
+    sampler = make(rule=SamplingParams(0.8), group_size=4, max_new_tokens=10, stop_ids=(1, 2, 3))
+    twins = [
+        PROMPTS[0],
+        dataclasses.replace(PROMPTS[0], index=12),
+        dataclasses.replace(PROMPTS[0], index=11 + 2**31),
+    ]
     first, second = (sample(sampler, twins, key).tokens_BC for key in (KEY, jax.random.key(12)))
     np.testing.assert_array_equal(first[:4], stopped().tokens_BC[:4])
     assert len({tuple(row) for row in [*first, *second]}) == 24
@@ -195,7 +233,7 @@ def test_draws_differ_between_samples_prompts_positions_and_keys():
 
 def test_prompt_indices_beyond_32_bits_are_taken_modulo():
     """Documented nowhere else: an index is cut to 32 bits, never refused."""
-    sampler = make(rule=Rule(0.8), group_size=4, max_new_tokens=10, stop_ids=(1, 2, 3))
+    sampler = make(rule=SamplingParams(0.8), group_size=4, max_new_tokens=10, stop_ids=(1, 2, 3))
     far = [dataclasses.replace(p, index=p.index + 2**32) for p in PROMPTS]
     np.testing.assert_array_equal(sample(sampler, far).tokens_BC, stopped().tokens_BC)
 
@@ -205,7 +243,7 @@ def test_prompt_indices_beyond_32_bits_are_taken_modulo():
 
 def test_log_probs_are_those_of_the_truncated_distribution():
     """temperature, top-k, top-p and min-p together, along whole completions."""
-    rule = Rule(temperature=1.4, top_k=12, top_p=0.9, min_p=0.04)
+    rule = SamplingParams(temperature=1.4, top_k=12, top_p=0.9, min_p=0.04)
     rollout = sample(make(rule=rule, group_size=3, max_new_tokens=6))
     sizes = []
     for b, (tokens_C, logp_C) in enumerate(zip(rollout.tokens_BC, rollout.logp_BC, strict=True)):
@@ -220,7 +258,7 @@ def test_log_probs_are_those_of_the_truncated_distribution():
 
 def test_pairs_of_tokens_have_the_right_frequencies():
     """4000 completions of two tokens, four choices each: chi-square over the 16 pairs."""
-    rule, n = Rule(temperature=2.0, top_k=4), 4000
+    rule, n = SamplingParams(temperature=2.0, top_k=4), 4000
     rollout = sample(make(rule=rule, group_size=n, max_new_tokens=2), PROMPTS[:1])
     counts = collections.Counter(map(tuple, rollout.tokens_BC.tolist()))
 
@@ -236,7 +274,9 @@ def test_pairs_of_tokens_have_the_right_frequencies():
     observed, probabilities = [counts[pair] for pair in expected], np.array(list(expected.values()))
     assert probabilities.min() * n > 5 and probabilities.max() / probabilities.min() > 3
     assert stats.chisquare(observed, n * probabilities).pvalue > 1e-3
-    assert stats.chisquare(observed, n * np.roll(probabilities, 1)).pvalue < 1e-6  # the test can fail
+    assert (
+        stats.chisquare(observed, n * np.roll(probabilities, 1)).pvalue < 1e-6
+    )  # the test can fail
 
 
 # ---------------------------------------------------------------- routing
@@ -245,14 +285,23 @@ def test_pairs_of_tokens_have_the_right_frequencies():
 def test_recorded_routing_is_that_of_a_full_forward_pass():
     """Slot s of a row is column s: left-padded prompt, then completion. Padding and the last token hold E."""
     cfg, C, G = tiny.MOE, 12, 2
-    rollout = sample(make("moe", Rule(0.8), G, C, (1, 2), record_routing=True))
-    np.testing.assert_array_equal(rollout.tokens_BC, sampled("moe").tokens_BC)  # recording changes no draw
-    assert rollout.expert_ids_BTLk.shape == (6, 16 + C, cfg.num_hidden_layers, cfg.num_experts_per_tok)
+    rollout = sample(make("moe", SamplingParams(0.8), G, C, (1, 2), record_routing=True))
+    np.testing.assert_array_equal(
+        rollout.tokens_BC, sampled("moe").tokens_BC
+    )  # recording changes no draw
+    assert rollout.expert_ids_BTLk.shape == (
+        6,
+        16 + C,
+        cfg.num_hidden_layers,
+        cfg.num_experts_per_tok,
+    )
     assert rollout.expert_ids_BTLk.dtype == np.uint8
     assert set(rollout.finish_B) == {STOP, LENGTH}
 
     rows = tiny.separate_rows(PROMPTS, rollout)
-    arrays = (rows[name] for name in ("tokens_BT", "positions_BT", "segment_ids_BT", "prefix_ids_BT"))
+    arrays = (
+        rows[name] for name in ("tokens_BT", "positions_BT", "segment_ids_BT", "prefix_ids_BT")
+    )
     model = tiny.policy(cfg).bind(tiny.params(cfg))
     routing = tiny.quick_jit(lambda *x: model.forward(*x).routing)(*arrays)
     expected_LBTk = np.asarray(routing.expert_ids_BTk)
@@ -260,14 +309,18 @@ def test_recorded_routing_is_that_of_a_full_forward_pass():
         S = len(PROMPTS[b // G].ids)
         passed = slice(16 - S, 16 + length - 1)
         found_tLk = rollout.expert_ids_BTLk[b, passed]
-        np.testing.assert_array_equal(found_tLk, expected_LBTk[:, b, : S + length - 1].transpose(1, 0, 2))
+        np.testing.assert_array_equal(
+            found_tLk, expected_LBTk[:, b, : S + length - 1].transpose(1, 0, 2)
+        )
         assert set(found_tLk.flatten()) <= set(range(cfg.num_experts))
         assert np.all(np.delete(rollout.expert_ids_BTLk[b], passed, axis=0) == cfg.num_experts)
     assert len(np.unique(rollout.expert_ids_BTLk)) == cfg.num_experts + 1
 
     real_BT = rows["segment_ids_BT"] > 0  # the load counts no padding
     for ids_BTk, load_E in zip(expected_LBTk, routing.load_E, strict=True):
-        np.testing.assert_allclose(load_E, np.bincount(ids_BTk[real_BT].flatten()) / ids_BTk[real_BT].size, rtol=1e-5)
+        np.testing.assert_allclose(
+            load_E, np.bincount(ids_BTk[real_BT].flatten()) / ids_BTk[real_BT].size, rtol=1e-5
+        )
 
 
 def test_a_dense_model_has_no_routing_to_record():
@@ -285,18 +338,30 @@ def test_no_prompts():
 
 @pytest.mark.parametrize(
     ("kind", "slots"),
-    [("dense", 8), pytest.param("dense", 3, marks=pytest.mark.slow), pytest.param("moe", 4, marks=pytest.mark.slow)],
+    [
+        ("dense", 8),
+        pytest.param("dense", 3, marks=pytest.mark.slow),
+        pytest.param("moe", 4, marks=pytest.mark.slow),
+    ],
 )
 def test_completions_that_wait_for_a_slot_are_the_same(kind, slots):
     """Twelve completions of 1 to 80 tokens through a few slots, one after another, in a cache that is shifted; 8 slots
     become 4 and 2. Tokens, log-probs, lengths, reasons and experts are those of all at once, and of their own limits.
     """
-    common = dict(rule=Rule(0.8), group_size=4, max_new_tokens=80, stop_ids=(1,), record_routing=kind == "moe")
+    common = dict(
+        rule=SamplingParams(0.8),
+        group_size=4,
+        max_new_tokens=80,
+        stop_ids=(1,),
+        record_routing=kind == "moe",
+    )
     limits = [80, 3, 1, 70, 64, 80, 2, 9, 80, 80, 5, 33]
     together = sample(make(kind, **common), limit_B=limits)
     waiting = sample(make(kind, **common, slots=slots), limit_B=limits)
     assert together.length_B.max() > 66 and np.all(together.length_B <= limits)
-    assert any(together.length_B[b] == limits[b] > 1 for b in range(12)) and STOP in together.finish_B
+    assert (
+        any(together.length_B[b] == limits[b] > 1 for b in range(12)) and STOP in together.finish_B
+    )
     chex.assert_trees_all_close(waiting, together, atol=2e-5, rtol=1e-5)
     free = sample(make(kind, **common))
     for b, limit in enumerate(limits):
@@ -308,13 +373,17 @@ def test_completions_that_wait_for_a_slot_are_the_same(kind, slots):
 @pytest.mark.parametrize("slots", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_rows_that_start_at_pages(slots, monkeypatch):
     """The columns of a cache on TPU, here without its kernel: the same completions, waiting or not."""
-    common = dict(rule=Rule(0.8), group_size=4, max_new_tokens=130, stop_ids=(1,), slots=slots)
+    common = dict(
+        rule=SamplingParams(0.8), group_size=4, max_new_tokens=130, stop_ids=(1,), slots=slots
+    )
     limits, starts = [130, 3, 1, 130, 64, 100, 2, 9, 80, 130, 5, 33], []
     expected = sample(make(**common), limit_B=limits)
     attend = kernels.decode_attention
 
     def spied(q, k, v, first_B, last_B, live_B):
-        jax.debug.callback(lambda *x: starts.append(jax.tree.map(np.asarray, x)), first_B, last_B, live_B)
+        jax.debug.callback(
+            lambda *x: starts.append(jax.tree.map(np.asarray, x)), first_B, last_B, live_B
+        )
         return attend(q, k, v, first_B, last_B, live_B)
 
     monkeypatch.setattr(kernels, "decode_attention", spied)
@@ -341,7 +410,7 @@ def test_pages_and_completions_of_one_token(monkeypatch):
 
 def test_filled_up_batches_and_slots():
     """Prompts that nobody wants take a slot for no step."""
-    common = dict(rule=Rule(0.8), group_size=4, max_new_tokens=10, stop_ids=(1, 2, 3))
+    common = dict(rule=SamplingParams(0.8), group_size=4, max_new_tokens=10, stop_ids=(1, 2, 3))
     rollout = sample(make(**common, slots=5), PROMPTS[:1], batch_prompts=3)
     chex.assert_trees_all_close(rollout, jax.tree.map(lambda x: x[:4], stopped()), atol=1e-5)
 
@@ -358,7 +427,10 @@ def test_phases():
     assert phases(16, 100, 6, 6) == [(6, 115)] and growth(100) == 100
     assert phases(16, 128, 6, 3) == [(3, 79), (3, 143), (3, 207)] and growth(128) == 64
     assert phases(64, 192, 16, 16) == [(16, 127), (16, 191), (16, 255), (8, 255), (4, 255)]
-    assert phases(64, 192, 16, 16, narrow=False) == [(16, 127), (16, 191), (16, 255)] and growth(192) == 64
+    assert (
+        phases(64, 192, 16, 16, narrow=False) == [(16, 127), (16, 191), (16, 255)]
+        and growth(192) == 64
+    )
     assert phases(64, 192, 64, 16)[-1] == (4, 319)
     assert phases(64, 1000, 16, 16, narrow=False) == [(16, 313), (16, 563), (16, 813), (16, 1063)]
     assert growth(1000) == 250

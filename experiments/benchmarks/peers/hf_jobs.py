@@ -18,21 +18,29 @@ from worker import Job, Requests, Work, reward, serve
 def load(work: Work):
     torch.set_num_threads(os.cpu_count())
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32, attn_implementation="sdpa")
+    return AutoModelForCausalLM.from_pretrained(
+        work.model, dtype=torch.float32, attn_implementation="sdpa"
+    )
 
 
 def logps(model, ids_BT: torch.Tensor, C: int) -> torch.Tensor:
     hidden_BCD = model.model(ids_BT, use_cache=False).last_hidden_state[:, -C - 1 : -1]
     logits_BCV = model.lm_head(hidden_BCD)
     target_BC = ids_BT[:, -C:]
-    return -F.cross_entropy(logits_BCV.flatten(0, 1), target_BC.flatten(), reduction="none").view(target_BC.shape)
+    return -F.cross_entropy(logits_BCV.flatten(0, 1), target_BC.flatten(), reduction="none").view(
+        target_BC.shape
+    )
 
 
 class Learner:
     def __init__(self, model, work: Work, rows: int):
         self.model, self.work, self.rows = model, work, rows
         self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=work.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+            model.parameters(),
+            lr=work.learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=0.0,
+            fused=True,
         )
 
     def update(self, ids_BT, old_BC: torch.Tensor | None, adv_B) -> tuple[float, float]:
@@ -63,7 +71,9 @@ def decode(model, prompts: list[list[int]], group: int, steps: int) -> torch.Ten
         tokens.append(torch.multinomial(logits_BV.float().softmax(dim=-1), 1))
         if len(tokens) == steps:
             return torch.cat(tokens, dim=1)
-        logits_BV = model(tokens[-1], past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        logits_BV = model(
+            tokens[-1], past_key_values=cache, use_cache=True, logits_to_keep=1
+        ).logits[:, -1]
 
 
 def rollout(model, work: Work, requests: Requests) -> list[list[int]]:
@@ -90,8 +100,15 @@ def score_job(work: Work) -> Job:
 
 def update_job(work: Work) -> Job:
     learner = Learner(load(work), work, ROWS["update"])
-    tensors = torch.tensor(work.sequences), torch.tensor(work.old_logp), torch.tensor(work.advantages)
-    return Job(lambda: learner.update(*tensors), lambda found: dict(zip(("loss", "grad_norm"), found, strict=True)))
+    tensors = (
+        torch.tensor(work.sequences),
+        torch.tensor(work.old_logp),
+        torch.tensor(work.advantages),
+    )
+    return Job(
+        lambda: learner.update(*tensors),
+        lambda found: dict(zip(("loss", "grad_norm"), found, strict=True)),
+    )
 
 
 def rollout_job(kind: str):
@@ -110,7 +127,9 @@ def iteration_job(work: Work) -> Job:
     def run():
         completions = rollout(model, work, work.requests["iteration"])
         rewards = torch.tensor([reward(ids) for ids in completions]).view(-1, work.group)
-        adv = (rewards - rewards.mean(dim=1, keepdim=True)) / (rewards.std(dim=1, keepdim=True) + 1e-4)
+        adv = (rewards - rewards.mean(dim=1, keepdim=True)) / (
+            rewards.std(dim=1, keepdim=True) + 1e-4
+        )
         ids = [work.prompts[b // work.group] + c for b, c in enumerate(completions)]
         learner.update(torch.tensor(ids), None, adv.flatten())
         return completions

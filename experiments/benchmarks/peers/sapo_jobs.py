@@ -16,20 +16,27 @@ import jax
 import numpy as np
 from worker import Job, Requests, Work, reward, serve
 
-from sapo_jax import sharding
+from sapo_jax.batch import Batch, Params, Rollout, TrainState
 from sapo_jax.config import GRPO, Config, Data, Diagnostics, Mesh, Optimizer, Train
 from sapo_jax.config import Rollout as RolloutConfig
-from sapo_jax.learner import init_state, make_optimizer, make_update, policy_loss, state_shardings
-from sapo_jax.memory import trim_after_compiling
+from sapo_jax.distributed import sharding
+from sapo_jax.distributed.processes import SINGLE_PROCESS
+from sapo_jax.hub.weights import load_params
+from sapo_jax.learner.scoring import make_scorer
+from sapo_jax.learner.update import (
+    init_state,
+    make_optimizer,
+    make_update,
+    policy_loss,
+    state_shardings,
+)
 from sapo_jax.models import make_policy
-from sapo_jax.models.hf import load_params
-from sapo_jax.processes import ALONE
 from sapo_jax.rewards import VerifierPool
-from sapo_jax.rollout import Rows, Rule, Sampler, rollout_rows
-from sapo_jax.run import Run
-from sapo_jax.scoring import make_scorer
-from sapo_jax.trainer import make_trainer, packing
-from sapo_jax.types import Batch, Params, Prompt, Rollout, TrainState
+from sapo_jax.rollout import PackedBatch, Sampler, SamplingParams, pack_rollout
+from sapo_jax.training.malloc_trim import trim_after_compiling
+from sapo_jax.training.run import Run
+from sapo_jax.training.step import make_trainer, packing
+from sapo_jax.types import Prompt
 
 sys.path.append(str(Path(__file__).parents[1]))
 import workloads  # noqa: E402
@@ -52,7 +59,9 @@ def config(work: Work) -> Config:
 
 def prompts_of(ids: list[list[int]]) -> list[Prompt]:
     return [
-        Prompt(index=i, text="", ids=tuple(p), question="", answer="1", verifier="exact", task="work")
+        Prompt(
+            index=i, text="", ids=tuple(p), question="", answer="1", verifier="exact", task="work"
+        )
         for i, p in enumerate(ids)
     ]
 
@@ -75,11 +84,17 @@ class Setting:
         return cls(cfg, mesh, policy, load_params(work.model, policy, mesh))
 
 
-def given_rows(at: Setting, work: Work) -> tuple[Rows, Batch]:
+def given_rows(at: Setting, work: Work) -> tuple[PackedBatch, Batch]:
     """The completions to score and to train on, as the trainer packs them; B = P G values go to their tokens."""
     B, C = len(work.completions), len(work.completions[0])
     rollout = Rollout(np.array(work.completions, np.int32), None, np.full(B, C, np.int32), None)
-    rows = rollout_rows(prompts_of(work.prompts), rollout, PAD, 1, packing(at.cfg, sharding.shards("batch", at.mesh)))
+    rows = pack_rollout(
+        prompts_of(work.prompts),
+        rollout,
+        PAD,
+        1,
+        packing(at.cfg, sharding.num_shards("batch", at.mesh)),
+    )
     batch = Batch(
         **rows.arrays,
         adv_BT=rows.spread(np.array(work.advantages, np.float32)),
@@ -113,7 +128,9 @@ def updating(at: Setting, work: Work) -> tuple:
     return make_update(at.policy, tx, loss, rows.micro_batch, placed), state, batch
 
 
-def repeated(update: Callable, state: TrainState, batch: Batch) -> Callable[[], tuple[TrainState, dict]]:
+def repeated(
+    update: Callable, state: TrainState, batch: Batch
+) -> Callable[[], tuple[TrainState, dict]]:
     """One more update, from the state that the last one left."""
 
     def run() -> tuple[TrainState, dict]:
@@ -149,9 +166,9 @@ def rollout_job(kind: str):
 def sampling(at: Setting, work: Work, prompts: list[Prompt], C: int, requests: Requests):
     keys = iter(jax.random.split(jax.random.key(0), 1000))
     if set(requests.lengths) == {C}:
-        sampler = Sampler(at.policy, Rule(), work.group, C, (), PAD)
+        sampler = Sampler(at.policy, SamplingParams(), work.group, C, (), PAD)
         return lambda: sampler(at.params, prompts, next(keys))
-    sampler = Sampler(at.policy, Rule(), work.group, C, (), PAD, slots=work.slots)
+    sampler = Sampler(at.policy, SamplingParams(), work.group, C, (), PAD, slots=work.slots)
     return lambda: sampler(at.params, prompts, next(keys), limit_B=requests.lengths)
 
 
@@ -168,16 +185,24 @@ def iteration_job(work: Work) -> Job:
     at = Setting.of(work)
     pool = VerifierPool(at.cfg.rewards)
     folder = Path(tempfile.mkdtemp())
-    run = Run(at.cfg, folder, Parity(), None, at.policy, at.mesh, pool, ALONE, {"now": False})
+    run = Run(
+        at.cfg, folder, Parity(), None, at.policy, at.mesh, pool, SINGLE_PROCESS, {"now": False}
+    )
     trainer, tx = make_trainer(run, None)
-    prompts, state, steps = prompts_of(work.prompts), [run.fresh_state(tx, at.params)], iter(range(10**6))
+    prompts, state, steps = (
+        prompts_of(work.prompts),
+        [run.fresh_state(tx, at.params)],
+        iter(range(10**6)),
+    )
 
     def once() -> dict:
         state[0], metrics, _, _ = trainer.step(state[0], prompts, next(steps))
         jax.block_until_ready(state[0])
         return metrics
 
-    return Job(once, lambda m: {"new_tokens": [int(m["completion/length_mean"])] * len(work.completions)})
+    return Job(
+        once, lambda m: {"new_tokens": [int(m["completion/length_mean"])] * len(work.completions)}
+    )
 
 
 if __name__ == "__main__":

@@ -31,7 +31,11 @@ class Trainer(GRPOTrainer):
         return [json.loads(prompt) for prompt in prompts], None, {}
 
     def _generate_and_score_completions(self, inputs):
-        return dict(self.prepared) if self.prepared else super()._generate_and_score_completions(inputs)
+        return (
+            dict(self.prepared)
+            if self.prepared
+            else super()._generate_and_score_completions(inputs)
+        )
 
 
 def make_trainer(work: Work) -> Trainer:
@@ -105,7 +109,9 @@ def score_job(work: Work) -> Job:
     @torch.no_grad()
     def run():
         mask = torch.ones_like(ids_BT)
-        return trainer._get_per_token_logps_and_entropies(trainer.model, ids_BT, mask, C, len(ids_BT))[0]
+        return trainer._get_per_token_logps_and_entropies(
+            trainer.model, ids_BT, mask, C, len(ids_BT)
+        )[0]
 
     return Job(run, lambda logp_BC: {"logp": logp_BC.tolist()})
 
@@ -113,7 +119,9 @@ def score_job(work: Work) -> Job:
 def update_job(work: Work) -> Job:
     trainer = make_trainer(work)
     trainer.prepared = tensors(work)
-    return Job(Steps(trainer).run, lambda log: {name: float(log[name]) for name in ("loss", "grad_norm")})
+    return Job(
+        Steps(trainer).run, lambda log: {name: float(log[name]) for name in ("loss", "grad_norm")}
+    )
 
 
 def rollout_job(work: Work) -> Job:
@@ -126,11 +134,19 @@ def rollout_job(work: Work) -> Job:
 def iteration_job(work: Work) -> Job:
     mean_length = "completions/mean_length"
     return Job(
-        Steps(make_trainer(work)).run, lambda log: {"new_tokens": [int(log[mean_length])] * len(work.completions)}
+        Steps(make_trainer(work)).run,
+        lambda log: {"new_tokens": [int(log[mean_length])] * len(work.completions)},
     )
 
 
 if __name__ == "__main__":
-    serve({"score": score_job, "update": update_job, "rollout": rollout_job, "iteration": iteration_job})
+    serve(
+        {
+            "score": score_job,
+            "update": update_job,
+            "rollout": rollout_job,
+            "iteration": iteration_job,
+        }
+    )
     sys.stdout.flush()
     os._exit(0)  # the trainer's thread waits for a next step that does not come

@@ -40,7 +40,9 @@ def load(work: Work):
         num_heads=spec["num_attention_heads"],
         head_dim=spec["head_dim"],
         num_kv_heads=spec["num_key_value_heads"],
-        rope_theta=spec["rope_parameters"]["rope_theta"] if "rope_parameters" in spec else spec["rope_theta"],
+        rope_theta=spec["rope_parameters"]["rope_theta"]
+        if "rope_parameters" in spec
+        else spec["rope_theta"],
         norm_eps=spec["rms_norm_eps"],
         use_tied_embedding=spec["tie_word_embeddings"],
         num_experts=experts or None,
@@ -95,7 +97,9 @@ class Learner:
         loss = lambda model, train_example, algo_config: grpo(
             model, train_example, algo_config=config, pad_id=PAD, eos_id=-1
         )
-        trainer = Trainer(model, optimizer, TrainingConfig(eval_every_n_steps=10**6, max_steps=10**6), lambda: {})
+        trainer = Trainer(
+            model, optimizer, TrainingConfig(eval_every_n_steps=10**6, max_steps=10**6), lambda: {}
+        )
         trainer.with_loss_fn(loss, has_aux=True)
         trainer.with_gen_model_input_fn(lambda x: {"train_example": x, "algo_config": config})
         self.step, _ = trainer.jit_train_and_eval_step(cache_nnx_graph=True)
@@ -138,7 +142,10 @@ def update_job(work: Work) -> Job:
 def rollout_job(kind: str):
     def make(work: Work) -> Job:
         rollouts = Rollouts(load(work), work)
-        return Job(lambda: rollouts(work.requests[kind]), lambda found: {"new_tokens": [len(ids) for ids in found]})
+        return Job(
+            lambda: rollouts(work.requests[kind]),
+            lambda found: {"new_tokens": [len(ids) for ids in found]},
+        )
 
     return make
 

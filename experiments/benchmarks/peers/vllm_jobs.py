@@ -29,7 +29,9 @@ def rollout_job(kind: str):
         )  # fmt: skip
         prompts = [{"prompt_token_ids": ids} for ids in requests.prompts for _ in range(group)]
         how = [
-            SamplingParams(temperature=1.0, max_tokens=n, ignore_eos=True, detokenize=False, logprobs=0)
+            SamplingParams(
+                temperature=1.0, max_tokens=n, ignore_eos=True, detokenize=False, logprobs=0
+            )
             for n in requests.lengths
         ]
 
@@ -37,7 +39,9 @@ def rollout_job(kind: str):
             engine.reset_prefix_cache()
             return engine.generate(prompts, how, use_tqdm=False)
 
-        return Job(run, lambda found: {"new_tokens": [len(one.outputs[0].token_ids) for one in found]})
+        return Job(
+            run, lambda found: {"new_tokens": [len(one.outputs[0].token_ids) for one in found]}
+        )
 
     return make
 

@@ -39,7 +39,9 @@ class Work:
     model: str  # a Hugging Face directory, float32
     prompts: list[list[int]]  # P prompts
     group: int
-    completions: list[list[int]]  # B = P * group completions of equal length, to score and to train on
+    completions: list[
+        list[int]
+    ]  # B = P * group completions of equal length, to score and to train on
     old_logp: list[list[float]]  # of these, under a policy that differs a little
     advantages: list[float]  # of these
     slots: int  # sequences that a sampler holds at a time
@@ -51,7 +53,9 @@ class Work:
     @classmethod
     def read(cls, path: str | Path) -> Work:
         fields = json.loads(Path(path).read_text(encoding="utf-8"))
-        return cls(**fields | {"requests": {job: Requests(**r) for job, r in fields["requests"].items()}})
+        return cls(
+            **fields | {"requests": {job: Requests(**r) for job, r in fields["requests"].items()}}
+        )
 
     def write(self, path: str | Path) -> None:
         Path(path).write_text(json.dumps(dataclasses.asdict(self)), encoding="utf-8")
@@ -94,7 +98,10 @@ def serve(jobs: dict[str, Callable[[Work], Job]]) -> None:
     job = jobs[name](Work.read(path))
     say(peak_mb=peak_mb())
     for _ in sys.stdin:
-        start, used = time.perf_counter(), sum(os.times()[:4])  # its children's too, once they have ended
+        start, used = (
+            time.perf_counter(),
+            sum(os.times()[:4]),
+        )  # its children's too, once they have ended
         found = job.run()
         seconds, cpu = time.perf_counter() - start, sum(os.times()[:4]) - used
         say(seconds=seconds, cpu=cpu, peak_mb=peak_mb(), evidence=job.evidence(found))
