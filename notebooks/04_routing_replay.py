@@ -42,7 +42,7 @@ from sapo_jax.models import make_policy
 from sapo_jax.models.moe import MoE
 from sapo_jax.objectives.weights import token_weights
 from sapo_jax.rollout import Packing, SamplingParams, Sampler, pack_rollout
-from sapo_jax.learner.routing_replay import checked, router_metrics, sampled_experts
+from sapo_jax.learner.routing_replay import check_expert_ids, router_metrics, sampled_experts
 from sapo_jax.learner.scoring import make_scorer
 from sapo_jax.batch import Batch
 from sapo_jax.types import Prompt
@@ -203,7 +203,7 @@ for what, ids_BTLk in {
     "missing": spoiled((0, 5), E),
 }.items():
     try:
-        checked(ids_BTLk, rows.arrays, model)
+        check_expert_ids(ids_BTLk, rows.arrays, model)
     except ValueError as error:
         print(f"{what:13s} ValueError: {error}")
     else:
@@ -217,7 +217,7 @@ for what, ids_BTLk in {
 # the recorded experts and with live ones.
 
 # %%
-recorded_BTLk = checked(live_BTLk, rows.arrays, model)
+recorded_BTLk = check_expert_ids(live_BTLk, rows.arrays, model)
 again_BT, _, _ = score(params, batch_of(recorded_BTLk))
 np.testing.assert_array_equal(again_BT, live_logp_BT)
 

@@ -31,10 +31,10 @@ def sampled_experts(
     prompt_length_B = np.repeat([len(prompt.ids) for prompt in prompts], G)
     S = rollout.expert_ids_BTLk.shape[1] - C
     ids_BTLk = rows.place_slots(rollout.expert_ids_BTLk, S, prompt_length_B, fill=model.num_experts)
-    return checked(ids_BTLk, rows.arrays, model)
+    return check_expert_ids(ids_BTLk, rows.arrays, model)
 
 
-def checked(ids_BTLk: np.ndarray, rows: Mapping[str, np.ndarray], model: Model) -> np.ndarray:
+def check_expert_ids(ids_BTLk: np.ndarray, rows: Mapping[str, np.ndarray], model: Model) -> np.ndarray:
     """The ids themselves, if every token of the rows (fields of types.Batch) has k different experts in every layer.
 
     A token may have E in place of all its ids, "not recorded", if nothing depends on it: padding, and the last token of

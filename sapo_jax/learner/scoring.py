@@ -114,7 +114,7 @@ def head_logprobs(
 def make_scorer(
     policy: Policy, temperature: float, micro_batch: int, *, record_routing: bool = False
 ) -> Callable[[Params, Batch], tuple[Array, ...]]:
-    """Jitted (params, batch) -> log-probs and entropies BT, `micro_batch` rows at a time (see `split`).
+    """Jitted (params, batch) -> log-probs and entropies BT, `micro_batch` rows at a time (see `split_micro_batches`).
 
     record_routing: and the experts BTLk that the router chose. Where the batch brings its own, they are replayed.
     """
@@ -128,12 +128,12 @@ def make_scorer(
             recorded = (scores.routing.expert_ids_BTLk,) if record_routing else ()
             return scores.logp_BT, scores.entropy_BT, *recorded
 
-        return jax.tree.map(join, jax.lax.map(one, split(batch, micro_batch)))
+        return jax.tree.map(join_micro_batches, jax.lax.map(one, split_micro_batches(batch, micro_batch)))
 
     return scorer
 
 
-def split(batch: Batch, micro_batch: int) -> Batch:
+def split_micro_batches(batch: Batch, micro_batch: int) -> Batch:
     """[B, ...] -> [B / micro_batch, micro_batch, ...] for every array of the batch; micro_batch 0: all B rows. On a
     mesh every micro-batch is split over all devices that the batch was split over."""
 
@@ -144,5 +144,5 @@ def split(batch: Batch, micro_batch: int) -> Batch:
     return jax.tree.map(one, batch)
 
 
-def join(x: Array) -> Array:
+def join_micro_batches(x: Array) -> Array:
     return x.reshape(-1, *x.shape[2:])

@@ -19,7 +19,7 @@ from sapo_jax import diagnostics
 from sapo_jax.batch import Array, Batch, Params, TrainState
 from sapo_jax.config.schema import Config, Optimizer
 from sapo_jax.distributed import sharding
-from sapo_jax.learner.scoring import score, split
+from sapo_jax.learner.scoring import score, split_micro_batches
 from sapo_jax.models import Policy, Qwen3
 from sapo_jax.objectives import OBJECTIVES
 from sapo_jax.objectives.kl import KL_ESTIMATORS
@@ -52,7 +52,7 @@ def make_schedule(cfg: Optimizer, total_steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, after], [cfg.warmup_steps])
 
 
-def last_rate(schedule: optax.Schedule, state: TrainState, aux: dict) -> Array:
+def last_learning_rate(schedule: optax.Schedule, state: TrainState, aux: dict) -> Array:
     """The learning rate of the newest update that was applied: one that was skipped does not advance the schedule."""
     return schedule(jnp.maximum(state.step - aux["nonfinite_total"] - 1, 0))
 
@@ -161,7 +161,7 @@ def make_update(
         return loss, (stats, routing)
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
-        micros = split(batch, micro_batch)
+        micros = split_micro_batches(batch, micro_batch)
         n_tokens = jnp.maximum((batch.segment_ids_BT > 0).sum(), 1)
 
         def accumulate(grads, micro: Batch):

@@ -16,7 +16,7 @@ from sapo_jax.distributed.sharding import constrain
 from sapo_jax.models.layers import RMSNorm, parameter, zeros
 from sapo_jax.models.rope import rotate
 from sapo_jax.ops import attention as kernels
-from sapo_jax.ops.matmul import linear
+from sapo_jax.ops.matmul import decode_matmul, linear
 
 
 @jax.tree_util.register_dataclass
@@ -24,23 +24,23 @@ from sapo_jax.ops.matmul import linear
 class KVCache:
     """Keys and values of all layers, one array per layer (a stacked one is copied at each decode step on CPU).
 
-    Columns first_B[b] <= t < used of row b hold its tokens, the newest last: all rows write to the same column; with
-    behind_B each that many columns, less than a page, before it, so that rows start at pages, which the TPU kernel of
+    Columns start_B[b] <= t < cache_len of row b hold its tokens, the newest last: all rows write to the same column; with
+    page_offset_B each that many columns, less than a page, before it, so that rows start at pages, which the TPU kernel of
     decoding needs (kernels.page). Keys lie along the columns, values across: so both products of a step read memory in
     order.
     """
 
     k: tuple[Array, ...]  # L arrays BKhT
     v: tuple[Array, ...]  # L arrays BKTh
-    first_B: Array  # int32
-    used: Array  # int32 scalar
-    behind_B: Array | None = None  # int32
+    start_B: Array  # int32
+    cache_len: Array  # int32 scalar
+    page_offset_B: Array | None = None  # int32
 
     @classmethod
-    def of_rows(cls, kv: tuple[Array, Array], first_B: Array) -> KVCache:
+    def of_rows(cls, kv: tuple[Array, Array], start_B: Array) -> KVCache:
         """From the keys and values LBTKh of right-aligned rows."""
         k, v = (tuple(jnp.moveaxis(stacked, 3, 2)) for stacked in kv)
-        return cls(tuple(x.swapaxes(2, 3) for x in k), v, first_B, jnp.int32(kv[0].shape[2]))
+        return cls(tuple(x.swapaxes(2, 3) for x in k), v, start_B, jnp.int32(kv[0].shape[2]))
 
     @property
     def width(self) -> int:
@@ -53,9 +53,9 @@ class KVCache:
         return kernels.page(self.v[0].shape[-1], self.v[0].dtype)
 
     @property
-    def newest(self) -> Array:
+    def write_pos(self) -> Array:
         """The column that the next token is written to: a number, or one for each row."""
-        return self.used if self.behind_B is None else self.used - self.behind_B
+        return self.cache_len if self.page_offset_B is None else self.cache_len - self.page_offset_B
 
 
 class Attention(nnx.Module):
@@ -107,8 +107,8 @@ class Attention(nnx.Module):
         )  # by key head, so that `tensor` splits all alike
         joined = lambda *parts: jnp.concatenate([grouped(p) for p in parts], axis=-2).astype(dtype)
         qkv_DKnh = joined(self.q, self.k, self.v)
-        project = kernels.decode_matmul(qkv_DKnh, None, "kv_heads", None, None)
-        output = kernels.decode_matmul(self.o[...].reshape(H * h, D).astype(dtype), "heads", None)
+        project = decode_matmul(qkv_DKnh, None, "kv_heads", None, None)
+        output = decode_matmul(self.o[...].reshape(H * h, D).astype(dtype), "heads", None)
         bias_Knh = joined(self.q_bias, self.k_bias, self.v_bias) if self.biased else None
 
         def attend(x_BD, rotations, k_BKhT, v_BKTh, cache, live_B):
@@ -119,11 +119,11 @@ class Attention(nnx.Module):
                 q, k = self.q_norm(q), self.k_norm(k)
             q, k = rotate(q, *rotations), rotate(k, *rotations)
             write = functools.partial(
-                kernels.write_column, column=cache.used, behind_B=cache.behind_B, window=cache.page
+                kernels.write_column, column=cache.cache_len, page_offset_B=cache.page_offset_B, window=cache.page
             )
             k_BKhT, v_BKTh = write(k_BKhT, k.swapaxes(2, 3), axis=3), write(v_BKTh, v, axis=2)
             out_BKGh = kernels.decode_attention(
-                q, k_BKhT, v_BKTh, cache.first_B, cache.newest, live_B
+                q, k_BKhT, v_BKTh, cache.start_B, cache.write_pos, live_B
             )
             out_BD = output(out_BKGh.reshape(-1, H * h))
             return (

@@ -235,7 +235,7 @@ class Qwen3(nnx.Module):
     def decode(
         self, decoder: Decoder, tokens_B: Array, positions_B: Array, cache: KVCache, live_B: Array
     ):
-        """Pass one token per row, writing its keys and values to column `cache.used` (or before it: KVCache).
+        """Pass one token per row, writing its keys and values to column `cache.cache_len` (or before it: KVCache).
 
         live_B: whether a row matters; what comes out of others may be anything finite.
         Returns the hidden state BD, the new cache, and expert_ids_BLk (None when dense).
@@ -247,7 +247,7 @@ class Qwen3(nnx.Module):
             kvs.append(kv)
             ids += [] if ids_Bk is None else [ids_Bk]
         k, v = (tuple(x) for x in zip(*kvs, strict=True))
-        cache = dataclasses.replace(cache, k=k, v=v, used=cache.used + 1)
+        cache = dataclasses.replace(cache, k=k, v=v, cache_len=cache.cache_len + 1)
         return self.norm(x_BD), cache, jnp.stack(ids, axis=1) if ids else None
 
 

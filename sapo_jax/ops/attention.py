@@ -62,16 +62,16 @@ def page(h: int, dtype) -> int:
 
 
 def write_column(
-    cache: Array, new: Array, column, behind_B: Array | None, *, axis: int, window: int
+    cache: Array, new: Array, column, page_offset_B: Array | None, *, axis: int, window: int
 ) -> Array:
-    """The cache, B ..., with the column `new` at `column` of `axis`; that of row b behind_B[b] < window before it."""
-    if behind_B is None:
+    """The cache, B ..., with the column `new` at `column` of `axis`; that of row b page_offset_B[b] < window before it."""
+    if page_offset_B is None:
         return jax.lax.dynamic_update_slice_in_dim(cache, new, column, axis)
     first = column - (
         window - 1
     )  # all rows have their column between here and `column`: no scatter
     there = jax.lax.dynamic_slice_in_dim(cache, first, window, axis)
-    here_Bw = jnp.arange(window) == window - 1 - behind_B[:, None]
+    here_Bw = jnp.arange(window) == window - 1 - page_offset_B[:, None]
     here = here_Bw.reshape(
         len(here_Bw), *(window if dim == axis else 1 for dim in range(1, cache.ndim))
     )

@@ -27,8 +27,8 @@ from sapo_jax.distributed.sharding import (
     single_device,
     spec,
 )
-from sapo_jax.ops import attention as kernels
 from sapo_jax.ops import moe_xla as blocked_experts
+from sapo_jax.ops.matmul import decode_matmul
 
 EXPERT, FSDP, TENSOR = "expert", "fsdp", "tensor"
 # Tokens up to which it takes less time to pass them through every expert than to sort them by expert. On CPU measured;
@@ -64,8 +64,8 @@ def decoding_experts(gate_EDF, up_EDF, down_EFD) -> Callable:
     """
     E = len(gate_EDF)  # of what follows, what is not used is no work
     joined_DcEF = jnp.stack([gate_EDF, up_EDF], axis=1).transpose(2, 1, 0, 3)
-    both = kernels.decode_matmul(joined_DcEF, None, None, "decode_experts", "mlp", rows=None)
-    down = kernels.decode_matmul(down_EFD, "decode_experts", "mlp", None, rows=None, over=2)
+    both = decode_matmul(joined_DcEF, None, None, "decode_experts", "mlp", rows=None)
+    down = decode_matmul(down_EFD, "decode_experts", "mlp", None, rows=None, over=2)
     sort = _sorting(gate_EDF, up_EDF, down_EFD)
 
     def mix(x_BD, ids_Bk, gate_Bk) -> Array:

@@ -285,7 +285,7 @@ class Programs:
         def run(params, requests):
             slots = fill_slots(sampler, requests)
             done = decode(
-                self.policy.bind(params), requests, slots, sampler.rule, NO_STOP, narrow=False
+                self.policy.bind(params), requests, slots, sampler.sampling, NO_STOP, narrow=False
             )
             return (
                 done.tokens_NC,

@@ -73,7 +73,7 @@ def first_slots(
 ) -> Slots:
     """R slots with the first R requests; expert_ids_NCLk: what to fill in, if routing is to be recorded."""
     N, prompts = len(requests.limit_N), requests.cache
-    used = prompts.page - 1 + prompts.width - 1  # room for prompts that are put further ahead
+    cache_len = prompts.page - 1 + prompts.width - 1  # room for prompts that are put further ahead
     width = phases(prompts.width, C, N, R, page=prompts.page)[0][1]
 
     def empty(x: Array, dim: int) -> Array:
@@ -84,9 +84,9 @@ def first_slots(
     cache = KVCache(
         k=tuple(empty(k, 3) for k in prompts.k),
         v=tuple(empty(v, 2) for v in prompts.v),
-        first_B=none_R,
-        used=jnp.int32(used),
-        behind_B=none_R if prompts.page > 1 else None,
+        start_B=none_R,
+        cache_len=jnp.int32(cache_len),
+        page_offset_B=none_R if prompts.page > 1 else None,
     )
     slots = Slots(
         started=jnp.int32(0),
@@ -132,7 +132,7 @@ def _phase(
     """
     (N, C), S, width = slots.tokens_NC.shape, requests.cache.width, slots.cache.width
     here = lambda slots: (slots.live_R.sum() > enough) | (slots.started < N)
-    room = lambda slots: here(slots) & (slots.cache.used < width)
+    room = lambda slots: here(slots) & (slots.cache.cache_len < width)
     if not waits:
         return jax.lax.while_loop(room, step, slots)
 
@@ -149,7 +149,7 @@ def _phase(
         return jax.lax.while_loop(room, turn, slots)
 
     spacious = lambda slots: (
-        slots.cache.used - _first(slots.cache, slots.live_R, S) <= width - max(1, growth(C) // 2)
+        slots.cache.cache_len - _first(slots.cache, slots.live_R, S) <= width - max(1, growth(C) // 2)
     )
     return jax.lax.while_loop(lambda slots: here(slots) & spacious(slots), fill, slots)
 
@@ -211,7 +211,7 @@ def _narrowed(slots: Slots, n: int) -> Slots:
     take = lambda x: x[kept_n]
     names = "live_R", "request_R", "n_R", "token_R"
     cache = dataclasses.replace(
-        jax.tree.map(take, dataclasses.replace(slots.cache, used=None)), used=slots.cache.used
+        jax.tree.map(take, dataclasses.replace(slots.cache, cache_len=None)), cache_len=slots.cache.cache_len
     )
     return dataclasses.replace(
         slots, cache=cache, **{name: take(getattr(slots, name)) for name in names}
@@ -232,7 +232,7 @@ def _first(cache: KVCache, live_R: Array, S: int) -> Array:
     the next column."""
     page = cache.page
     first = jnp.minimum(
-        jnp.where(live_R, cache.first_B, cache.used).min(), cache.used - (S - 1) - (page - 1)
+        jnp.where(live_R, cache.start_B, cache.cache_len).min(), cache.cache_len - (S - 1) - (page - 1)
     )
     return first // page * page
 
@@ -255,7 +255,7 @@ def _shifted(cache: KVCache, live_R: Array, S: int) -> KVCache:
             tuple(jnp.roll(v, -by, axis=2) for v in cache.v),
         )
     return dataclasses.replace(
-        cache, k=k, v=v, first_B=jnp.maximum(cache.first_B - by, 0), used=cache.used - by
+        cache, k=k, v=v, start_B=jnp.maximum(cache.start_B - by, 0), cache_len=cache.cache_len - by
     )
 
 
@@ -271,8 +271,8 @@ def _placed(requests: Requests, slots: Slots) -> Slots:
     step writes to; it is overwritten."""
     cache, prompts, slot = slots.cache, requests.cache, jnp.argmin(slots.live_R)
     prompt = requests.prompt_N[slots.started]
-    start = cache.used - (prompts.width - 1)
-    first = start + prompts.first_B[prompt]
+    start = cache.cache_len - (prompts.width - 1)
+    first = start + prompts.start_B[prompt]
     behind = first % cache.page  # columns; the slot's tokens stand so many before `used`
 
     def put(x: Array, rows: Array, dim: int) -> Array:
@@ -286,8 +286,8 @@ def _placed(requests: Requests, slots: Slots) -> Slots:
         cache,
         k=tuple(put(x, rows, 3) for x, rows in zip(cache.k, prompts.k, strict=True)),
         v=tuple(put(x, rows, 2) for x, rows in zip(cache.v, prompts.v, strict=True)),
-        first_B=at_slot(cache.first_B, first - behind),
-        behind_B=None if cache.behind_B is None else at_slot(cache.behind_B, behind),
+        start_B=at_slot(cache.start_B, first - behind),
+        page_offset_B=None if cache.page_offset_B is None else at_slot(cache.page_offset_B, behind),
     )
     return dataclasses.replace(
         slots,

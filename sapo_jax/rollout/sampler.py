@@ -31,7 +31,7 @@ class Sampler:
     parameters on a mesh; all else is fixed here."""
 
     policy: Policy
-    rule: SamplingParams
+    sampling: SamplingParams
     group_size: int  # G
     max_new_tokens: int  # C
     stop_ids: tuple[int, ...]
@@ -149,7 +149,7 @@ def _sample(
     model = sampler.policy.bind(params)
     requests, prompt_ids_PSLk = prefill(sampler, model, tokens_PS, length_P, index_P, limit_N, key)
     slots = fill_slots(sampler, requests)
-    slots = decode(model, requests, slots, sampler.rule, sampler.stop_ids)
+    slots = decode(model, requests, slots, sampler.sampling, sampler.stop_ids)
 
     last_N = jnp.take_along_axis(
         slots.tokens_NC, jnp.maximum(slots.length_N - 1, 0)[:, None], axis=1

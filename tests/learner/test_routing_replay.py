@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from sapo_jax.learner.routing_replay import checked, router_metrics
+from sapo_jax.learner.routing_replay import check_expert_ids, router_metrics
 from sapo_jax.learner.scoring import make_scorer
 from sapo_jax.learner.update import make_update, policy_loss
 from sapo_jax.models.moe import Replay, Routing
@@ -37,9 +37,9 @@ def rows_and_ids() -> tuple[dict[str, np.ndarray], np.ndarray]:
 def test_sound_ids_pass_as_they_are():
     """Also without those of the last tokens of completions."""
     rows, ids_BTLk = rows_and_ids()
-    assert checked(ids_BTLk, rows, tiny.MOE) is ids_BTLk
+    assert check_expert_ids(ids_BTLk, rows, tiny.MOE) is ids_BTLk
     ids_BTLk[[0, 1, 2, 3], [11, 6, 15, 9]] = 5
-    checked(ids_BTLk, rows, tiny.MOE)
+    check_expert_ids(ids_BTLk, rows, tiny.MOE)
 
 
 WRONG = {  # where -> ids; the message, which names the first place
@@ -60,7 +60,7 @@ def test_wrong_ids_are_refused_by_place(what):
     for place, ids in places.items():
         ids_BTLk[place] = ids
     with pytest.raises(ValueError, match=message):
-        checked(ids_BTLk, rows, tiny.MOE)
+        check_expert_ids(ids_BTLk, rows, tiny.MOE)
 
 
 def test_negative_ids_are_refused():
@@ -68,7 +68,7 @@ def test_negative_ids_are_refused():
     ids_BTLk = ids_BTLk.astype(np.int8)
     ids_BTLk[0, 0, 0] = [-1, 2]
     with pytest.raises(ValueError, match=r"\[0, 0, 0\] = \[-1, 2\].*0 to 4"):
-        checked(ids_BTLk, rows, tiny.MOE)
+        check_expert_ids(ids_BTLk, rows, tiny.MOE)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_ids_of_another_shape_or_kind_are_refused(change):
         ValueError,
         match=r"expert_ids_BTLk: expected integers \(4, 16, 2, 2\) .*, got (uint8|float32) \(",
     ):
-        checked(change(ids_BTLk), rows, tiny.MOE)
+        check_expert_ids(change(ids_BTLk), rows, tiny.MOE)
 
 
 # ---------------------------------------------------------------- metrics

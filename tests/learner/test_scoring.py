@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sapo_jax.learner.scoring import head_logprobs, make_scorer, score, split
+from sapo_jax.learner.scoring import head_logprobs, make_scorer, score, split_micro_batches
 from tests.models import tiny
 from tests.models.tiny import quick_jit
 
@@ -190,6 +190,6 @@ def test_micro_batches_change_nothing(scored):
 
 def test_split_keeps_rows_in_order_and_absent_fields_absent():
     batch = tiny.batch()
-    micros = split(batch, 2)
+    micros = split_micro_batches(batch, 2)
     assert micros.tokens_BT.shape == (2, 2, batch.tokens_BT.shape[1]) and micros.old_logp_BT is None
     np.testing.assert_array_equal(micros.adv_BT.reshape(batch.adv_BT.shape), batch.adv_BT)

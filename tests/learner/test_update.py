@@ -22,7 +22,7 @@ from sapo_jax.learner.routing_replay import router_metrics
 from sapo_jax.learner.scoring import Scores, make_scorer
 from sapo_jax.learner.update import (
     init_state,
-    last_rate,
+    last_learning_rate,
     make_optimizer,
     make_schedule,
     make_update,
@@ -348,7 +348,7 @@ def test_a_non_finite_batch_is_skipped_and_counted():
     inner = jax.tree.leaves_with_path(state.opt_state.inner_state)
     counts = [x for path, x in inner if jax.tree_util.keystr(path).endswith(".count")]
     assert counts and all(count == 2 for count in counts)  # of updates that were applied
-    assert last_rate(lambda count: count, state, aux) == 1  # the newest of them was at count 1
+    assert last_learning_rate(lambda count: count, state, aux) == 1  # the newest of them was at count 1
 
     undisturbed, _ = update(jax.tree.map(jnp.array, before), good)
     chex.assert_trees_all_equal(state.params, undisturbed.params)

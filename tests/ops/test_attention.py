@@ -113,11 +113,11 @@ def test_write_column(axis):
     """Each row's new column before the given one, and nothing else."""
     cache = np.random.default_rng(5).normal(size=(3, 2, 16, 16)).astype(np.float32)
     new = np.ones((3, 2, 1, 16) if axis == 2 else (3, 2, 16, 1), np.float32)
-    write = quick_jit(lambda behind_B: write_column(cache, new, 9, behind_B, axis=axis, window=4))
-    for behind_B in (None, np.array([0, 3, 1])):
+    write = quick_jit(lambda page_offset_B: write_column(cache, new, 9, page_offset_B, axis=axis, window=4))
+    for page_offset_B in (None, np.array([0, 3, 1])):
         expected = np.moveaxis(cache.copy(), axis, 2)
-        expected[range(3), :, 9 - (0 if behind_B is None else behind_B)] = 1
-        np.testing.assert_array_equal(write(behind_B), np.moveaxis(expected, 2, axis))
+        expected[range(3), :, 9 - (0 if page_offset_B is None else page_offset_B)] = 1
+        np.testing.assert_array_equal(write(page_offset_B), np.moveaxis(expected, 2, axis))
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 5), (16, 24, 40)])

@@ -42,7 +42,7 @@ def counted(monkeypatch, names: list[str], run) -> tuple[collections.Counter, Ro
 def test_trips_are_those_of_a_rollout(page, monkeypatch):
     """12 completions of 130 tokens in 3 slots, in a cache as on CPU, and by pages as on TPU (without its kernel): the
     completions are those of 12 slots."""
-    common = dict(group_size=4, max_new_tokens=130, stop_ids=NO_STOP, rule=SamplingParams(0.8))
+    common = dict(group_size=4, max_new_tokens=130, stop_ids=NO_STOP, sampling=SamplingParams(0.8))
     expected = sample(make(**common))
     monkeypatch.setattr("sapo_jax.ops.attention.page", lambda *_: page)
     work = Workload(

@@ -33,7 +33,7 @@ each_model = pytest.mark.parametrize("kind", tiny.MODELS)
 
 def make(
     kind: str = "dense",
-    rule: SamplingParams = SamplingParams(),
+    sampling: SamplingParams = SamplingParams(),
     group_size=2,
     max_new_tokens=8,
     stop_ids=(),
@@ -41,7 +41,7 @@ def make(
 ) -> Sampler:  # noqa: B008
     return Sampler(
         tiny.policy(tiny.MODELS[kind]),
-        rule,
+        sampling,
         group_size,
         max_new_tokens,
         stop_ids,
@@ -111,8 +111,8 @@ def test_greedy_decode_with_stop_tokens(kind):
         for ids in expected
     ]
     assert len(set(lengths)) > 1 and min(lengths) < 8
-    rule = SamplingParams(temperature=0.0)
-    rollout = sample(make(kind, rule, group_size=1, max_new_tokens=N_GREEDY, stop_ids=stop_ids))
+    sampling = SamplingParams(temperature=0.0)
+    rollout = sample(make(kind, sampling, group_size=1, max_new_tokens=N_GREEDY, stop_ids=stop_ids))
     assert rollout.length_B.tolist() == lengths
     for tokens_C, finish, ids, n in zip(
         rollout.tokens_BC, rollout.finish_B, expected, lengths, strict=True
@@ -124,7 +124,7 @@ def test_greedy_decode_with_stop_tokens(kind):
 @functools.cache
 def stopped() -> Rollout:
     return sample(
-        make(rule=SamplingParams(0.8), group_size=4, max_new_tokens=10, stop_ids=(1, 2, 3))
+        make(sampling=SamplingParams(0.8), group_size=4, max_new_tokens=10, stop_ids=(1, 2, 3))
     )
 
 
@@ -149,7 +149,7 @@ def test_sampled_completions_end_at_stop_tokens():
 
 def test_a_pad_id_that_is_a_stop_token_ends_a_completion_once():
     """As in tokenizers whose pad and end token are one."""
-    sampler = make(rule=SamplingParams(0.8), group_size=4, max_new_tokens=10, stop_ids=(1, 2, 3))
+    sampler = make(sampling=SamplingParams(0.8), group_size=4, max_new_tokens=10, stop_ids=(1, 2, 3))
     rollout = sample(dataclasses.replace(sampler, pad_id=3))
     expected = stopped()
     np.testing.assert_array_equal(rollout.length_B, expected.length_B)
@@ -210,7 +210,7 @@ def test_draws_depend_on_prompt_index_sample_and_position_alone():
     expected = stopped().tokens_BC.reshape(3, 4, 10)
     prompts = [PROMPTS[2], tiny.prompt(3, 20), PROMPTS[0]]
     other = sample(
-        make(rule=SamplingParams(0.8), group_size=6, max_new_tokens=7, stop_ids=(1, 2, 3)), prompts
+        make(sampling=SamplingParams(0.8), group_size=6, max_new_tokens=7, stop_ids=(1, 2, 3)), prompts
     )
     other = other.tokens_BC.reshape(3, 6, 7)
     np.testing.assert_array_equal(other[0, :4], expected[2, :, :7])
@@ -219,7 +219,7 @@ def test_draws_depend_on_prompt_index_sample_and_position_alone():
 
 def test_draws_differ_between_samples_prompts_positions_and_keys():
     """The same tokens under another index, another key: other completions. So are the samples of a group."""
-    sampler = make(rule=SamplingParams(0.8), group_size=4, max_new_tokens=10, stop_ids=(1, 2, 3))
+    sampler = make(sampling=SamplingParams(0.8), group_size=4, max_new_tokens=10, stop_ids=(1, 2, 3))
     twins = [
         PROMPTS[0],
         dataclasses.replace(PROMPTS[0], index=12),
@@ -233,7 +233,7 @@ def test_draws_differ_between_samples_prompts_positions_and_keys():
 
 def test_prompt_indices_beyond_32_bits_are_taken_modulo():
     """Documented nowhere else: an index is cut to 32 bits, never refused."""
-    sampler = make(rule=SamplingParams(0.8), group_size=4, max_new_tokens=10, stop_ids=(1, 2, 3))
+    sampler = make(sampling=SamplingParams(0.8), group_size=4, max_new_tokens=10, stop_ids=(1, 2, 3))
     far = [dataclasses.replace(p, index=p.index + 2**32) for p in PROMPTS]
     np.testing.assert_array_equal(sample(sampler, far).tokens_BC, stopped().tokens_BC)
 
@@ -243,13 +243,13 @@ def test_prompt_indices_beyond_32_bits_are_taken_modulo():
 
 def test_log_probs_are_those_of_the_truncated_distribution():
     """temperature, top-k, top-p and min-p together, along whole completions."""
-    rule = SamplingParams(temperature=1.4, top_k=12, top_p=0.9, min_p=0.04)
-    rollout = sample(make(rule=rule, group_size=3, max_new_tokens=6))
+    sampling = SamplingParams(temperature=1.4, top_k=12, top_p=0.9, min_p=0.04)
+    rollout = sample(make(sampling=sampling, group_size=3, max_new_tokens=6))
     sizes = []
     for b, (tokens_C, logp_C) in enumerate(zip(rollout.tokens_BC, rollout.logp_BC, strict=True)):
         for t in range(rollout.length_B[b]):
             before = np.array([*PROMPTS[b // 3].ids, *tokens_C[:t]])
-            z_V = slow_truncate(full_forward("dense")(before) / rule.temperature, rule)
+            z_V = slow_truncate(full_forward("dense")(before) / sampling.temperature, sampling)
             prob_V = np.exp(z_V - z_V.max())
             sizes.append(np.sum(prob_V > 0))
             assert logp_C[t] == pytest.approx(np.log(prob_V[tokens_C[t]] / prob_V.sum()), abs=1e-5)
@@ -258,12 +258,12 @@ def test_log_probs_are_those_of_the_truncated_distribution():
 
 def test_pairs_of_tokens_have_the_right_frequencies():
     """4000 completions of two tokens, four choices each: chi-square over the 16 pairs."""
-    rule, n = SamplingParams(temperature=2.0, top_k=4), 4000
-    rollout = sample(make(rule=rule, group_size=n, max_new_tokens=2), PROMPTS[:1])
+    sampling, n = SamplingParams(temperature=2.0, top_k=4), 4000
+    rollout = sample(make(sampling=sampling, group_size=n, max_new_tokens=2), PROMPTS[:1])
     counts = collections.Counter(map(tuple, rollout.tokens_BC.tolist()))
 
     def next_tokens(ids) -> dict[int, float]:
-        z_V = slow_truncate(full_forward("dense")(ids) / rule.temperature, rule)
+        z_V = slow_truncate(full_forward("dense")(ids) / sampling.temperature, sampling)
         prob_V = np.exp(z_V - z_V.max())
         return {int(v): prob_V[v] / prob_V.sum() for v in np.flatnonzero(prob_V)}
 
@@ -349,7 +349,7 @@ def test_completions_that_wait_for_a_slot_are_the_same(kind, slots):
     become 4 and 2. Tokens, log-probs, lengths, reasons and experts are those of all at once, and of their own limits.
     """
     common = dict(
-        rule=SamplingParams(0.8),
+        sampling=SamplingParams(0.8),
         group_size=4,
         max_new_tokens=80,
         stop_ids=(1,),
@@ -374,7 +374,7 @@ def test_completions_that_wait_for_a_slot_are_the_same(kind, slots):
 def test_rows_that_start_at_pages(slots, monkeypatch):
     """The columns of a cache on TPU, here without its kernel: the same completions, waiting or not."""
     common = dict(
-        rule=SamplingParams(0.8), group_size=4, max_new_tokens=130, stop_ids=(1,), slots=slots
+        sampling=SamplingParams(0.8), group_size=4, max_new_tokens=130, stop_ids=(1,), slots=slots
     )
     limits, starts = [130, 3, 1, 130, 64, 100, 2, 9, 80, 130, 5, 33], []
     expected = sample(make(**common), limit_B=limits)
@@ -410,7 +410,7 @@ def test_pages_and_completions_of_one_token(monkeypatch):
 
 def test_filled_up_batches_and_slots():
     """Prompts that nobody wants take a slot for no step."""
-    common = dict(rule=SamplingParams(0.8), group_size=4, max_new_tokens=10, stop_ids=(1, 2, 3))
+    common = dict(sampling=SamplingParams(0.8), group_size=4, max_new_tokens=10, stop_ids=(1, 2, 3))
     rollout = sample(make(**common, slots=5), PROMPTS[:1], batch_prompts=3)
     chex.assert_trees_all_close(rollout, jax.tree.map(lambda x: x[:4], stopped()), atol=1e-5)
 
