@@ -29,6 +29,7 @@ from sapo_jax.distributed.sharding import (
 )
 from sapo_jax.ops import moe_xla as blocked_experts
 from sapo_jax.ops.matmul import decode_matmul
+from sapo_jax.ops.matmul import decode_matmul
 
 EXPERT, FSDP, TENSOR = "expert", "fsdp", "tensor"
 # Tokens up to which it takes less time to pass them through every expert than to sort them by expert. On CPU measured;

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sapo_jax.models import layers
+from sapo_jax.ops import matmul
 from sapo_jax.ops.matmul import linear
 
 LEADING = (2, 3)  # of x: tokens
@@ -25,7 +25,7 @@ SHAPES = {  # of w, and how many of its dims are summed over
 
 @pytest.mark.parametrize(("shape", "over"), SHAPES.values(), ids=SHAPES)
 def test_values_and_gradients_are_those_of_the_sum(shape, over):
-    assert np.prod(shape) >= layers.LARGE  # the rule, not autodiff
+    assert np.prod(shape) >= matmul.LARGE  # the rule, not autodiff
     random = np.random.default_rng(0)
     x, w = random.standard_normal(LEADING + shape[:over]), random.standard_normal(shape)
     d_out = random.standard_normal(LEADING + shape[over:])
@@ -54,5 +54,5 @@ def test_small_weights_are_left_to_autodiff(monkeypatch):
         jax.make_jaxpr(lambda x, w: linear(x, w))(jnp.ones((2, 8)), jnp.ones((8, 8)))
     )
     assert "custom_vjp" not in traced()
-    monkeypatch.setattr(layers, "LARGE", 64)
+    monkeypatch.setattr(matmul, "LARGE", 64)
     assert "custom_vjp" in traced()
