@@ -1,4 +1,4 @@
-"""CISPO: Clipped IS-weight Policy Optimization (MiniMax-M1, arXiv 2506.13585)."""
+"""CISPO: Clipped IS-weight Policy Optimization (MiniMax-M1), https://arxiv.org/abs/2506.13585."""
 
 from __future__ import annotations
 
@@ -17,25 +17,27 @@ def cispo(
     cfg: CISPO,
     *,
     segment_ids_BT: Array | None = None,
-):
-    """REINFORCE with a clipped importance weight: the clip bounds a token's weight but never drops the token.
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """REINFORCE with a clipped importance weight: the clip bounds it but never drops a token.
 
         surrogate = sg[clip(r, 1 - clip_low, 1 + clip_high)] A log r
 
-    The paper writes log pi for log r; they differ by the constant log pi_old, so the gradient is the paper's and the
-    value is 0 at r = 1. The linear log r is not bounded: exp never sees it, and no token may lose its gradient.
+    The paper writes log pi for log r. The two differ by the constant log pi_old, so the gradient is
+    the paper's and the value is 0 at r = 1. The linear log r is not bounded: exp never sees it, and
+    no token may lose its gradient.
 
-    Source: arXiv 2506.13585, Eqs. 4, 5.
+    Source: https://arxiv.org/abs/2506.13585, Eqs. 4, 5.
     """
-    del segment_ids_BT  # every token has a ratio of its own
+    del segment_ids_BT  # Every token has its own ratio, whatever sequence it belongs to.
     adv_BT = masked(adv_BT, mask_BT)
     ratio_BT = jax.lax.stop_gradient(jnp.exp(safe_log_ratio(log_ratio_BT, mask_BT)))
     weight_BT = jnp.clip(ratio_BT, 1 - cfg.clip_low, 1 + cfg.clip_high)
     surrogate_BT = weight_BT * adv_BT * masked(log_ratio_BT, mask_BT)
-    return surrogate_BT, token_diagnostics(
+    diagnostics = token_diagnostics(
         mask_BT,
         ratio_BT=ratio_BT,
         gate_BT=weight_BT / ratio_BT,
         clipped_BT=jnp.zeros_like(ratio_BT),
         centered_BT=surrogate_BT,
     )
+    return surrogate_BT, diagnostics

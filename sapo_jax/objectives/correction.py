@@ -1,8 +1,10 @@
-"""Sampler-trainer importance correction: sampler and scorer give the same token slightly different probabilities.
+"""Sampler-trainer importance correction.
 
-The correction weight multiplies a token's surrogate and is a constant: w = pi_old / pi_sampler, from
-log_ratio = old_logp - sampler_logp. Without a bound a few tokens of large w would dominate; the two forms bound it
-differently. Dropped tokens still count in |y_i| of `weights.token_weights`.
+Sampler and scorer give the same token slightly different probabilities. The correction weight w =
+pi_old / pi_sampler of a token, computed from log_ratio = old_logp - sampler_logp, multiplies the
+token's surrogate and is a constant. Without a bound a few tokens of large w would dominate the
+update; the two forms below bound w differently. A token that is dropped still counts in the length
+|y_i| of `weights.token_weights`.
 """
 
 from __future__ import annotations
@@ -15,18 +17,19 @@ from sapo_jax.objectives.ratios import masked, safe_log_ratio
 
 
 def truncated(log_ratio_BT: Array, mask_BT: Array, cap: float) -> jax.Array:
-    """min(w, cap), 0 where masked: truncated importance sampling.
+    """Truncated importance sampling: min(w, cap), and 0 where masked.
 
-    Source: Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training".
+    Source: Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL
+    Training".
     """
     w_BT = jnp.exp(safe_log_ratio(log_ratio_BT, mask_BT))
     return jax.lax.stop_gradient(masked(jnp.minimum(w_BT, cap), mask_BT))
 
 
 def keep_close(log_ratio_BT: Array, mask_BT: Array, cap: float) -> jax.Array:
-    """w where 1/cap <= w <= cap, else 0, and 0 where masked: a token the two disagree on is dropped.
+    """w where 1/cap <= w <= cap and 0 elsewhere: a token on which the two disagree is dropped.
 
-    Source: IcePop, in arXiv 2510.18855.
+    It is 0 where masked. Source: IcePop, in https://arxiv.org/abs/2510.18855.
     """
     w_BT = jnp.exp(safe_log_ratio(log_ratio_BT, mask_BT))
     close_BT = (w_BT >= 1 / cap) & (w_BT <= cap)

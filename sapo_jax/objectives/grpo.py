@@ -1,7 +1,8 @@
-"""GRPO: Group Relative Policy Optimization (arXiv 2402.03300), with clip-higher."""
+"""GRPO: Group Relative Policy Optimization, https://arxiv.org/abs/2402.03300, with clip-higher."""
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 
 from sapo_jax.batch import Array
@@ -16,25 +17,28 @@ def grpo(
     cfg: GRPO,
     *,
     segment_ids_BT: Array | None = None,
-):
-    """PPO's hard clip on the token ratio; outside the clip range a token is dropped from the update.
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """PPO's hard clip on the token ratio: beyond the clip range a token is dropped from the update.
 
         surrogate = min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)
 
-    clip_high > clip_low ("clip-higher") leaves room for unlikely tokens to grow. Dr. GRPO and DAPO are this objective
-    with other advantages (`Advantage.kind`) and token weights (`Loss.normalization`).
+    clip_high > clip_low ("clip-higher") leaves room for unlikely tokens to grow. Dr. GRPO and DAPO
+    are this objective with other advantages (`Advantage.kind`) and other token weights
+    (`Loss.normalization`).
 
-    Source: GRPO, arXiv 2402.03300, Eq. 3; clip-higher: DAPO, arXiv 2503.14476, Eq. 10.
+    Source: GRPO, https://arxiv.org/abs/2402.03300, Eq. 3; clip-higher: DAPO,
+    https://arxiv.org/abs/2503.14476, Eq. 10.
     """
-    del segment_ids_BT  # every token has a ratio of its own
+    del segment_ids_BT  # Every token has its own ratio, whatever sequence it belongs to.
     adv_BT = masked(adv_BT, mask_BT)
     ratio_BT = jnp.exp(safe_log_ratio(log_ratio_BT, mask_BT))
     surrogate_BT, open_BT = hard_clip(ratio_BT, adv_BT, cfg.clip_low, cfg.clip_high)
     open_BT &= is_live(log_ratio_BT, mask_BT)
-    return surrogate_BT, token_diagnostics(
+    diagnostics = token_diagnostics(
         mask_BT,
         ratio_BT=ratio_BT,
         gate_BT=open_BT,
         clipped_BT=~open_BT,
         centered_BT=surrogate_BT - adv_BT,
     )
+    return surrogate_BT, diagnostics

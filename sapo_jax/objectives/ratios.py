@@ -8,13 +8,16 @@ import jax.numpy as jnp
 
 from sapo_jax.batch import Array
 
-MAX_LOG_RATIO = (
-    20.0  # exp(20) = 4.9e8: far from float32's limit, and from any ratio worth learning from
-)
+# exp(20) = 4.9e8 is far from float32's limit, and far from any ratio worth learning from.
+MAX_LOG_RATIO = 20.0
 
 
 def masked(x_BT: Array, mask_BT: Array) -> jax.Array:
-    """x, or 0 where masked, in float32 or wider. A masked NaN or inf reaches neither the value nor the gradient."""
+    """x, but 0 where masked, in float32 or wider.
+
+    A masked NaN or infinity reaches neither the value nor the gradient. Raises AssertionError
+    unless both arrays have the same shape of rank 2 and the mask is bool.
+    """
     chex.assert_rank([x_BT, mask_BT], 2)
     chex.assert_equal_shape([x_BT, mask_BT])
     chex.assert_type(mask_BT, bool)
@@ -22,17 +25,18 @@ def masked(x_BT: Array, mask_BT: Array) -> jax.Array:
     return x_BT.astype(jnp.promote_types(x_BT.dtype, jnp.float32))
 
 
-def is_live(log_ratio_BT: Array, mask_BT: Array) -> jax.Array:
-    """Where `safe_log_ratio` follows the policy: neither masked nor beyond +-MAX_LOG_RATIO."""
+def is_live(log_ratio_BT: Array, mask_BT: Array) -> Array:
+    """Where `safe_log_ratio` follows the policy: not masked, and |log r| <= MAX_LOG_RATIO."""
     return mask_BT & (jnp.abs(log_ratio_BT) <= MAX_LOG_RATIO)
 
 
 def safe_log_ratio(log_ratio_BT: Array, mask_BT: Array) -> jax.Array:
-    """log r, 0 where masked and clipped to +-20, so that exp of it and the gradient of that are finite.
+    """log r, but 0 where masked and clipped to +-20: its exp and the gradient of that are finite.
 
-    Both must come BEFORE exp: masking exp(100) afterwards multiplies its infinite gradient by 0, which is NaN. The
-    derivative is exactly `is_live`: 1, but 0 where masked and 0 beyond the bounds. So the ratio of a token that has
-    become e^20 times likelier passes no gradient, whatever the sign of A, where it would be the whole update.
+    Masking and clipping must come BEFORE exp: masking exp(100) afterwards multiplies its infinite
+    gradient by 0, which is NaN. The derivative is exactly `is_live`: it is 1, but 0 where masked
+    and 0 beyond the bounds. So a token that has become e^20 times likelier passes no gradient,
+    whatever the sign of A; otherwise its ratio would be the whole update.
     """
     log_ratio_BT = masked(log_ratio_BT, mask_BT)
     bounded_BT = jnp.clip(jax.lax.stop_gradient(log_ratio_BT), -MAX_LOG_RATIO, MAX_LOG_RATIO)
@@ -40,52 +44,62 @@ def safe_log_ratio(log_ratio_BT: Array, mask_BT: Array) -> jax.Array:
 
 
 def sequence_mean(x_BT: Array, mask_BT: Array, segment_ids_BT: Array | None = None) -> jax.Array:
-    """Mean of x over the unmasked tokens of a sequence, given back on each of its tokens; 0 if it has none.
+    """The mean of x over the unmasked tokens of a sequence, on each of its tokens; 0 if none.
 
-    A row is one sequence or, with segment_ids_BT (0 on padding, 1, 2, ... on its sequences), several. A row of T
-    tokens holds at most T sequences: that static bound makes this linear in T (a table of equal ids is T x T).
+    A row is one sequence or, with segment_ids_BT (0 on padding, 1, 2, ... on its sequences),
+    several. A row of T tokens holds at most T sequences: with this static bound the work is linear
+    in T, where a table of equal ids would be T x T.
     """
     x_BT = masked(x_BT, mask_BT)
-    one_BT = mask_BT.astype(x_BT.dtype)
+    count_BT = mask_BT.astype(x_BT.dtype)
     if segment_ids_BT is None:
-        mean_B1 = x_BT.sum(axis=1, keepdims=True) / jnp.maximum(
-            one_BT.sum(axis=1, keepdims=True), 1
-        )
-        return jnp.broadcast_to(mean_B1, x_BT.shape)
+        total_B1 = x_BT.sum(axis=1, keepdims=True)
+        length_B1 = count_BT.sum(axis=1, keepdims=True)
+        return jnp.broadcast_to(total_B1 / jnp.maximum(length_B1, 1), x_BT.shape)
 
-    def segment_mean(x_T, one_T, ids_T):
-        total, count = (
-            jax.ops.segment_sum(v_T, ids_T, num_segments=len(ids_T) + 1) for v_T in (x_T, one_T)
-        )
-        return (total / jnp.maximum(count, 1))[ids_T]
+    def mean_of_segments(x_T: Array, count_T: Array, ids_T: Array) -> jax.Array:
+        num_segments = len(ids_T) + 1
+        total_S = jax.ops.segment_sum(x_T, ids_T, num_segments=num_segments)
+        length_S = jax.ops.segment_sum(count_T, ids_T, num_segments=num_segments)
+        return (total_S / jnp.maximum(length_S, 1))[ids_T]
 
     chex.assert_equal_shape([x_BT, segment_ids_BT])
-    return jax.vmap(segment_mean)(x_BT, one_BT, jnp.asarray(segment_ids_BT))
+    return jax.vmap(mean_of_segments)(x_BT, count_BT, jnp.asarray(segment_ids_BT))
 
 
 def hard_clip(
     ratio_BT: Array, adv_BT: Array, clip_low: float, clip_high: float
 ) -> tuple[jax.Array, jax.Array]:
-    """PPO's pessimistic surrogate min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), and where r keeps its gradient.
+    """PPO's pessimistic surrogate, and where the ratio keeps its gradient.
 
-    The gradient is lost where the ratio has already gone the way A pushes it: r > 1 + clip_high where A > 0,
-    r < 1 - clip_low where A < 0. (PPO, arXiv 1707.06347, Eq. 7; two bounds: DAPO, arXiv 2503.14476, Eq. 10.)
+        surrogate = min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)
+
+    The gradient is lost where the ratio has already gone the way that A pushes it: r > 1 +
+    clip_high where A > 0, and r < 1 - clip_low where A < 0. Returns (surrogate_BT, open_BT), of
+    which the second is bool.
+
+    Source: PPO, https://arxiv.org/abs/1707.06347, Eq. 7; two bounds: DAPO,
+    https://arxiv.org/abs/2503.14476, Eq. 10.
     """
     clipped_BT = jnp.clip(ratio_BT, 1 - clip_low, 1 + clip_high)
     open_BT = jnp.where(adv_BT > 0, ratio_BT <= 1 + clip_high, ratio_BT >= 1 - clip_low)
-    return jnp.minimum(ratio_BT * adv_BT, clipped_BT * adv_BT), open_BT
+    surrogate_BT = jnp.minimum(ratio_BT * adv_BT, clipped_BT * adv_BT)
+    return surrogate_BT, open_BT
 
 
 def token_diagnostics(
-    mask_BT: Array, *, ratio_BT, gate_BT, clipped_BT, centered_BT
+    mask_BT: Array, *, ratio_BT: Array, gate_BT: Array, clipped_BT: Array, centered_BT: Array
 ) -> dict[str, jax.Array]:
-    """What an objective reports of each token, as constants, 0 where masked.
+    """What an objective reports of each token: constants for autodiff, 0 where masked.
 
-    ratio        r, the ratio that the objective used (of the sequence in GSPO)
-    gate         d surrogate / d r / A: f'(r) for SAPO, 0 or 1 for a hard clip (where A = 0: as for A < 0)
-    grad_weight  r * gate = d surrogate / d log r / A: the multiplier on A grad log pi, 1 in REINFORCE
+    ratio        r, the ratio that the objective used (in GSPO that of the sequence)
+    gate         d surrogate / d r / A: f'(r) for SAPO, 0 or 1 for a hard clip (A = 0 is treated
+                 like A < 0)
+    grad_weight  r * gate = d surrogate / d log r / A: the multiplier on A grad log pi, which is 1
+                 in REINFORCE
     clipped      1 where a hard clip zeroes the gradient
-    centered     the surrogate minus its value at r = 1; unlike the surrogate itself, its mean tells progress
+    centered     the surrogate minus its value at r = 1; unlike the surrogate's, its mean shows
+                 progress
     """
     values = {
         "ratio": ratio_BT,
