@@ -58,6 +58,14 @@ def weighted(log_ratio_BT, adv_BT, mask_BT, segment_ids_BT=None) -> Tokens:
     return Tokens(log_ratio_BT, adv_BT, mask_BT, weight_BT, segment_ids_BT)
 
 
+def unweighted(log_ratio_BT, adv_BT, mask_BT=None) -> Tokens:
+    """Tokens of weight 1, for which `gradient` is that of the plain sum; none are masked by default."""
+    if mask_BT is None:
+        mask_BT = np.ones(log_ratio_BT.shape, bool)
+    adv_BT = np.broadcast_to(adv_BT, mask_BT.shape).astype(log_ratio_BT.dtype)
+    return Tokens(log_ratio_BT, adv_BT, mask_BT, np.ones_like(adv_BT))
+
+
 def example() -> Tokens:
     """Six sequences: two masked prompt tokens, a completion, padding. Near and far off-policy, A of both signs."""
     rng = np.random.default_rng(0)
@@ -294,7 +302,8 @@ def check_diagnostics_are_constants(objective, cfg):
         _, diagnostics = objective(log_ratio_BT, tokens.adv_BT, tokens.mask_BT, cfg)
         return sum(jnp.sum(value) for value in diagnostics.values())
 
-    np.testing.assert_array_equal(jax.grad(total)(jnp.asarray(tokens.log_ratio_BT)), 0)
+    gradient_BT = jax.jit(jax.grad(total))(jnp.asarray(tokens.log_ratio_BT))
+    np.testing.assert_array_equal(gradient_BT, 0)
 
 
 CHECKS = {

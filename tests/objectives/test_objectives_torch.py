@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,6 +83,17 @@ def torch_value_and_gradients(paper, logp, old_logp, adv):
     return value.item(), [leaf.grad.numpy() for leaf in leaves]
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def loss_and_gradient(cfg, logp_BT, old_logp_BT, adv_BT, mask_BT, weight_BT):
+    """One program for each cfg and dtype, which all normalisations share."""
+
+    def loss(logp_BT):
+        surrogate_BT, _ = OBJECTIVES[cfg.name](logp_BT - old_logp_BT, adv_BT, mask_BT, cfg)
+        return -jnp.sum(weight_BT * surrogate_BT)
+
+    return jax.value_and_grad(loss)(logp_BT)
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(np.float64, 1e-10), (np.float32, 1e-6)])
 @pytest.mark.parametrize("cfg, paper, normalization", CASES)
 def test_loss_and_gradient(cfg, paper, normalization, dtype, tolerance):
@@ -95,16 +108,14 @@ def test_loss_and_gradient(cfg, paper, normalization, dtype, tolerance):
         weight_BT = token_weights(mask_BT, None, normalization, MAX_NEW_TOKENS)
         if dtype == np.float64:  # token_weights are float32 by contract, too coarse here
             weight_BT = WEIGHTS[normalization] * mask_BT
+        logp_BT = padded(logp, -9.0).astype(dtype)
         old_logp_BT = padded(old_logp, -3.0).astype(dtype)
         adv_BT = np.broadcast_to(np.array(adv, dtype)[:, None], mask_BT.shape)
-
-        def loss(logp_BT):
-            surrogate_BT, _ = OBJECTIVES[cfg.name](logp_BT - old_logp_BT, adv_BT, mask_BT, cfg)
-            return -jnp.sum(weight_BT * surrogate_BT)
-
-        loss_value, gradient_BT = jax.value_and_grad(loss)(
-            jnp.asarray(padded(logp, -9.0).astype(dtype))
+        loss_value, gradient_BT = loss_and_gradient(
+            cfg, logp_BT, old_logp_BT, adv_BT, mask_BT, weight_BT
         )
+    loss_value = np.asarray(loss_value)
+    gradient_BT = np.asarray(gradient_BT)
 
     assert loss_value.dtype == gradient_BT.dtype == dtype
     np.testing.assert_allclose(-loss_value, value, rtol=tolerance, atol=tolerance)

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sapo_jax.config import SAPO
 from sapo_jax.objectives.sapo import sapo
+from tests.objectives.conformance import evaluate, unweighted
 
 
 def run(ratio_N, adv, cfg):
-    """surrogate, gradient by log r and diagnostics of tokens, in float64; padded to one shape, to be compiled once."""
+    """surrogate, gradient by log r and diagnostics of tokens, in float64.
+
+    Padded to one shape, so that there is one program for each cfg.
+    """
+    log_ratio_1N = np.log(np.resize(np.asarray(ratio_N, np.float64), (1, 1000)))
     with jax.enable_x64(True):
-        log_ratio_1N = jnp.asarray(np.log(np.resize(np.asarray(ratio_N, np.float64), (1, 1000))))
-        adv_1N = jnp.full(log_ratio_1N.shape, adv, jnp.float64)
-        mask_1N = jnp.ones(log_ratio_1N.shape, bool)
-
-        def objective(x_1N):
-            return sapo(x_1N, adv_1N, mask_1N, cfg)
-
-        surrogate_1N, diagnostics = objective(log_ratio_1N)
-        gradient_1N = jax.grad(lambda x_1N: objective(x_1N)[0].sum())(log_ratio_1N)
-        return jax.tree.map(
-            lambda x: np.asarray(x)[0, : len(ratio_N)], (surrogate_1N, gradient_1N, diagnostics)
-        )
+        outputs = evaluate(sapo, cfg, unweighted(log_ratio_1N, adv))
+    outputs = {name: value[0, : len(ratio_N)] for name, value in outputs.items()}
+    return outputs.pop("surrogate"), outputs.pop("gradient"), outputs
 
 
 def test_by_hand():
@@ -85,9 +80,10 @@ def test_tau_neg_is_used_where_the_advantage_is_negative_and_only_there():
         assert np.all(np.abs(moved[1]) < np.abs(base[1]))  # a larger tau fades out faster
     # One batch with both signs: a faster-fading tau_neg damps the negative tokens and leaves the positive ones. Where
     # A = 0 there is no gradient; the gate is reported with the paper's "otherwise", tau_neg.
-    adv_1N, mask_1N = np.array([[1.0, -1.0, 0.0]], np.float32), np.ones((1, 3), bool)
+    adv_1N = np.array([[1.0, -1.0, 0.0]], np.float32)
     log_ratio_1N = np.log(np.array([[3.0, 3.0, 3.0]], np.float32))
-    _, d = sapo(log_ratio_1N, adv_1N, mask_1N, SAPO(tau_pos=1.0, tau_neg=2.0))
+    cfg = SAPO(tau_pos=1.0, tau_neg=2.0)
+    d = evaluate(sapo, cfg, unweighted(log_ratio_1N, adv_1N))
     np.testing.assert_allclose(d["gate"], [1 / np.cosh([[1, 2, 2]]) ** 2][0], rtol=1e-6)
 
 
@@ -106,8 +102,6 @@ def test_small_tau_converges_to_importance_weighted_reinforce():
 def test_float32_gradient_keeps_its_relative_precision_far_off_policy():
     """With sigmoid(x) in place of 1 - sigmoid(-x), 1 - sigmoid rounds: 0.4 % off at r = 15 and a plain 0 at r = 20."""
     ratio_1N = np.array([[5.0, 10.0, 15.0, 20.0, 40.0]])
-    mask_1N = np.ones(ratio_1N.shape, bool)
-    gradient_1N = jax.grad(lambda x_1N: sapo(x_1N, jnp.ones_like(x_1N), mask_1N, SAPO())[0].sum())(
-        jnp.log(jnp.asarray(ratio_1N, jnp.float32))
-    )
+    log_ratio_1N = np.log(ratio_1N.astype(np.float32))
+    gradient_1N = evaluate(sapo, SAPO(), unweighted(log_ratio_1N, 1.0))["gradient"]
     np.testing.assert_allclose(gradient_1N, ratio_1N / np.cosh((ratio_1N - 1) / 2) ** 2, rtol=2e-4)
