@@ -1,28 +1,26 @@
-"""Statistics of the update, made inside the jitted step and written compactly; and the gradient on a vocabulary.
+"""Statistics of the update, made inside the jitted step, and what is read of them afterwards.
 
-    tokens      ratio, gate, clip fraction, entropy of tokens by sign of A: scalars for metrics.jsonl
-    evidence    what SAPO's assumptions A1 and A2 rest on: histograms, per-sequence variance and gate gap, gradient
-                shares; scalars for metrics.jsonl
-    sequences, gates, histograms    the parts of `evidence`
-    rows        the evidence of a step as a row of diagnostics.jsonl
+On the device, with JAX:
+
+    tokens      ratio, gate, clip fraction, entropy of tokens by sign of A, for metrics.jsonl
+    collect     the evidence for SAPO's assumptions A1 and A2, of one micro-batch
+    sequences   its part by sequence: variance of log r, gate gap
+    binning     its histograms
     vocabulary  the gradient on all logits of one position (SAPO, Eq. 9)
 
-`collect` takes one micro-batch; `reduce` the stacked results of many; `finalize` names the scalars.
+On the host, without JAX:
+
+    evidence    what the evidence is, how several add up, and its scalars for metrics.jsonl
+    gates       SAPO's two gates and the hard clips (they serve both sides)
+    histograms  fixed bins, and quantiles of them
+    rows        the evidence of a step as a row of diagnostics.jsonl, written and read
+    bootstrap   means and intervals of few and noisy values
+    glossary    what every logged metric means; README.md is made from it
+
+The names of this package are loaded when they are first used (SPEC 1), so that the commands which
+only read files start without JAX. `__init__.pyi` lists them.
 """
 
-from sapo_jax.diagnostics.evidence import (
-    Evidence,
-    collect_evidence,
-    finalize_evidence,
-    reduce_evidence,
-)
-from sapo_jax.diagnostics.gates import Gates
-from sapo_jax.diagnostics.rows import evidence_row, ratio_quantiles, read_evidence
-from sapo_jax.diagnostics.tokens import TokenStats, collect, finalize, merge, reduce
-from sapo_jax.diagnostics.vocabulary import vocabulary_gradient, vocabulary_spread
+import lazy_loader
 
-__all__ = [
-    "Evidence", "Gates", "TokenStats", "collect", "collect_evidence", "evidence_row", "finalize", "finalize_evidence",
-    "merge", "ratio_quantiles", "read_evidence", "reduce", "reduce_evidence", "vocabulary_gradient",
-    "vocabulary_spread",
-]  # fmt: skip
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

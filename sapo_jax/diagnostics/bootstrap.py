@@ -1,4 +1,4 @@
-"""Figures with their uncertainty, from few and noisy values."""
+"""Means and intervals of few and noisy values, such as the results of several seeds."""
 
 from __future__ import annotations
 
@@ -6,22 +6,33 @@ from collections.abc import Callable
 
 import numpy as np
 
-Statistic = Callable[..., np.ndarray]  # (values, axis=...), as np.mean
+Statistic = Callable[..., np.ndarray]  # called as np.mean is: statistic(values, axis=...)
 
 
 def interquartile_mean(value: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Mean without the lowest and the highest quarter of the values, each rounded down to whole values: as robust as a
-    median, but not decided by one or two of them (Agarwal et al. 2021, arXiv 2108.13264). Fewer than 4: the mean."""
+    """The mean of what is left without the lowest and the highest quarter of the values.
+
+    Each quarter is rounded down to whole values; so with fewer than 4 values this is the mean. It
+    is as robust as a median, but not decided by one or two of the values (Agarwal et al. 2021,
+    arXiv 2108.13264).
+    """
     ordered = np.sort(np.moveaxis(value, axis, -1), axis=-1)
-    n, cut = ordered.shape[-1], ordered.shape[-1] // 4
-    return ordered[..., cut : n - cut].mean(axis=-1)
+    n = ordered.shape[-1]
+    quarter = n // 4
+    return ordered[..., quarter : n - quarter].mean(axis=-1)
 
 
 def bootstrap_interval(
     value_P: np.ndarray, draws: int = 10_000, statistic: Statistic = np.mean
 ) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of a statistic (the mean): the middle of what it is on P values drawn with
-    replacement, `draws` times over, always with the same random numbers."""
-    drawn = np.random.default_rng(0).integers(0, len(value_P), (draws, len(value_P)))
-    low, high = np.percentile(statistic(value_P[drawn], axis=1), [2.5, 97.5])
+    """The 95 % percentile bootstrap interval (low, high) of a statistic, by default the mean.
+
+    P values are drawn from value_P with replacement, `draws` times over. The interval is the middle
+    95 % of what the statistic is on each draw. The random numbers are always the same, so the same
+    values have the same interval.
+    """
+    P = len(value_P)
+    drawn_index = np.random.default_rng(0).integers(0, P, (draws, P))
+    drawn_statistic = statistic(value_P[drawn_index], axis=1)
+    low, high = np.percentile(drawn_statistic, [2.5, 97.5])
     return float(low), float(high)

@@ -1,7 +1,10 @@
-"""Per-sequence statistics of the log-ratio z = log r: mean, variance, and how far the token gates are from one gate.
+"""Statistics of the log-ratio z = log r per sequence: its mean, its variance, and two gate gaps.
 
-A row of T tokens holds at most T sequences, told apart by segment ids 1, 2, ...; so a table of sequences is [B, S] with
-S = T + 1, where entry 0 (padding) and the ids that a row does not use are empty (count 0).
+A gate gap says how far the mean of the tokens' gates is from one gate for the whole sequence.
+
+A row of T tokens holds at most T sequences, told apart by the segment ids 1, 2, ... So a table of
+sequences is [B, S] with S = T + 1. Its entry 0 (padding) and the ids that a row does not use are
+empty: their count is 0.
 """
 
 from __future__ import annotations
@@ -11,104 +14,125 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from sapo_jax import murmur
 from sapo_jax.batch import Array
 from sapo_jax.diagnostics.gates import Gates, closed_gate, closed_log_gate
 
-# What float32 may add to a gap, as a part of tau^2 / 4 times the mean of z^2. Measured over all scales of mean and
-# spread: at most 4e-7 for 16 tokens, 9e-7 for 300, 9e-6 for 20,000 and for 100,000.
+# What float32 may add to a gap, as a part of tau^2 / 4 times the mean of z^2. Measured over all
+# scales of mean and spread: at most 4e-7 for 16 tokens, 9e-7 for 300, 9e-6 for 20,000 and for
+# 100,000.
 ROUNDING = 4e-5
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Sequences:
-    """A table of sequences, all [B, S]; zeros where count is 0."""
+class SequenceTable:
+    """A table of sequences. Every field is [B, S], and zero where count is 0."""
 
-    count: Array  # int32 trained tokens |y_i|
-    adv: Array  # mean A of its tokens; by contract they share one
+    count: Array  # int32, trained tokens |y_i|
+    adv: Array  # the mean A of its tokens; by contract they share one
     mean: Array  # mu_i of z
     variance: Array  # Var_i of z, over |y_i| (not |y_i| - 1)
     gap_log: Array  # D_i = |mean_t g(z_t) - g(mu_i)| of the log gate g
     gap_real: Array  # |mean_t f'(r_t) - f'(exp mu_i)| of the real gate
     bound: Array  # tau^2 / 4 Var_i, which gap_log cannot exceed
-    tolerance: Array  # by how much rounding may make it: tau^2 / 4 ROUNDING (Var_i + mu_i^2)
+    tolerance: Array  # what rounding may add to a gap: tau^2 / 4 ROUNDING (Var_i + mu_i^2)
 
     @property
-    def is_there(self) -> Array:
+    def exists(self) -> Array:
+        """bool [B, S]: the entries that hold a sequence with trained tokens."""
         return self.count > 0
 
     def breaks_bound(self, gap: Array) -> Array:
-        """False too where the statistics are NaN: those show in the sums."""
-        return self.is_there & (gap > self.bound + self.tolerance)
+        """bool [B, S]: the gap is above the bound by more than rounding.
+
+        It is False where the statistics are NaN; those show in the sums.
+        """
+        return self.exists & (gap > self.bound + self.tolerance)
 
 
-def segment_sum(x_BTC: Array, ids_BT: Array) -> jax.Array:
-    """Sums over the tokens of each segment, [B, S, C]."""
-    T = ids_BT.shape[1]
-    return jax.vmap(lambda x_TC, ids_T: jax.ops.segment_sum(x_TC, ids_T, num_segments=T + 1))(
-        x_BTC, ids_BT
-    )
+def segment_sum(x_BTC: Array, segment_ids_BT: Array) -> jax.Array:
+    """Sums over the tokens of each segment: [B, S, C]."""
+    num_segments = segment_ids_BT.shape[1] + 1
+
+    def sum_of_row(x_TC: Array, segment_ids_T: Array) -> jax.Array:
+        return jax.ops.segment_sum(x_TC, segment_ids_T, num_segments=num_segments)
+
+    return jax.vmap(sum_of_row)(x_BTC, segment_ids_BT)
 
 
-def on_tokens(x_BS: Array, ids_BT: Array) -> jax.Array:
-    """A value of the sequences given back to each of their tokens, [B, T]."""
-    return jnp.take_along_axis(x_BS, ids_BT, axis=1)
+def spread_to_tokens(x_BS: Array, segment_ids_BT: Array) -> jax.Array:
+    """Gives a value of the sequences to each of their tokens: [B, T]."""
+    return jnp.take_along_axis(x_BS, segment_ids_BT, axis=1)
 
 
-def sequences(z_BT: Array, adv_BT: Array, mask_BT: Array, ids_BT: Array, gates: Gates) -> Sequences:
-    """The statistics of every sequence. z and adv must be 0 where masked (`ratios.safe_log_ratio`, `ratios.masked`).
+def sequence_statistics(
+    z_BT: Array, adv_BT: Array, mask_BT: Array, segment_ids_BT: Array, gates: Gates
+) -> SequenceTable:
+    """The statistics of every sequence.
 
-    The gates are handled as 1 - gate, which keeps the small numbers' digits; and the second pass takes everything
-    relative to the first pass's mean m, as a float32 sum over 1e5 equal tokens is off by 1e-3 of itself. tau is that of
-    the sign of the sequence's advantage.
+    z and adv must be 0 where masked (`ratios.safe_log_ratio`, `ratios.masked`). tau follows the
+    sign of the sequence's advantage.
+
+    Two things keep the digits of float32. The gates are handled as 1 - gate, so that small numbers
+    are not lost beside 1. And a second pass takes all statistics relative to the mean m that the
+    first pass found, because a float32 sum over 1e5 equal tokens is off by 1e-3 of itself.
     """
-    ids_BT = jnp.asarray(ids_BT)
+    segment_ids_BT = jnp.asarray(segment_ids_BT)
     one_BT = mask_BT.astype(z_BT.dtype)
-    sums = segment_sum(jnp.stack([one_BT, z_BT, adv_BT], axis=-1), ids_BT)
-    n_BS = jnp.maximum(sums[..., 0], 1)
-    m_BS, adv_BS = sums[..., 1] / n_BS, sums[..., 2] / n_BS
+    sums_BSC = segment_sum(jnp.stack([one_BT, z_BT, adv_BT], axis=-1), segment_ids_BT)
+    count_BS = sums_BSC[..., 0]
+    divisor_BS = jnp.maximum(count_BS, 1)
+    m_BS = sums_BSC[..., 1] / divisor_BS
+    adv_BS = sums_BSC[..., 2] / divisor_BS
     tau_BS = gates.tau(adv_BS)
 
-    m_BT, tau_BT = on_tokens(m_BS, ids_BT), on_tokens(tau_BS, ids_BT)
+    # Second pass: everything relative to m, and to the gates at m.
+    m_BT = spread_to_tokens(m_BS, segment_ids_BT)
+    tau_BT = spread_to_tokens(tau_BS, segment_ids_BT)
     from_m_BT = z_BT - m_BT
-    second_pass = [from_m_BT, from_m_BT**2]
-    second_pass += [
-        closed(z_BT, tau_BT) - closed(m_BT, tau_BT) for closed in (closed_log_gate, closed_gate)
-    ]
-    means = (
-        segment_sum(jnp.where(mask_BT[..., None], jnp.stack(second_pass, axis=-1), 0), ids_BT)
-        / n_BS[..., None]
+    relative_BTC = jnp.stack(
+        [
+            from_m_BT,
+            from_m_BT**2,
+            closed_log_gate(z_BT, tau_BT) - closed_log_gate(m_BT, tau_BT),
+            closed_gate(z_BT, tau_BT) - closed_gate(m_BT, tau_BT),
+        ],
+        axis=-1,
     )
-    mean_BS = m_BS + means[..., 0]
-    variance_BS = jnp.maximum(means[..., 1] - means[..., 0] ** 2, 0)
-    alone_BS = n_BS == 1  # one token has no dispersion, but two roundings of its gate may differ
-    log_BS, real_BS = (
-        closed(mean_BS, tau_BS) - closed(m_BS, tau_BS) for closed in (closed_log_gate, closed_gate)
-    )
-    return Sequences(
-        count=sums[..., 0].astype(jnp.int32),
+    relative_BTC = jnp.where(mask_BT[..., None], relative_BTC, 0)
+    mean_BSC = segment_sum(relative_BTC, segment_ids_BT) / divisor_BS[..., None]
+    mean_from_m_BS = mean_BSC[..., 0]
+    square_from_m_BS = mean_BSC[..., 1]
+    token_log_gates_BS = mean_BSC[..., 2]
+    token_real_gates_BS = mean_BSC[..., 3]
+
+    mean_BS = m_BS + mean_from_m_BS
+    variance_BS = jnp.maximum(square_from_m_BS - mean_from_m_BS**2, 0)
+    one_log_gate_BS = closed_log_gate(mean_BS, tau_BS) - closed_log_gate(m_BS, tau_BS)
+    one_real_gate_BS = closed_gate(mean_BS, tau_BS) - closed_gate(m_BS, tau_BS)
+    # One token has no dispersion, but two roundings of its gate may differ.
+    single_BS = divisor_BS == 1
+    return SequenceTable(
+        count=count_BS.astype(jnp.int32),
         adv=adv_BS,
         mean=mean_BS,
         variance=variance_BS,
-        gap_log=jnp.where(alone_BS, 0, jnp.abs(means[..., 2] - log_BS)),
-        gap_real=jnp.where(alone_BS, 0, jnp.abs(means[..., 3] - real_BS)),
+        gap_log=jnp.where(single_BS, 0, jnp.abs(token_log_gates_BS - one_log_gate_BS)),
+        gap_real=jnp.where(single_BS, 0, jnp.abs(token_real_gates_BS - one_real_gate_BS)),
         bound=tau_BS**2 / 4 * variance_BS,
         tolerance=tau_BS**2 / 4 * ROUNDING * (variance_BS + mean_BS**2),
     )
 
 
-def fingerprints(tokens_BT: Array, positions_BT: Array, ids_BT: Array) -> jax.Array:
-    """uint32 [B, S]: a hash of each sequence's tokens, prompt included, that does not depend on where it stands.
+def fingerprints(tokens_BT: Array, positions_BT: Array, segment_ids_BT: Array) -> jax.Array:
+    """uint32 [B, S]: a hash of each sequence's tokens, prompt included.
 
-    Integer sums wrap around and have no rounding, so packing and the order of rows leave it as it is.
+    It does not depend on where the sequence stands: integer sums wrap around and have no rounding,
+    so packing and the order of rows leave it as it is.
     """
-    tokens_BT, positions_BT = (jnp.asarray(x).astype(jnp.uint32) for x in (tokens_BT, positions_BT))
-    word_BT = _mix(tokens_BT * jnp.uint32(0x9E3779B1) + positions_BT)
-    return _mix(segment_sum(word_BT[..., None], jnp.asarray(ids_BT))[..., 0])
-
-
-def _mix(h: jax.Array) -> jax.Array:
-    """Every bit of h has a say in every bit of the result (the finaliser of MurmurHash3, public domain)."""
-    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
-    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
-    return h ^ (h >> 16)
+    tokens_BT = jnp.asarray(tokens_BT).astype(jnp.uint32)
+    positions_BT = jnp.asarray(positions_BT).astype(jnp.uint32)
+    word_BT = murmur.mix(tokens_BT * jnp.uint32(murmur.SPREAD) + positions_BT)
+    total_BS = segment_sum(word_BT[..., None], jnp.asarray(segment_ids_BT))[..., 0]
+    return murmur.mix(total_BS)

@@ -11,8 +11,13 @@ def of_sequence(z: torch.Tensor, tau: float) -> dict[str, float]:
     """z [n], float64: the log-ratios of one sequence."""
     mu = z.mean()
     variance = ((z - mu) ** 2).mean()
-    g = lambda x: 1 / torch.cosh(tau / 2 * x) ** 2
-    f_prime = lambda x: 1 / torch.cosh((tau / 2 * (x.exp() - 1)).clamp(-300, 300)) ** 2
+
+    def g(x: torch.Tensor) -> torch.Tensor:
+        return 1 / torch.cosh(tau / 2 * x) ** 2
+
+    def f_prime(x: torch.Tensor) -> torch.Tensor:
+        return 1 / torch.cosh((tau / 2 * (x.exp() - 1)).clamp(-300, 300)) ** 2
+
     return {
         "mean": mu.item(),
         "variance": variance.item(),

@@ -24,13 +24,17 @@ from sapo_jax.diagnostics import (
     reduce_evidence,
 )
 from sapo_jax.diagnostics import histograms as hist
-from sapo_jax.diagnostics.evidence import NOBODY, PER_SEQUENCE, SAMPLE, SIGNS
-from sapo_jax.diagnostics.sequences import sequences
-from sapo_jax.io.files import _plain
+from sapo_jax.diagnostics.binning import positive_bin
+from sapo_jax.diagnostics.evidence import NO_SEQUENCE, SAMPLE, SIGNS, stack_evidence
+from sapo_jax.diagnostics.rows import sums_by_name
+from sapo_jax.diagnostics.sequences import sequence_statistics
+from sapo_jax.io.files import plain_json
 from sapo_jax.objectives.sapo import sapo
 from sapo_jax.objectives.weights import token_weights
 from tests.diagnostics.reference import of_rows, of_sequence
 from tests.models.tiny import quick_jit
+
+SAMPLED = ("length", "mean", "variance", "gap_log", "gap_real", "adv")  # also in `reference`
 
 GATES = Gates.of(SAPO(tau_pos=0.8, tau_neg=1.7))
 GSPO_LIKE = dataclasses.replace(
@@ -107,14 +111,14 @@ def rows_of(sequences: list[dict], per_row: int, T: int, pad: float = 0.0) -> di
 
 def assert_same(a, b, float_rtol=2e-5):
     """Counts, histograms and the sampled sequences exactly; float sums to their rounding."""
-    for part in ("sum", "max", "sample"):
-        found, expected = getattr(a, part), getattr(b, part)
-        assert found.keys() == expected.keys()
-        for name, x in expected.items():
-            if np.asarray(x).dtype.kind in "iu":
-                np.testing.assert_array_equal(found[name], x, err_msg=name)
-            else:
-                np.testing.assert_allclose(found[name], x, rtol=float_rtol, atol=1e-9, err_msg=name)
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    expected = dict(jax.tree.leaves_with_path(b))
+    for path, x in jax.tree.leaves_with_path(a):
+        name = jax.tree_util.keystr(path)
+        if np.asarray(expected[path]).dtype.kind in "iu":
+            np.testing.assert_array_equal(x, expected[path], err_msg=name)
+        else:
+            np.testing.assert_allclose(x, expected[path], rtol=float_rtol, atol=1e-9, err_msg=name)
 
 
 # ---------------------------------------------------------------- numbers
@@ -134,7 +138,8 @@ def test_by_hand():
     )  # p = (1/2, 1/2); p = (1/4, 1/4, 1/2) + rounding of nothing: 0.375
     tokens["collision_BT"][0, 2] = 0.375
     found = evidence_of(tokens, gates)
-    s = {name: float(x[0]) for name, x in found.sum.items() if x.ndim == 1}
+    sums = sums_by_name(found)
+    of_positive = {name: float(x[0]) for name, x in sums.items() if x.ndim == 1}
     f1 = 1 / np.cosh(np.expm1(0.2)) ** 2
     w0, w1 = 1.0, np.exp(0.2) * f1
     norms = np.sqrt(0.5), np.sqrt(0.75**2 + 0.375 - 0.0625)  # ||e_y - p||
@@ -148,9 +153,9 @@ def test_by_hand():
         "logits/gspo_clipped": (w0 * norms[0] + w1 * norms[1]) / 2,
         "logits/gspo_outside": (w0 * norms[0] + w1 * norms[1]) / 2,
     }  # fmt: skip
-    assert s == pytest.approx(expected, rel=2e-5, abs=1e-7)
-    assert all(not x[1:].any() for x in found.sum.values())  # nothing with A <= 0
-    assert found.sample["length"].tolist() == [2] + [0] * (SAMPLE - 1)
+    assert of_positive == pytest.approx(expected, rel=2e-5, abs=1e-7)
+    assert all(not x[1:].any() for x in sums.values())  # nothing with A <= 0
+    assert found.sample.length.tolist() == [2] + [0] * (SAMPLE - 1)
     metrics = {name: float(x) for name, x in finalize_evidence(found).items()}
     assert metrics["effective_tokens/fraction"] == pytest.approx(
         (w0 + w1) ** 2 / (2 * (1 + w1**2)), rel=1e-6
@@ -170,6 +175,7 @@ def test_sequences_against_float64_loops():
     reference = of_rows(
         *(tokens[n] for n in ("log_ratio_BT", "adv_BT", "mask_BT", "segment_ids_BT")), GATES
     )
+    sums = sums_by_name(found)
     assert len(reference) == 24
     for i, sign in enumerate(SIGNS):
         mine = [
@@ -177,28 +183,28 @@ def test_sequences_against_float64_loops():
             for r in reference
             if {"pos": r["adv"] > 0, "neg": r["adv"] < 0, "zero": r["adv"] == 0}[sign]
         ]
-        assert mine and found.sum["sequences"][i] == len(mine)
+        assert mine and found.sequences.count[i] == len(mine)
         for name in ("variance", "gap_log", "gap_real", "bound"):
             expected = np.array([r[name] for r in mine])
-            assert found.sum[name][i] == pytest.approx(expected.sum(), rel=1e-5)
+            assert sums[name][i] == pytest.approx(expected.sum(), rel=1e-5)
             if name != "bound":
-                bins = np.asarray(hist.positive_bin(expected.astype(np.float32)))
+                bins = np.asarray(positive_bin(expected.astype(np.float32)))
                 clear = np.all(
                     np.abs(
-                        found.sum[f"{name}_histogram"][i].cumsum()
+                        sums[f"{name}_histogram"][i].cumsum()
                         - np.bincount(bins, minlength=91).cumsum()
                     )
                     <= 1
                 )
-                assert clear and found.sum[f"{name}_histogram"][i].sum() == len(mine)
-        assert found.sum["breaches_real"][i] == sum(r["gap_real"] > r["bound"] for r in mine)
-    assert found.max["variance"].max() == pytest.approx(
+                assert clear and sums[f"{name}_histogram"][i].sum() == len(mine)
+        assert found.sequences.breaches_real[i] == sum(r["gap_real"] > r["bound"] for r in mine)
+    assert found.largest.variance.max() == pytest.approx(
         max(r["variance"] for r in reference), rel=1e-5
     )
     sampled = sorted(
-        zip(*(found.sample[name][:24].tolist() for name in ("length", *PER_SEQUENCE)), strict=True)
+        zip(*(getattr(found.sample, name)[:24].tolist() for name in SAMPLED), strict=True)
     )
-    expected = sorted(tuple(r[name] for name in ("length", *PER_SEQUENCE)) for r in reference)
+    expected = sorted(tuple(r[name] for name in SAMPLED) for r in reference)
     np.testing.assert_allclose(sampled, expected, rtol=1e-4, atol=1e-7)
 
 
@@ -210,6 +216,7 @@ def test_tokens_against_the_objective_and_numpy():
         tokens["log_ratio_BT"].astype(np.float64),
     )
     found = evidence_of(tokens)
+    sums = sums_by_name(found)
     _, own = sapo(tokens["log_ratio_BT"], adv_BT, mask_BT, SAPO(tau_pos=0.8, tau_neg=1.7))
     tau_BT, r_BT = np.where(adv_BT > 0, 0.8, 1.7), np.exp(z_BT)
     gate_BT, log_gate_BT = (
@@ -231,12 +238,10 @@ def test_tokens_against_the_objective_and_numpy():
             "logits/grpo_outside": coefficient_BT * norm_BT * ((r_BT > 1.27) | (r_BT < 0.8)),
         }  # fmt: skip
         for name, x_BT in expected.items():
-            assert found.sum[name][sign] == pytest.approx(float(x_BT[mine_BT].sum()), rel=2e-5), (
-                name
-            )
+            assert sums[name][sign] == pytest.approx(float(x_BT[mine_BT].sum()), rel=2e-5), name
         counts = np.histogram(z_BT[mine_BT], hist.SIGNED_EDGES)[0]
-        np.testing.assert_array_equal(found.sum["log_ratio"][sign], counts)
-        assert found.sum["tokens"][sign] == mine_BT.sum() > 0
+        np.testing.assert_array_equal(found.tokens.log_ratio_histogram[sign], counts)
+        assert found.tokens.count[sign] == mine_BT.sum() > 0
     shares = finalize_evidence(found)
     assert 0.02 < shares["grad_share/grpo_clipped"] < shares["grad_share/grpo_outside"] < 1
     assert 0.02 < shares["grad_share/gspo_clipped"] < shares["grad_share/gspo_outside"] < 1
@@ -248,9 +253,11 @@ def test_the_norm_is_that_of_the_losses_gradient_on_the_logits():
     rng = np.random.default_rng(0)
     tokens["tokens_BT"] %= 11
     logits_BTV = rng.normal(0, 3, (*tokens["mask_BT"].shape, 11)).astype(np.float32)
-    gather = lambda logits: jnp.take_along_axis(
-        jax.nn.log_softmax(logits), tokens["tokens_BT"][..., None], -1
-    )[..., 0]
+
+    def gather(logits_BTV):
+        index_BT1 = tokens["tokens_BT"][..., None]
+        return jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), index_BT1, -1)[..., 0]
+
     tokens["logp_BT"] = np.asarray(gather(logits_BTV))
     tokens["collision_BT"] = np.asarray((jax.nn.softmax(logits_BTV) ** 2).sum(-1))
     tokens["correction_BT"] = rng.uniform(0.5, 2, tokens["mask_BT"].shape).astype(np.float32)
@@ -264,15 +271,15 @@ def test_the_norm_is_that_of_the_losses_gradient_on_the_logits():
         return -jnp.sum(tokens["weight_BT"] * tokens["correction_BT"] * surrogate_BT)
 
     norms_BT = np.linalg.norm(jax.grad(loss)(logits_BTV), axis=-1)
-    assert evidence_of(tokens).sum["logits/total"].sum() == pytest.approx(norms_BT.sum(), rel=1e-5)
+    assert evidence_of(tokens).logits.total.sum() == pytest.approx(norms_BT.sum(), rel=1e-5)
 
 
 def test_a_certain_token_has_a_norm_of_its_own_rounding():
     """p_y = 1 - 1e-6: sum p^2 has no digits left for the others, so the norm is between 1 and sqrt(2) times 1 - p_y."""
     tokens = rows_of(example(4, 4), 1, 14)
     tokens["logp_BT"][:], tokens["collision_BT"][:] = np.float32(-1e-6), np.float32(1.0)
-    s = evidence_of(tokens).sum
-    ratio = s["logits/total"].sum() / s["coefficient/total"].sum() / 1e-6
+    found = evidence_of(tokens)
+    ratio = found.logits.total.sum() / found.coefficient.total.sum() / 1e-6
     assert 0.999 < ratio < 1.42
 
 
@@ -297,7 +304,7 @@ def test_micro_batches_add_up(micro_batches):
     )(parts)
     assert_same(reduce_evidence(jax.device_get(stacked)), whole)
     assert_same(jax.device_get(quick_jit(reduce_evidence)(stacked)), whole)
-    assert (whole.sample["fingerprint"] != NOBODY).all()
+    assert (whole.sample.fingerprint != NO_SEQUENCE).all()
 
 
 def test_the_order_of_rows_and_tokens_changes_nothing_but_rounding():
@@ -329,7 +336,7 @@ def test_the_sample_is_one_of_all_sequences():
             np.random.default_rng(seed).integers(0, 1000, (64, 4)).astype(np.int32)
         )
         tokens["log_ratio_BT"][:, 2:] = np.arange(64)[:, None] / 64  # the mean tells the place
-        chosen = np.round(evidence_of(tokens).sample["mean"] * 64).astype(int)
+        chosen = np.round(evidence_of(tokens).sample.mean * 64).astype(int)
         assert len(set(chosen.tolist())) == SAMPLE
         taken[chosen] += 1
     assert (
@@ -352,12 +359,11 @@ def test_the_log_gate_never_breaks_the_bound(tau):
     tokens = rows_of([sequence(rng, 1, T - 1, 1.0, 0.1)], 1, T)
     tokens = {name: np.repeat(x, B, axis=0) for name, x in tokens.items()}
     tokens["log_ratio_BT"] = (mean_B1 + spread_B1 * rng.normal(size=(B, T))).astype(np.float32)
-    s = evidence_of(tokens, Gates.of(SAPO(tau_pos=tau))).sum
-    assert s["sequences"].sum() == B and s["breaches_log"].sum() == 0
-    assert (
-        s["breaches_real"].sum() > 100
-    )  # the count counts: the real gate does not obey this bound
-    assert s["gap_log"].sum() > 0.01 * B
+    found = evidence_of(tokens, Gates.of(SAPO(tau_pos=tau))).sequences
+    assert found.count.sum() == B and found.breaches_log.sum() == 0
+    # The count counts: the real gate does not obey this bound.
+    assert found.breaches_real.sum() > 100
+    assert found.gap_log.sum() > 0.01 * B
 
 
 @pytest.mark.parametrize("spread", [0.0, 1e-7, 1e-3])
@@ -365,10 +371,10 @@ def test_long_sequences_do_not_break_the_bound_by_rounding(spread):
     """20,000 tokens about 0.1, whose plain float32 sum is off by 1e-4 of itself: still Var, D and the bound."""
     z_T = (0.1 + spread * np.random.default_rng(0).normal(size=20_000)).astype(np.float32)
     one_BT = np.ones((1, 20_000), np.int32)
-    table = quick_jit(sequences, static_argnums=4)(
+    table = quick_jit(sequence_statistics, static_argnums=4)(
         z_T[None], one_BT.astype(np.float32), one_BT > 0, one_BT, GATES
     )
-    assert table.is_there[0, 1] and not table.breaks_bound(table.gap_log).any()
+    assert table.exists[0, 1] and not table.breaks_bound(table.gap_log).any()
     expected = of_sequence(torch.tensor(z_T, dtype=torch.float64), 0.8)
     assert table.mean[0, 1] == pytest.approx(expected["mean"], rel=1e-6)
     assert table.variance[0, 1] == pytest.approx(expected["variance"], rel=1e-4, abs=1e-11)
@@ -382,7 +388,7 @@ def test_a_wrong_bound_would_be_broken():
     """The count of breaches is not zero by construction: with half the bound, sequences break it."""
     z_BT = np.array([[-0.01, 0.01], [0.3, 0.3]], np.float32)
     one_BT = np.ones((2, 2))
-    table = sequences(
+    table = sequence_statistics(
         z_BT, one_BT.astype(np.float32), one_BT.astype(bool), one_BT.astype(np.int32), GATES
     )
     assert not table.breaks_bound(table.gap_log).any()
@@ -400,12 +406,10 @@ def test_extreme_log_ratios_stay_finite():
     tokens = rows_of(example(7, 12), 1, 13)
     tokens["log_ratio_BT"] = np.where(np.arange(13) % 2, 200, -200) * np.ones((12, 1), np.float32)
     found = evidence_of(tokens)
-    assert all(
-        np.isfinite(x).all() for part in (found.sum, found.max, found.sample) for x in part.values()
-    )
-    assert found.max["abs_log_ratio"].max() == 20 and found.sum["gate"].sum() == 0
-    assert found.sum["coefficient/total"].sum() == 0 and found.sum["breaches_log"].sum() == 0
-    assert found.sum["log_ratio"][:, [0, 1, -2, -1]].sum() == found.sum["tokens"].sum()
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(found))
+    assert found.largest.abs_log_ratio.max() == 20 and found.tokens.gate.sum() == 0
+    assert found.coefficient.total.sum() == 0 and found.sequences.breaches_log.sum() == 0
+    assert found.tokens.log_ratio_histogram[:, [0, 1, -2, -1]].sum() == found.tokens.count.sum()
     assert all(np.isfinite(x) for x in finalize_evidence(found).values())
 
 
@@ -424,20 +428,23 @@ def test_a_nan_at_a_trained_token_shows():
     place = np.argwhere(tokens["mask_BT"] & (tokens["adv_BT"] > 0))[0]
     tokens["log_ratio_BT"][tuple(place)] = np.nan
     found = evidence_of(tokens)
-    assert np.isnan(found.sum["gate"][0]) and np.isnan(found.sum["variance"][0])
-    assert np.isfinite(found.sum["gate"][1:]).all() and np.isfinite(found.sum["variance"][1:]).all()
-    assert found.sum["tokens"][0] - found.sum["log_ratio"][0].sum() == 1
-    assert found.sum["sequences"][0] - found.sum["variance_histogram"][0].sum() == 1
+    assert np.isnan(found.tokens.gate[0]) and np.isnan(found.sequences.variance[0])
+    assert (
+        np.isfinite(found.tokens.gate[1:]).all() and np.isfinite(found.sequences.variance[1:]).all()
+    )
+    assert found.tokens.count[0] - found.tokens.log_ratio_histogram[0].sum() == 1
+    assert found.sequences.count[0] - found.sequences.variance_histogram[0].sum() == 1
 
 
 def test_nothing_trained_is_all_zeros_and_adds_nothing():
     tokens = rows_of(example(10, 12, 0.2), 1, 14)
     nothing = evidence_of({**tokens, "mask_BT": np.zeros_like(tokens["mask_BT"])})
-    assert all(not x.any() for part in (nothing.sum, nothing.max) for x in part.values())
-    assert (nothing.sample["fingerprint"] == NOBODY).all()
+    assert not any(x.any() for x in sums_by_name(nothing).values())
+    assert not nothing.largest.abs_log_ratio.any() and not nothing.largest.variance.any()
+    assert (nothing.sample.fingerprint == NO_SEQUENCE).all()
     assert {float(x) for x in finalize_evidence(nothing).values()} == {0.0}
     some = evidence_of(tokens)
-    both = reduce_evidence(jax.tree.map(lambda *x: np.stack(x), nothing, some))
+    both = reduce_evidence(stack_evidence([nothing, some]))
     assert_same(both, some, float_rtol=0)
 
 
@@ -447,7 +454,7 @@ def test_a_masked_row_and_an_absent_sign():
     tokens["adv_BT"] = np.abs(tokens["adv_BT"])
     tokens["mask_BT"] = tokens["mask_BT"] & (np.arange(12) != 4)[:, None]
     found = evidence_of(tokens)
-    assert found.sum["sequences"].sum() == 11 and found.sum["sequences"][1] == 0
+    assert found.sequences.count.sum() == 11 and found.sequences.count[1] == 0
     metrics = finalize_evidence(found)
     assert (
         all(np.isfinite(x) for x in metrics.values())
@@ -471,22 +478,18 @@ def test_it_has_no_gradient():
 # ---------------------------------------------------------------- rows
 
 
-def stacked(*evidences):
-    return jax.tree.map(lambda *x: np.stack(x), *evidences)
-
-
 def test_a_row_goes_through_json_and_back():
     """Two updates of two micro-batches: what is read is what was collected, to 7 digits; and it is small."""
     parts = [evidence_of(rows_of(example(i, 24, 0.02 * (i + 1)), 1, 14)) for i in range(4)]
-    row = evidence_row([stacked(*parts[:2]), stacked(*parts[2:])], GSPO_LIKE)
+    row = evidence_row([stack_evidence(parts[:2]), stack_evidence(parts[2:])], GSPO_LIKE)
     text = json.dumps(row, allow_nan=False)
     assert len(text) < 8000
     found, gates = read_evidence(json.loads(text))
     assert gates == GSPO_LIKE
-    whole = reduce_evidence(stacked(*parts))
+    whole = reduce_evidence(stack_evidence(parts))
     assert_same(found, whole, float_rtol=1e-6)
     assert len(row["by_update"]["a2/variance_mean"]) == 2
-    first = finalize_evidence(reduce_evidence(stacked(*parts[:2])))
+    first = finalize_evidence(reduce_evidence(stack_evidence(parts[:2])))
     assert row["by_update"]["a2/variance_mean"][0] == pytest.approx(
         float(first["a2/variance_mean"]), rel=1e-6
     )
@@ -515,10 +518,13 @@ def test_a_nan_survives_the_row():
     tokens = rows_of(example(9, 12, 0.2), 1, 14)
     tokens["log_ratio_BT"][tokens["mask_BT"]] = np.nan
     row = json.loads(
-        json.dumps(_plain(evidence_row([stacked(evidence_of(tokens))], GATES)), allow_nan=False)
+        json.dumps(
+            plain_json(evidence_row([stack_evidence([evidence_of(tokens)])], GATES)),
+            allow_nan=False,
+        )
     )
     found, _ = read_evidence(row)
-    assert np.isnan(found.sum["gate"]).any() and found.sum["log_ratio"].sum() == 0
+    assert np.isnan(found.tokens.gate).any() and found.tokens.log_ratio_histogram.sum() == 0
 
 
 @pytest.mark.parametrize("spoil", [
@@ -527,7 +533,7 @@ def test_a_nan_survives_the_row():
     lambda row: row["gates"].update(extra=1), lambda row: row["max"].update(variance="many"),
 ])  # fmt: skip
 def test_rows_of_another_form_are_refused(spoil):
-    row = evidence_row([stacked(evidence_of(rows_of(example(), 1, 14)))], GATES)
+    row = evidence_row([stack_evidence([evidence_of(rows_of(example(), 1, 14))])], GATES)
     spoil(row)
     with pytest.raises(ValueError, match="not a row of diagnostics"):
         read_evidence(row)

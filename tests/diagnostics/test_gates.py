@@ -9,6 +9,7 @@ import torch
 
 from sapo_jax.config import CISPO, GRPO, GSPO, SAPO
 from sapo_jax.diagnostics import histograms as hist
+from sapo_jax.diagnostics.binning import histogram, positive_bin, signed_bin
 from sapo_jax.diagnostics.gates import Gates, clipped, closed_gate, closed_log_gate, outside
 from sapo_jax.objectives.grpo import grpo
 from sapo_jax.objectives.gspo import gspo
@@ -83,14 +84,14 @@ def test_signed_bins():
     assert edges[-1] > 20 and edges[hist.SIDE + 1] < 1e-4
     wide = centers > 0.01
     assert np.all(np.diff(edges)[wide] / centers[wide] < 0.126)
-    np.testing.assert_array_equal(hist.signed_bin(centers.astype(np.float32)), np.arange(173))
+    np.testing.assert_array_equal(signed_bin(centers.astype(np.float32)), np.arange(173))
     x = np.random.default_rng(0).normal(0, 1, 1000) * 10.0 ** np.random.default_rng(1).uniform(
         -6, 1, 1000
     )
     expected = np.clip(np.searchsorted(edges, x) - 1, 0, 172)
-    np.testing.assert_array_equal(hist.signed_bin(x.astype(np.float32)), expected)
+    np.testing.assert_array_equal(signed_bin(x.astype(np.float32)), expected)
     np.testing.assert_array_equal(
-        hist.signed_bin(np.array([np.nan, np.inf, -np.inf, 1e9])), [-1, 172, 0, 172]
+        signed_bin(np.array([np.nan, np.inf, -np.inf, 1e9])), [-1, 172, 0, 172]
     )
 
 
@@ -99,15 +100,15 @@ def test_positive_bins():
     assert hist.POSITIVE_BINS == 91 and edges[0] == 0
     np.testing.assert_allclose(edges[[1, -1]], [1e-12, 1e3])
     middle = np.sqrt(edges[1:-1] * edges[2:]).astype(np.float32)
-    np.testing.assert_array_equal(hist.positive_bin(middle), np.arange(1, 91))
+    np.testing.assert_array_equal(positive_bin(middle), np.arange(1, 91))
     np.testing.assert_array_equal(
-        hist.positive_bin(np.array([0, 1e-30, 9e-13, 1e9, np.inf, np.nan])), [0, 0, 0, 90, 90, -1]
+        positive_bin(np.array([0, 1e-30, 9e-13, 1e9, np.inf, np.nan])), [0, 0, 0, 90, 90, -1]
     )
 
 
 def test_histogram_counts_by_row_and_leaves_out_what_is_not_valid():
     bins, rows = np.array([[0, 1, 1], [2, -1, 1]]), np.array([[0, 0, 1], [1, 0, -1]])
-    found = hist.histogram(bins, rows, 2, 3)
+    found = histogram(bins, rows, 2, 3)
     np.testing.assert_array_equal(found, [[1, 1, 0], [0, 1, 1]])
     assert found.dtype == jnp.int32
 
@@ -115,9 +116,7 @@ def test_histogram_counts_by_row_and_leaves_out_what_is_not_valid():
 @pytest.mark.parametrize("xp", [np, jnp])
 def test_quantiles_are_within_a_bin(xp):
     x = np.random.default_rng(0).normal(0.02, 0.3, 20_000).astype(np.float32)
-    counts = xp.asarray(
-        hist.histogram(hist.signed_bin(x), np.zeros(len(x), int), 1, hist.SIGNED_BINS)[0]
-    )
+    counts = xp.asarray(histogram(signed_bin(x), np.zeros(len(x), int), 1, hist.SIGNED_BINS)[0])
     for q in (0.01, 0.25, 0.5, 0.99):
         assert hist.quantile(counts, hist.SIGNED_EDGES, q) == pytest.approx(
             np.quantile(x, q), rel=0.13, abs=2e-4
@@ -134,8 +133,8 @@ def test_quantiles_are_within_a_bin(xp):
 def test_quantiles_of_a_function_that_is_not_monotone():
     """The values 4 1 0 1 4, twenty of each but forty of the first."""
     counts, values = np.array([40, 20, 20, 20, 20]), np.array([-2.0, -1, 0, 1, 2]) ** 2
-    assert hist.quantiles_of(values, counts, (0.1, 0.4, 0.9)) == [0.0, 1.0, 4.0]
-    assert hist.quantiles_of(values, 0 * counts, (0.5,)) == []
+    assert hist.weighted_quantiles(values, counts, (0.1, 0.4, 0.9)) == [0.0, 1.0, 4.0]
+    assert hist.weighted_quantiles(values, 0 * counts, (0.5,)) == []
 
 
 def test_trimming_loses_nothing():

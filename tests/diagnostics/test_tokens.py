@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 
 from sapo_jax.config import GRPO, SAPO
-from sapo_jax.diagnostics import collect, finalize, merge, reduce
+from sapo_jax.diagnostics import (
+    collect_token_stats,
+    finalize_token_stats,
+    merge_token_stats,
+    reduce_token_stats,
+)
 from sapo_jax.objectives.grpo import grpo
 from sapo_jax.objectives.sapo import sapo
 
@@ -29,7 +34,7 @@ def batch(B=8, T=6, seed=0):
 @functools.partial(jax.jit, static_argnames=("objective", "cfg"))
 def stats_of(tokens, objective=sapo, cfg=DEFAULT, extra=None):
     _, diagnostics = objective(tokens["log_ratio_BT"], tokens["adv_BT"], tokens["mask_BT"], cfg)
-    return collect(diagnostics, **tokens, extra=extra)
+    return collect_token_stats(diagnostics, **tokens, extra=extra)
 
 
 def numbers(metrics):
@@ -53,7 +58,7 @@ def test_by_hand():
         "mask_BT": np.array([[True, True, True, True, False]]),
     }
     extra = {"kl/ref_k2": np.array([[1.0, 3.0, 5.0, 7.0, np.inf]], np.float32)}
-    metrics = numbers(finalize(stats_of(tokens, grpo, GRPO(), extra=extra)))
+    metrics = numbers(finalize_token_stats(stats_of(tokens, grpo, GRPO(), extra=extra)))
     expected = {
         "tokens/count": 4, "tokens/pos_count": 1, "tokens/neg_count": 2,
         "ratio/mean": 4.7 / 4, "ratio/pos_mean": 2, "ratio/neg_mean": 0.85,
@@ -73,16 +78,20 @@ def test_by_hand():
 
 
 def test_micro_batches_merge_to_the_whole():
-    """By `merge`, and by `reduce` over the outputs of a scan, jitted."""
+    """By `merge_token_stats`, and by `reduce_token_stats` over the outputs of a scan, jitted."""
     tokens = batch()
-    whole = numbers(finalize(stats_of(tokens)))
+    whole = numbers(finalize_token_stats(stats_of(tokens)))
     halves = [{name: x[rows] for name, x in tokens.items()} for rows in (slice(0, 3), slice(3, 8))]
-    assert_metrics_close(numbers(finalize(merge(*map(stats_of, halves)))), whole)
+    assert_metrics_close(
+        numbers(finalize_token_stats(merge_token_stats(*map(stats_of, halves)))), whole
+    )
 
     @jax.jit
     def scanned(micro_batches):
-        return finalize(
-            reduce(jax.lax.scan(lambda _, micro: (None, stats_of(micro)), None, micro_batches)[1])
+        return finalize_token_stats(
+            reduce_token_stats(
+                jax.lax.scan(lambda _, micro: (None, stats_of(micro)), None, micro_batches)[1]
+            )
         )
 
     micro_batches = {name: jnp.asarray(x).reshape(4, 2, -1) for name, x in tokens.items()}
@@ -95,7 +104,7 @@ def test_micro_batches_merge_to_the_whole():
 def test_an_absent_sign_is_zero_with_a_zero_count(adv, absent):
     tokens = batch()
     tokens["adv_BT"] = np.full_like(tokens["adv_BT"], adv)
-    metrics = numbers(finalize(stats_of(tokens)))
+    metrics = numbers(finalize_token_stats(stats_of(tokens)))
     assert np.all(np.isfinite(list(metrics.values())))
     assert metrics["ratio/min"] > 0
     for name, value in metrics.items():
@@ -106,9 +115,9 @@ def test_an_absent_sign_is_zero_with_a_zero_count(adv, absent):
 def test_all_masked_is_all_zeros_and_merges_as_nothing():
     tokens = batch()
     nothing = stats_of({**tokens, "mask_BT": np.zeros_like(tokens["mask_BT"])})
-    assert set(numbers(finalize(nothing)).values()) == {0}
-    assert numbers(finalize(merge(nothing, stats_of(tokens)))) == numbers(
-        finalize(stats_of(tokens))
+    assert set(numbers(finalize_token_stats(nothing)).values()) == {0}
+    assert numbers(finalize_token_stats(merge_token_stats(nothing, stats_of(tokens)))) == numbers(
+        finalize_token_stats(stats_of(tokens))
     )
 
 
@@ -118,13 +127,15 @@ def test_masked_tokens_are_never_read():
     dirty = {name: np.where(mask_BT, x, np.float32(np.nan)) for name, x in tokens.items()} | {
         "mask_BT": mask_BT
     }
-    assert numbers(finalize(stats_of(dirty))) == numbers(finalize(stats_of(tokens)))
+    assert numbers(finalize_token_stats(stats_of(dirty))) == numbers(
+        finalize_token_stats(stats_of(tokens))
+    )
 
 
 def test_nan_at_a_trained_token_shows():
     tokens = batch()
     tokens["entropy_BT"][tokens["mask_BT"]] = np.nan
-    assert np.isnan(numbers(finalize(stats_of(tokens)))["entropy/mean"])
+    assert np.isnan(numbers(finalize_token_stats(stats_of(tokens)))["entropy/mean"])
 
 
 def test_counts_are_exact_integers_beyond_float32():
@@ -134,16 +145,18 @@ def test_counts_are_exact_integers_beyond_float32():
         count=jnp.full(3, 2**24, jnp.int32), sum=stats.sum, min=stats.min, max=stats.max
     )
     one = type(stats)(count=jnp.ones(3, jnp.int32), sum=stats.sum, min=stats.min, max=stats.max)
-    assert numbers(finalize(merge(big, one)))["tokens/count"] == 2**24 + 1
+    assert numbers(finalize_token_stats(merge_token_stats(big, one)))["tokens/count"] == 2**24 + 1
 
 
 def test_metrics_are_json_scalars_and_constants():
     tokens = batch()
-    metrics = finalize(stats_of(tokens))
+    metrics = finalize_token_stats(stats_of(tokens))
     assert all(value.shape == () for value in metrics.values())
     json.dumps(numbers(metrics), allow_nan=False)
 
     def total(log_ratio_BT):
-        return sum(finalize(stats_of({**tokens, "log_ratio_BT": log_ratio_BT})).values())
+        return sum(
+            finalize_token_stats(stats_of({**tokens, "log_ratio_BT": log_ratio_BT})).values()
+        )
 
     np.testing.assert_array_equal(jax.grad(total)(jnp.asarray(tokens["log_ratio_BT"])), 0)

@@ -22,7 +22,10 @@ def test_against_autodiff_through_the_objective():
         rng.uniform(-2, 2, 10).astype(np.float32),
         rng.choice([-1.5, 0, 0.7], 10).astype(np.float32),
     )
-    logp = lambda logits_NV: jax.nn.log_softmax(logits_NV)[np.arange(10), token_N]
+
+    def logp(logits_NV):
+        return jax.nn.log_softmax(logits_NV)[np.arange(10), token_N]
+
     old_logp_N = logp(logits_NV) - z_N
 
     def surrogate(logits_NV):
