@@ -1,4 +1,5 @@
-"""Configuration: the schema (`schema.py`), its loading (`load.py`), the checks across keys (`checks.py`).
+"""Configuration: the schema (`schema.py`), its loading (`load.py`), the checks across keys
+(`checks.py`).
 
 Imports no JAX: a configuration is checked before anything heavy starts.
 """
@@ -37,8 +38,40 @@ from sapo_jax.config.schema import (
 from sapo_jax.errors import ModelDirError
 
 __all__ = [
-    "CISPO", "GRPO", "GSPO", "PRESETS", "SAPO", "Advantage", "Checkpoint", "ColdStart", "Config", "ConfigError",
-    "Data", "Diagnostics", "Evaluate", "FileTask", "Loss", "Mesh", "Model", "ModelDirError", "Objective", "Optimizer",
-    "Problem", "ReasoningGymTask", "Rewards", "Rollout", "Task", "Train", "Yarn", "check", "diff", "dump", "load",
-    "read_json_object", "read_model_keys", "to_hugging_face", "verify", "warnings",
-]  # fmt: skip
+    "CISPO",
+    "GRPO",
+    "GSPO",
+    "PRESETS",
+    "SAPO",
+    "Advantage",
+    "Checkpoint",
+    "ColdStart",
+    "Config",
+    "ConfigError",
+    "Data",
+    "Diagnostics",
+    "Evaluate",
+    "FileTask",
+    "Loss",
+    "Mesh",
+    "Model",
+    "ModelDirError",
+    "Objective",
+    "Optimizer",
+    "Problem",
+    "ReasoningGymTask",
+    "Rewards",
+    "Rollout",
+    "Task",
+    "Train",
+    "Yarn",
+    "check",
+    "diff",
+    "dump",
+    "load",
+    "read_json_object",
+    "read_model_keys",
+    "to_hugging_face",
+    "verify",
+    "warnings",
+]

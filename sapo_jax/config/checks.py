@@ -1,7 +1,8 @@
-"""What must hold between keys. One small generator per rule; it yields (keys involved, message) for each breach.
+"""What must hold between keys: one small generator per rule, which yields a Problem per breach.
 
-The keys are the dotted paths whose values the rule has looked at: `load` leaves a breach out when one of them is itself
-mistaken. A rule that rests on another one stays silent where that one is broken, so that one mistake is told once.
+The keys of a Problem are the dotted paths whose values the rule has looked at: `load` leaves the
+problem out when one of them is itself mistaken. A rule that rests on another one stays silent where
+that one is broken, so that one mistake is told once.
 """
 
 from __future__ import annotations
@@ -9,136 +10,142 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
-import re
 import string
 import sys
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from sapo_jax.config.errors import ConfigError, Problem, did_you_mean, show
+from sapo_jax.config.errors import ConfigError, Problem, show
 from sapo_jax.config.schema import Config, FileTask, Optimizer, ReasoningGymTask
+from sapo_jax.config.task_rules import given_name, largest_remainder, response_template_mistake
+from sapo_jax.text import did_you_mean
 
-Key = TypeVar("Key")
-Breaches = Iterator[tuple[tuple[str, ...], str]]
+TaskKey = TypeVar("TaskKey")
 
 
 def check(cfg: Config) -> list[Problem]:
-    """Every rule that `cfg` breaks."""
-    return [Problem(keys, message) for rule in RULES for keys, message in rule(cfg)]
+    """Every breach of every rule."""
+    return [problem for rule in RULES for problem in rule(cfg)]
 
 
 def verify(cfg: Config, *, devices: int, vocab_size: int) -> None:
-    """The checks again, once the number of devices and the tokenizer's size are known (`mesh.data` and
-    `model.vocab_size` may leave them open). Raises ConfigError."""
-    problems = list(_devices(cfg, devices))
+    """The checks again, once the number of devices and the tokenizer's size are known.
+
+    `mesh.data` and `model.vocab_size` may leave them open. Raises ConfigError.
+    """
+    problems = list(_device_count(cfg, devices))
     if cfg.model.vocab_size and cfg.model.vocab_size < vocab_size:
-        text = f"{cfg.model.vocab_size} is smaller than the tokenizer's {vocab_size}; raise it, or 0 to take the latter"
-        problems.append((("model.vocab_size", "data.tokenizer"), text))
-    full = dataclasses.replace(
-        cfg,
-        model=dataclasses.replace(cfg.model, vocab_size=max(cfg.model.vocab_size, vocab_size)),
-        mesh=dataclasses.replace(
-            cfg.mesh, data=cfg.mesh.data or max(1, devices // _fixed_axes(cfg))
-        ),
-    )
-    found = [Problem(keys, message) for keys, message in problems] + check(full)
-    if found:
-        raise ConfigError(
-            found, f"the configuration on {devices} devices with a vocabulary of {vocab_size}"
+        text = (
+            f"{cfg.model.vocab_size} is smaller than the tokenizer's {vocab_size};"
+            " raise it, or 0 to take the latter"
         )
+        problems.append(Problem(("model.vocab_size", "data.tokenizer"), text))
+    problems += check(_completed(cfg, devices, vocab_size))
+    if problems:
+        source = f"the configuration on {devices} devices with a vocabulary of {vocab_size}"
+        raise ConfigError(problems, source)
 
 
-def _fixed_axes(cfg: Config) -> int:
+def _completed(cfg: Config, devices: int, vocab_size: int) -> Config:
+    """The configuration with the data axis and the vocabulary that it leaves open."""
+    data_axis = cfg.mesh.data or max(1, devices // _devices_without_data(cfg))
+    mesh = dataclasses.replace(cfg.mesh, data=data_axis)
+    model = dataclasses.replace(cfg.model, vocab_size=max(cfg.model.vocab_size, vocab_size))
+    return dataclasses.replace(cfg, mesh=mesh, model=model)
+
+
+def _devices_without_data(cfg: Config) -> int:
+    """The product of all mesh axes but `data`."""
     return math.prod((cfg.mesh.fsdp, cfg.mesh.expert, cfg.mesh.context, cfg.mesh.tensor))
 
 
-def _devices(cfg: Config, devices: int) -> Breaches:
-    fixed = _fixed_axes(cfg)
-    if cfg.mesh.data == 0 and devices % fixed:
-        yield (
-            ("mesh",),
-            f"the axes but data take {fixed} devices, which does not divide the {devices} there are",
-        )
-    elif cfg.mesh.data * fixed > devices:
-        yield ("mesh",), f"the axes take {cfg.mesh.data * fixed} devices, but there are {devices}"
+def _device_count(cfg: Config, devices: int) -> Iterator[Problem]:
+    others = _devices_without_data(cfg)
+    if cfg.mesh.data == 0 and devices % others:
+        text = f"the axes but data take {others} devices, which does not divide the {devices}"
+        yield Problem(("mesh",), f"{text} there are")
+    elif cfg.mesh.data * others > devices:
+        text = f"the axes take {cfg.mesh.data * others} devices, but there are {devices}"
+        yield Problem(("mesh",), text)
 
 
 # ---------------------------------------------------------------- data, rewards
 
 
-def tasks(cfg: Config) -> Breaches:
+def some_task(cfg: Config) -> Iterator[Problem]:
     if not cfg.data.tasks:
         example = "tasks: [{kind: reasoning_gym, name: chain_sum}]"
-        yield (
-            ("data.tasks",),
-            f"no task is given, so there is nothing to train on; write for example `{example}`",
-        )
+        text = "no task is given, so there is nothing to train on; write for example"
+        yield Problem(("data.tasks",), f"{text} `{example}`")
 
 
-def distinct_tasks(cfg: Config) -> Breaches:
-    """A generator may come twice with different options (the data module numbers such tasks); nothing else may."""
-    identity = [
-        (task.name, str(sorted(task.options.items())))
-        if isinstance(task, ReasoningGymTask)
-        else (task_name(task), "")
-        for task in cfg.data.tasks
-    ]
-    for (name, options), count in Counter(identity).items():
-        if count > 1:
-            keys = tuple(
-                f"data.tasks.{i}" for i, key in enumerate(identity) if key == (name, options)
-            )
-            advice = (
-                "the options are the same too: make it one task"
-                if options
-                else "give each its own `name`"
-            )
-            yield keys, f"{count} tasks are called {name!r}; {advice}"
+def distinct_tasks(cfg: Config) -> Iterator[Problem]:
+    """No two tasks are the same.
+
+    A generator may come twice with different options (`task_rules.task_names` numbers such tasks);
+    a file task needs a name that no other has.
+    """
+    same_tasks: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for position, task in enumerate(cfg.data.tasks):
+        options = ""
+        if isinstance(task, ReasoningGymTask):
+            options = str(sorted(task.options.items()))
+        same_tasks[given_name(task), options].append(position)
+    for (name, options), positions in same_tasks.items():
+        if len(positions) == 1:
+            continue
+        advice = "give each its own `name`"
+        if options:
+            advice = "the options are the same too: make it one task"
+        keys = tuple(f"data.tasks.{position}" for position in positions)
+        yield Problem(keys, f"{len(positions)} tasks are called {name!r}; {advice}")
 
 
-def task_name(task: FileTask | ReasoningGymTask) -> str:
-    return task.name or (Path(task.path).stem if isinstance(task, FileTask) else "")
-
-
-def task_sources(cfg: Config) -> Breaches:
+def task_sources(cfg: Config) -> Iterator[Problem]:
     """Generators are on the allow-list, files exist, verifiers are registered."""
-    # Imported here: the lists are the rewards package's business, and it imports no JAX either.
+    # Imported in the function: importing the rewards package starts with this one.
     from sapo_jax.rewards.allowlist import REASONING_GYM_TASKS
 
-    for i, task in enumerate(cfg.data.tasks):
-        here = f"data.tasks.{i}"
+    for position, task in enumerate(cfg.data.tasks):
+        task_key = f"data.tasks.{position}"
         if isinstance(task, FileTask):
-            yield from _file_task(task, here, cfg.rewards.plugins)
+            yield from _file_task(task, task_key, cfg.rewards.plugins)
         elif task.name not in REASONING_GYM_TASKS:
-            near = did_you_mean(task.name, REASONING_GYM_TASKS)
-            text = f"{task.name!r} is not on the allow-list of reasoning-gym tasks (rewards/allowlist.py){near}"
-            yield (f"{here}.name",), text
+            text = (
+                f"{task.name!r} is not on the allow-list of reasoning-gym tasks"
+                f" (rewards/allowlist.py){did_you_mean(task.name, REASONING_GYM_TASKS)}"
+            )
+            yield Problem((f"{task_key}.name",), text)
 
 
-def _file_task(task: FileTask, here: str, plugins: tuple[str, ...]) -> Breaches:
+def _file_task(task: FileTask, task_key: str, plugins: tuple[str, ...]) -> Iterator[Problem]:
     from sapo_jax.rewards import VERIFIERS
 
-    paths = {"path": task.path} | (
-        {"held_out_path": task.held_out_path} if task.held_out_path is not None else {}
-    )
+    paths = {"path": task.path}
+    if task.held_out_path is not None:
+        paths["held_out_path"] = task.held_out_path
     for key, path in paths.items():
+        keys = (f"{task_key}.{key}",)
         if not path:
-            yield (f"{here}.{key}",), "the path of a JSONL or Parquet file is missing"
+            yield Problem(keys, "the path of a JSONL or Parquet file is missing")
         elif not Path(path).is_file():
-            yield (f"{here}.{key}",), f"there is no file {path!r}"
+            yield Problem(keys, f"there is no file {path!r}")
         elif Path(path).suffix not in (".jsonl", ".parquet"):
-            yield (f"{here}.{key}",), f"{path!r} must end in .jsonl or .parquet"
-    if task.verifier not in VERIFIERS and not plugins:  # a plug-in may register it
-        near = did_you_mean(task.verifier, VERIFIERS)
-        text = f"there is no verifier {task.verifier!r}; there are {', '.join(VERIFIERS)}{near}"
-        yield (f"{here}.verifier", "rewards.plugins"), text
+            yield Problem(keys, f"{path!r} must end in .jsonl or .parquet")
+    # With plug-ins nothing can be said: one of them may register the verifier.
+    if task.verifier not in VERIFIERS and not plugins:
+        text = (
+            f"there is no verifier {task.verifier!r}; there are {', '.join(VERIFIERS)}"
+            f"{did_you_mean(task.verifier, VERIFIERS)}"
+        )
+        yield Problem((f"{task_key}.verifier", "rewards.plugins"), text)
 
 
-def task_shares(cfg: Config) -> Breaches:
-    """Largest-remainder shares, as the batches are made: no task may come out empty."""
-    weights = {i: task.weight for i, task in enumerate(cfg.data.tasks)}
+def task_shares(cfg: Config) -> Iterator[Problem]:
+    """No task comes out empty when a batch is split over the tasks by their weights."""
+    weights = {position: task.weight for position, task in enumerate(cfg.data.tasks)}
     totals = {
         "rollout.prompts_per_step": cfg.rollout.prompts_per_step,
         "data.held_out": cfg.data.held_out,
@@ -146,293 +153,339 @@ def task_shares(cfg: Config) -> Breaches:
     if cfg.cold_start.steps:
         totals["cold_start.batch_size"] = cfg.cold_start.batch_size
     for key, total in totals.items():
-        for i in starved(total, weights):
-            text = f"{total} problems leave none for a task with {weights[i]:g} of {sum(weights.values()):g} weights"
-            yield (key, f"data.tasks.{i}.weight"), f"{text}; raise one of the two"
+        for position in starved(total, weights):
+            share = f"{weights[position]:g} of {sum(weights.values()):g} weights"
+            text = f"{total} problems leave none for a task with {share}; raise one of the two"
+            yield Problem((key, f"data.tasks.{position}.weight"), text)
 
 
-def starved(total: int, weights: Mapping[Key, float]) -> list[Key]:
-    """Which of them the largest-remainder method (`data.common.apportion`) gives nothing of `total`."""
-    scale = total / (sum(weights.values()) or 1)
-    exact = {i: weight * scale for i, weight in weights.items()}
-    left = total - sum(math.floor(x) for x in exact.values())
-    by_remainder = sorted(exact, key=lambda i: math.floor(exact[i]) - exact[i])
-    return [i for i in by_remainder[left:] if exact[i] < 1]
+def starved(total: int, weights: Mapping[TaskKey, float]) -> list[TaskKey]:
+    """The tasks that get nothing when `total` is split by the largest-remainder method."""
+    return [key for key, share in largest_remainder(total, weights).items() if share == 0]
 
 
-def named_files(cfg: Config) -> Breaches:
-    tokenizer, template = cfg.data.tokenizer, cfg.data.chat_template
-    if tokenizer != "byte" and not (
-        Path(tokenizer).is_file() or (Path(tokenizer) / "tokenizer.json").is_file()
-    ):
+def named_files(cfg: Config) -> Iterator[Problem]:
+    """The tokenizer, the chat template and the demonstrations are there."""
+    tokenizer = cfg.data.tokenizer
+    tokenizer_files = (Path(tokenizer), Path(tokenizer) / "tokenizer.json")
+    if tokenizer != "byte" and not any(file.is_file() for file in tokenizer_files):
         text = f"{tokenizer!r} is neither 'byte' nor a tokenizer.json nor a directory with one"
-        yield ("data.tokenizer",), text + did_you_mean(tokenizer, ["byte"])
-    names = "auto", "chatml", "plain"
-    if template not in names and not Path(template).is_file():
-        text = f"{template!r} is none of {', '.join(map(repr, names))} nor the path of a Jinja template"
-        yield ("data.chat_template",), text + did_you_mean(template, names)
+        yield Problem(("data.tokenizer",), text + did_you_mean(tokenizer, ["byte"]))
+
+    template = cfg.data.chat_template
+    template_names = ("auto", "chatml", "plain")
+    if template not in template_names and not Path(template).is_file():
+        names = ", ".join(map(repr, template_names))
+        text = f"{template!r} is none of {names} nor the path of a Jinja template"
+        yield Problem(("data.chat_template",), text + did_you_mean(template, template_names))
     if template == "auto" and tokenizer == "byte":
-        text = "'auto' is the template beside the tokenizer's file, but 'byte' has none; use chatml or plain"
-        yield ("data.chat_template", "data.tokenizer"), text
+        text = (
+            "'auto' is the template beside the tokenizer's file, but 'byte' has none;"
+            " use chatml or plain"
+        )
+        yield Problem(("data.chat_template", "data.tokenizer"), text)
+
     demonstrations = cfg.cold_start.demonstrations
     if demonstrations is not None and not Path(demonstrations).is_file():
-        yield (
-            ("cold_start.demonstrations",),
-            f"there is no file {demonstrations!r} (from the working directory)",
-        )
+        text = f"there is no file {demonstrations!r} (from the working directory)"
+        yield Problem(("cold_start.demonstrations",), text)
 
 
-def plugins(cfg: Config) -> Breaches:
-    for i, name in enumerate(cfg.rewards.plugins):
-        if not _importable(name):
-            yield (
-                (f"rewards.plugins.{i}",),
-                f"there is no module {name!r}; install it, or put its folder on PYTHONPATH",
-            )
+def plugins(cfg: Config) -> Iterator[Problem]:
+    """The modules of `rewards.plugins` can be found."""
+    for position, name in enumerate(cfg.rewards.plugins):
+        if not _module_exists(name):
+            text = f"there is no module {name!r}; install it, or put its folder on PYTHONPATH"
+            yield Problem((f"rewards.plugins.{position}",), text)
 
 
-def _importable(name: str) -> bool:
-    """Whether there is such a module; nothing is imported, not even the packages it lies in."""
-    top, *rest = name.split(".")
-    if (
-        not all(part.isidentifier() for part in (top, *rest))
-        or (spec := importlib.util.find_spec(top)) is None
-    ):
+def _module_exists(dotted_name: str) -> bool:
+    """Whether there is such a module. Nothing is imported, not even the packages it lies in.
+
+    (`importlib.util.find_spec` of a dotted name would import those.)
+    """
+    parts = dotted_name.split(".")
+    if not all(part.isidentifier() for part in parts):
         return False
-    for part in rest:
-        path, name = spec.submodule_search_locations, f"{spec.name}.{part}"
-        if path is None:
+    spec = importlib.util.find_spec(parts[0])
+    for part in parts[1:]:
+        if spec is None or spec.submodule_search_locations is None:
             return False
-        found = (finder.find_spec(name, path) for finder in sys.meta_path)
-        if (spec := next(filter(None, found), None)) is None:
-            return False
-    return True
+        name = f"{spec.name}.{part}"
+        search_path = spec.submodule_search_locations
+        spec = None
+        for finder in sys.meta_path:
+            spec = finder.find_spec(name, search_path)
+            if spec is not None:
+                break
+    return spec is not None
 
 
-def format_reward(cfg: Config) -> Breaches:
+def format_reward(cfg: Config) -> Iterator[Problem]:
     from sapo_jax.rewards.extract import FORMLESS
 
     if cfg.rewards.format_reward > 0 and cfg.rewards.extract in FORMLESS:
-        here = f"with `extract: {cfg.rewards.extract}` there is no form to reward"
-        text = f"{here}; set rewards.extract, or format_reward: 0"
-        yield ("rewards.format_reward", "rewards.extract"), text
-
-
-def response_template(cfg: Config) -> Breaches:
-    """`{answer}` and no other placeholder, as `data.sft` fills it in."""
-    response = cfg.cold_start.response
-    if "{answer}" not in response:
-        yield ("cold_start.response",), f"{show(response)} must contain {{answer}}"
-    elif command := re.search(r"\\[A-Za-z]+(?=\{answer\})", response):
         text = (
-            f"{show(response)} loses the braces of {command[0]}; write {command[0]}{{{{answer}}}}"
+            f"with `extract: {cfg.rewards.extract}` there is no form to reward;"
+            " set rewards.extract, or format_reward: 0"
         )
-        yield ("cold_start.response",), text
-    elif other := re.findall(r"\{[A-Za-z_]\w*\}", response.replace("{answer}", "")):
-        yield (
-            ("cold_start.response",),
-            f"{show(response)} holds {', '.join(other)}; the only placeholder is {{answer}}",
-        )
+        yield Problem(("rewards.format_reward", "rewards.extract"), text)
 
 
-def run_folder(cfg: Config) -> Breaches:
+def response_template(cfg: Config) -> Iterator[Problem]:
+    mistake = response_template_mistake(cfg.cold_start.response)
+    if mistake is not None:
+        yield Problem(("cold_start.response",), mistake)
+
+
+def run_folder(cfg: Config) -> Iterator[Problem]:
+    """`run_dir` can be filled in, and the run has a folder of its own."""
+    shown = show(cfg.run_dir)
     try:
-        names = {
-            name for _, name, _, _ in string.Formatter().parse(cfg.run_dir) if name is not None
-        }
+        pieces = list(string.Formatter().parse(cfg.run_dir))
     except ValueError as error:
-        yield ("run_dir",), f"{show(cfg.run_dir)}: {error}"
+        yield Problem(("run_dir",), f"{shown}: {error}")
         return
-    if unknown := sorted(names - {"name", "seed"}):
-        yield (
-            ("run_dir",),
-            f"{show(cfg.run_dir)} holds {{{'}, {'.join(unknown)}}}; there are {{name}} and {{seed}}",
-        )
+    names = {name for _, name, _, _ in pieces if name is not None}
+    unknown = sorted(names - {"name", "seed"})
+    if unknown:
+        listed = ", ".join(f"{{{name}}}" for name in unknown)
+        yield Problem(("run_dir",), f"{shown} holds {listed}; there are {{name}} and {{seed}}")
     if "name" in names and not cfg.name:
-        yield ("name", "run_dir"), "the name is empty, so the run has no folder of its own"
+        text = "the name is empty, so the run has no folder of its own"
+        yield Problem(("name", "run_dir"), text)
 
 
 # ---------------------------------------------------------------- batches
 
 
-def whole_groups(cfg: Config) -> Breaches:
-    P, n = cfg.rollout.prompts_per_step, cfg.train.mini_batches
-    if P % n:
-        text = f"{P} prompts cannot be split into {n} mini-batches of whole groups"
-        yield (
-            ("rollout.prompts_per_step", "train.mini_batches"),
-            f"{text}; make prompts_per_step a multiple of {n}",
+def whole_groups(cfg: Config) -> Iterator[Problem]:
+    prompts = cfg.rollout.prompts_per_step
+    mini_batches = cfg.train.mini_batches
+    if prompts % mini_batches:
+        text = (
+            f"{prompts} prompts cannot be split into {mini_batches} mini-batches of whole groups;"
+            f" make prompts_per_step a multiple of {mini_batches}"
         )
+        yield Problem(("rollout.prompts_per_step", "train.mini_batches"), text)
 
 
-def batch_axes(cfg: Config) -> Breaches:
-    """Leading dims that are split over the mesh. `mesh.data: 0` counts as 1 here; `verify` knows better."""
-    mesh = ("mesh.data", "mesh.fsdp", "mesh.expert")
+def batch_axes(cfg: Config) -> Iterator[Problem]:
+    """Leading dims that are split over the mesh.
+
+    `mesh.data: 0` counts as 1 in this rule; `verify` knows better.
+    """
+    mesh_keys = ("mesh.data", "mesh.fsdp", "mesh.expert")
     shards = max(1, cfg.mesh.data) * cfg.mesh.fsdp * cfg.mesh.expert
-    sizes = [
-        ("prompts of a rollout", cfg.rollout.prompts_per_step, ("rollout.prompts_per_step",)),
-        ("completions that are written at a time", cfg.rollout.slots, ("rollout.slots",)),
-        ("rows of a micro-batch", cfg.train.micro_batch, ("train.micro_batch",)),
-        ("prompts of an evaluation batch", min(cfg.evaluate.batch_prompts, cfg.data.held_out),
-         ("evaluate.batch_prompts", "data.held_out")),
-        ("sequences of a cold-start batch", cfg.cold_start.batch_size if cfg.cold_start.steps else 0,
-         ("cold_start.batch_size",)),
-    ]  # fmt: skip
+    evaluated_prompts = min(cfg.evaluate.batch_prompts, cfg.data.held_out)
+    cold_start_sequences = 0
+    if cfg.cold_start.steps:
+        cold_start_sequences = cfg.cold_start.batch_size
+    sizes = (
+        ("prompts of a rollout", cfg.rollout.prompts_per_step, ["rollout.prompts_per_step"]),
+        ("completions that are written at a time", cfg.rollout.slots, ["rollout.slots"]),
+        ("rows of a micro-batch", cfg.train.micro_batch, ["train.micro_batch"]),
+        (
+            "prompts of an evaluation batch",
+            evaluated_prompts,
+            ["evaluate.batch_prompts", "data.held_out"],
+        ),
+        ("sequences of a cold-start batch", cold_start_sequences, ["cold_start.batch_size"]),
+    )
     for what, size, keys in sizes:
         if size % shards:
             text = f"the {size} {what} cannot be split over data * fsdp * expert = {shards} devices"
-            yield (*dict.fromkeys(keys), *mesh), text
+            yield Problem((*keys, *mesh_keys), text)
 
 
-def sequence_length(cfg: Config) -> Breaches:
-    prompt, completion, most = (
-        cfg.data.max_prompt_tokens,
-        cfg.rollout.max_new_tokens,
-        cfg.model.max_position_embeddings,
-    )
-    if 0 < cfg.train.row_tokens < prompt + completion:
-        keys = "train.row_tokens", "data.max_prompt_tokens", "rollout.max_new_tokens"
-        yield (
-            keys,
-            f"a row of {cfg.train.row_tokens} tokens cannot hold a sequence of {prompt} + {completion}",
-        )
-    if prompt + completion > most:
-        keys = "data.max_prompt_tokens", "rollout.max_new_tokens", "model.max_position_embeddings"
-        yield keys, f"{prompt} + {completion} tokens are more than the model's {most}"
+def sequence_length(cfg: Config) -> Iterator[Problem]:
+    prompt = cfg.data.max_prompt_tokens
+    completion = cfg.rollout.max_new_tokens
+    row = cfg.train.row_tokens
+    longest = cfg.model.max_position_embeddings
+    sequence_keys = ("data.max_prompt_tokens", "rollout.max_new_tokens")
+    if 0 < row < prompt + completion:
+        text = f"a row of {row} tokens cannot hold a sequence of {prompt} + {completion}"
+        yield Problem(("train.row_tokens", *sequence_keys), text)
+    if prompt + completion > longest:
+        text = f"{prompt} + {completion} tokens are more than the model's {longest}"
+        yield Problem((*sequence_keys, "model.max_position_embeddings"), text)
 
 
 # ---------------------------------------------------------------- model, mesh
 
 
-def heads(cfg: Config) -> Breaches:
-    H, K, h = cfg.model.num_attention_heads, cfg.model.num_key_value_heads, cfg.model.head_dim
-    if H % K:
-        text = f"{H} query heads cannot share {K} key/value heads evenly"
-        yield ("model.num_attention_heads", "model.num_key_value_heads"), text
-    if h % 2:
-        yield ("model.head_dim",), f"{h} is odd; rotary embeddings turn pairs of numbers"
+def heads(cfg: Config) -> Iterator[Problem]:
+    query_heads = cfg.model.num_attention_heads
+    kv_heads = cfg.model.num_key_value_heads
+    head_dim = cfg.model.head_dim
+    if query_heads % kv_heads:
+        text = f"{query_heads} query heads cannot share {kv_heads} key/value heads evenly"
+        yield Problem(("model.num_attention_heads", "model.num_key_value_heads"), text)
+    if head_dim % 2:
+        text = f"{head_dim} is odd; rotary embeddings turn pairs of numbers"
+        yield Problem(("model.head_dim",), text)
 
 
-def experts(cfg: Config) -> Breaches:
-    E, k = cfg.model.num_experts, cfg.model.num_experts_per_tok
-    if 0 < E < k:
-        yield (
-            ("model.num_experts_per_tok", "model.num_experts"),
-            f"a token cannot go to {k} of {E} experts",
-        )
-    if E == 0 and cfg.mesh.expert > 1:
-        yield (
-            ("mesh.expert", "model.num_experts"),
-            "the model is dense: there are no experts to spread; set it to 1",
-        )
-    if E and not any(cfg.model.sparse_layers):
-        keys = "model.num_experts", "model.decoder_sparse_step", "model.mlp_only_layers"
-        yield keys, f"there are {E} experts, but no layer that has them; set num_experts: 0"
+def experts(cfg: Config) -> Iterator[Problem]:
+    num_experts = cfg.model.num_experts
+    per_token = cfg.model.num_experts_per_tok
+    if 0 < num_experts < per_token:
+        text = f"a token cannot go to {per_token} of {num_experts} experts"
+        yield Problem(("model.num_experts_per_tok", "model.num_experts"), text)
+    if num_experts == 0 and cfg.mesh.expert > 1:
+        text = "the model is dense: there are no experts to spread; set it to 1"
+        yield Problem(("mesh.expert", "model.num_experts"), text)
+    if num_experts and not any(cfg.model.sparse_layers):
+        keys = ("model.num_experts", "model.decoder_sparse_step", "model.mlp_only_layers")
+        text = f"there are {num_experts} experts, but no layer that has them; set num_experts: 0"
+        yield Problem(keys, text)
 
 
-def model_axes(cfg: Config) -> Breaches:
-    """Dims that the sharding table splits (`sharding.RULES`)."""
-    sparse = cfg.model.sparse_layers
-    mlp = ("moe_intermediate_size",) * any(sparse) + ("intermediate_size",) * (not all(sparse))
-    split = {
-        "tensor": ("num_attention_heads", "num_key_value_heads", *mlp, "vocab_size"),
-        "fsdp": ("hidden_size",),
-        "expert": ("num_experts",),
+def model_axes(cfg: Config) -> Iterator[Problem]:
+    """Dims of parameters that the sharding table (`distributed/sharding.py`) splits."""
+    mlp_widths = []
+    if any(cfg.model.sparse_layers):
+        mlp_widths.append("moe_intermediate_size")
+    if not all(cfg.model.sparse_layers):
+        mlp_widths.append("intermediate_size")
+    split_over = {
+        "tensor": ["num_attention_heads", "num_key_value_heads", *mlp_widths, "vocab_size"],
+        "fsdp": ["hidden_size"],
+        "expert": ["num_experts"],
     }
-    for axis, names in split.items():
-        ways = getattr(cfg.mesh, axis)
+    for axis, names in split_over.items():
+        devices = getattr(cfg.mesh, axis)
         for name in names:
-            if (size := getattr(cfg.model, name)) % ways:
-                yield (
-                    (f"model.{name}", f"mesh.{axis}"),
-                    f"{size} cannot be split over {ways} devices",
-                )
+            size = getattr(cfg.model, name)
+            if size % devices:
+                text = f"{size} cannot be split over {devices} devices"
+                yield Problem((f"model.{name}", f"mesh.{axis}"), text)
 
 
-def context_axis(cfg: Config) -> Breaches:
-    T, ways = cfg.train.row_tokens, cfg.mesh.context
-    if T % ways:
-        text = f"rows of {T} tokens cannot be split over context = {ways} devices"
-        yield ("train.row_tokens", "mesh.context"), f"{text}; make row_tokens a multiple of {ways}"
+def context_axis(cfg: Config) -> Iterator[Problem]:
+    row = cfg.train.row_tokens
+    devices = cfg.mesh.context
+    if row % devices:
+        text = (
+            f"rows of {row} tokens cannot be split over context = {devices} devices;"
+            f" make row_tokens a multiple of {devices}"
+        )
+        yield Problem(("train.row_tokens", "mesh.context"), text)
 
 
 # ---------------------------------------------------------------- algorithm
 
 
-def truncated_sampling(cfg: Config) -> Breaches:
-    """Log-probs of a truncated distribution are not the policy's: in a ratio to the policy's they do not cancel."""
+def truncated_sampling(cfg: Config) -> Iterator[Problem]:
+    """Log-probs of a truncated distribution are not the policy's: they do not cancel in a ratio to
+    the policy's."""
     off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    used = tuple(
+    truncating = [
         f"rollout.{key}" for key, value in off.items() if getattr(cfg.rollout, key) != value
-    )
+    ]
+    if not truncating:
+        return
     why = "the sampler's log-probs are those of the truncated distribution"
-    if used and cfg.train.old_logp == "sampler":
+    if cfg.train.old_logp == "sampler":
         text = f"{why}, so the ratio would not start at 1; use old_logp: scorer, or do not truncate"
-        yield ("train.old_logp", *used), text
-    if used and cfg.loss.correction != "none":
-        text = f"{why}, so the correction would undo the truncation; use correction: none, or do not truncate"
-        yield ("loss.correction", *used), text
-
-
-def kl_penalty(cfg: Config) -> Breaches:
-    keys = "loss.kl", "loss.kl_coef"
-    if cfg.loss.kl_coef > 0 and cfg.loss.kl == "none":
-        yield (
-            keys,
-            f"kl_coef is {cfg.loss.kl_coef:g} but no estimator is chosen; set kl: k3 (or k2), or kl_coef: 0",
+        yield Problem(("train.old_logp", *truncating), text)
+    if cfg.loss.correction != "none":
+        text = (
+            f"{why}, so the correction would undo the truncation;"
+            " use correction: none, or do not truncate"
         )
-    if cfg.loss.kl_coef == 0 and cfg.loss.kl != "none":
-        yield (
-            keys,
-            f"kl is {cfg.loss.kl} but kl_coef is 0, so it does nothing; set kl_coef > 0, or kl: none",
+        yield Problem(("loss.correction", *truncating), text)
+
+
+def kl_penalty(cfg: Config) -> Iterator[Problem]:
+    keys = ("loss.kl", "loss.kl_coef")
+    estimator = cfg.loss.kl
+    coefficient = cfg.loss.kl_coef
+    if coefficient > 0 and estimator == "none":
+        text = f"kl_coef is {coefficient:g} but no estimator is chosen"
+        yield Problem(keys, f"{text}; set kl: k3 (or k2), or kl_coef: 0")
+    if coefficient == 0 and estimator != "none":
+        text = f"kl is {estimator} but kl_coef is 0, so it does nothing"
+        yield Problem(keys, f"{text}; set kl_coef > 0, or kl: none")
+
+
+def routing_replay(cfg: Config) -> Iterator[Problem]:
+    replay = cfg.train.routing_replay
+    if replay != "none" and not cfg.model.num_experts:
+        text = (
+            "the model is dense: there are no experts to replay;"
+            " set routing_replay: none, or model.num_experts"
         )
-
-
-def routing_replay(cfg: Config) -> Breaches:
-    train, keys = cfg.train, ("train.routing_replay",)
-    if train.routing_replay != "none" and not cfg.model.num_experts:
-        text = "the model is dense: there are no experts to replay; set routing_replay: none, or model.num_experts"
-        yield (*keys, "model.num_experts"), text
-    if train.routing_replay == "r2" and train.old_logp == "sampler":
-        text = "r2 records in the scoring pass, which old_logp: sampler leaves out; use old_logp: scorer, or r3"
-        yield (*keys, "train.old_logp"), text
-    if train.routing_replay != "r3" and train.live_mismatch_every:
-        text = f"with {train.routing_replay} the scoring pass replays nothing: mismatch/mean is that without replay"
-        yield (
-            ("train.live_mismatch_every", *keys),
-            f"{text} already; set live_mismatch_every: 0, or routing_replay: r3",
+        yield Problem(("train.routing_replay", "model.num_experts"), text)
+    if replay == "r2" and cfg.train.old_logp == "sampler":
+        text = (
+            "r2 records in the scoring pass, which old_logp: sampler leaves out;"
+            " use old_logp: scorer, or r3"
         )
-
-
-def warm_up(cfg: Config) -> Breaches:
-    train, cold = cfg.train, cfg.cold_start
-    total = train.steps * train.mini_batches * train.epochs
-    yield from _warm_up(
-        cfg.optimizer, "optimizer", total, ("train.steps", "train.mini_batches", "train.epochs")
-    )
-    if cold.steps:
-        yield from _warm_up(
-            cold.optimizer, "cold_start.optimizer", cold.steps, ("cold_start.steps",)
+        yield Problem(("train.routing_replay", "train.old_logp"), text)
+    if replay != "r3" and cfg.train.live_mismatch_every:
+        text = (
+            f"with {replay} the scoring pass replays nothing: mismatch/mean is that without replay"
+            " already; set live_mismatch_every: 0, or routing_replay: r3"
         )
+        yield Problem(("train.live_mismatch_every", "train.routing_replay"), text)
 
 
-def _warm_up(optimizer: Optimizer, where: str, total: int, keys: tuple[str, ...]) -> Breaches:
-    if optimizer.warmup_steps >= total:
-        text = f"{optimizer.warmup_steps} of {total} optimiser steps leave none at the full learning rate"
-        yield (f"{where}.warmup_steps", *keys), text
+def warm_up(cfg: Config) -> Iterator[Problem]:
+    train = cfg.train
+    rl_steps = train.steps * train.mini_batches * train.epochs
+    rl_keys = ("train.steps", "train.mini_batches", "train.epochs")
+    yield from _warm_up(cfg.optimizer, "optimizer", rl_steps, rl_keys)
+    cold_start = cfg.cold_start
+    if cold_start.steps:
+        where = "cold_start.optimizer"
+        yield from _warm_up(cold_start.optimizer, where, cold_start.steps, ("cold_start.steps",))
 
 
-def kept_checkpoints(cfg: Config) -> Breaches:
-    every, keep = cfg.checkpoint.every, cfg.checkpoint.keep_every
-    if keep % every:
-        text = f"checkpoints are written every {every} steps, so step {keep} has none; use a multiple of {every}"
-        yield ("checkpoint.keep_every", "checkpoint.every"), text
+def _warm_up(
+    optimizer: Optimizer, where: str, total_steps: int, total_keys: tuple[str, ...]
+) -> Iterator[Problem]:
+    if optimizer.warmup_steps >= total_steps:
+        text = f"{optimizer.warmup_steps} of {total_steps} optimiser steps leave none"
+        yield Problem((f"{where}.warmup_steps", *total_keys), f"{text} at the full learning rate")
 
 
-RULES: tuple[Callable[[Config], Breaches], ...] = (
-    tasks, distinct_tasks, task_sources, task_shares, named_files, plugins,
-    format_reward, response_template, run_folder,
-    whole_groups, batch_axes, sequence_length,
-    heads, experts, model_axes, context_axis,
-    truncated_sampling, kl_penalty, routing_replay, warm_up, kept_checkpoints,
-)  # fmt: skip
+def kept_checkpoints(cfg: Config) -> Iterator[Problem]:
+    every = cfg.checkpoint.every
+    keep_every = cfg.checkpoint.keep_every
+    if keep_every % every:
+        text = (
+            f"checkpoints are written every {every} steps, so step {keep_every} has none;"
+            f" use a multiple of {every}"
+        )
+        yield Problem(("checkpoint.keep_every", "checkpoint.every"), text)
+
+
+RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
+    # data, rewards
+    some_task,
+    distinct_tasks,
+    task_sources,
+    task_shares,
+    named_files,
+    plugins,
+    format_reward,
+    response_template,
+    run_folder,
+    # batches
+    whole_groups,
+    batch_axes,
+    sequence_length,
+    # model, mesh
+    heads,
+    experts,
+    model_axes,
+    context_axis,
+    # algorithm
+    truncated_sampling,
+    kl_penalty,
+    routing_replay,
+    warm_up,
+    kept_checkpoints,
+)

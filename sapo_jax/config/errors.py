@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,46 +12,49 @@ from sapo_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One mistake. `keys` are the dotted key paths it lies in; `meant` are further ones it puts in doubt."""
+    """One mistake, or one thing that probably was not meant.
+
+    `keys` are the dotted paths of the keys that it is about; they stand before the message.
+    `in_doubt` are further key paths whose values cannot be trusted because of the mistake (of an
+    unknown preset, the whole model): nothing is to be said about those before it is put right.
+    """
 
     keys: tuple[str, ...]
     message: str
-    meant: tuple[str, ...] = ()
+    in_doubt: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{', '.join(self.keys)}: {self.message}" if self.keys else self.message
+        if not self.keys:
+            return self.message
+        return f"{', '.join(self.keys)}: {self.message}"
 
-    def concerns(self, keys: Iterable[str]) -> bool:
-        """Whether one of its keys is, holds or lies in one of `keys`."""
-        return any(related(mine, other) for mine in self.keys for other in keys)
+    def concerns(self, key_paths: Iterable[str]) -> bool:
+        """Whether one of its keys overlaps one of `key_paths`."""
+        return any(overlap(key, other) for key in self.keys for other in key_paths)
 
 
-def related(a: str, b: str) -> bool:
-    return f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.")
+def overlap(path: str, other: str) -> bool:
+    """Whether two dotted key paths are the same, or one of them lies within the other."""
+    return f"{path}.".startswith(f"{other}.") or f"{other}.".startswith(f"{path}.")
 
 
 class ConfigError(UserError, ValueError):
-    """A configuration cannot be used. `problems` holds all of them; the text lists them under `source`."""
+    """A configuration cannot be used.
+
+    `problems` holds all that is wrong with it; the text lists them, one a line, under `source`,
+    which says what was read.
+    """
 
     def __init__(self, problems: Sequence[Problem], source: str = "the configuration"):
-        self.problems, self.source = tuple(problems), source
+        self.problems = tuple(problems)
+        self.source = source
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
         super().__init__("\n  ".join([f"{source}: {count}", *map(str, self.problems)]))
-
-
-def nearest(word: Any, names: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The name that `word` was probably meant to be."""
-    found = difflib.get_close_matches(str(word), list(names), n=1, cutoff=cutoff)
-    return found[0] if found else None
-
-
-def did_you_mean(word: Any, names: Iterable[str], cutoff: float = 0.6) -> str:
-    """The end of a message: `; did you mean 'x'?`, or nothing."""
-    found = nearest(word, names, cutoff)
-    return f"; did you mean {found!r}?" if found else ""
 
 
 def show(value: Any) -> str:
     """A value as one would write it in the file, cut to 60 characters."""
     text = repr(value) if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    if len(text) <= 60:
+        return text
+    return f"{text[:57]}..."

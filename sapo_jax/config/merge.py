@@ -1,117 +1,134 @@
-"""Laying configuration layers over each other."""
+"""Laying the layers of a configuration, files and overrides, over each other."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sapo_jax.config import outline
 from sapo_jax.config.errors import ConfigError, Problem
+from sapo_jax.config.outline import ROOT, Node
 from sapo_jax.config.presets import expand
 from sapo_jax.config.schema import Config
-from sapo_jax.config.source import parse_override
+from sapo_jax.config.source import KeyPath, Layer, Override, parse_override
 from sapo_jax.errors import ModelDirError
 
-# A section without a tag means this member; it lies under the files, so that `objective: {tau_pos: 2.0}` is complete.
-BOTTOM: dict[str, Any] = {"objective": {"name": Config().objective.name}}
+# The lowest layer. `objective: {tau_pos: 2.0}` in a file is complete, because this says which
+# objective a section without a name means.
+BOTTOM: Layer = {"objective": {"name": Config().objective.name}}
 
 
 class NoSuchItem(Exception):
-    """An override speaks of a list item that is not there."""
+    """An override speaks of an item of a list that is not there."""
 
 
-def compose(
-    layers: Iterable[dict[str, Any]], overrides: Sequence[str]
-) -> tuple[dict[str, Any], list[Problem]]:
-    """The layers, lowest first, then the overrides, left to right; and the overrides that could not be applied.
+def compose(layers: Iterable[Layer], overrides: Sequence[str]) -> tuple[Layer, list[Problem]]:
+    """One mapping of all layers, lowest first, and then of the overrides, left to right.
 
-    Mappings merge key by key, all else is replaced. A union section whose tag changes (`objective.name`,
-    `data.tasks.N.kind`) starts afresh. A preset counts as its published values, at the layer that names it; likewise a
-    model directory, as what its config.json says, unless a higher layer names another. Overrides of tags, of the preset
-    and of the model directory come before the others, so that their order on a command line means nothing.
+    Also returns what is wrong with the overrides and layers that could not be applied.
+
+    - Mappings merge key by key; all else, lists too, is replaced.
+    - A union section whose tag changes (`objective.name`, `data.tasks.N.kind`) starts afresh.
+    - A preset counts as its published values, at the layer that names it.
+    - Likewise a model directory, as what its config.json says, unless a higher layer names
+      another one.
+    - Overrides of tags, of the preset and of the model directory are applied before the others,
+      so that their order on a command line means nothing.
     """
-    raw, problems, parsed, layers = BOTTOM, [], [], list(layers)
-    for override in overrides:
+    problems: list[Problem] = []
+    parsed: list[Override] = []
+    for text in overrides:
         try:
-            parsed.append(parse_override(override))
+            parsed.append(parse_override(text))
         except ConfigError as error:
             problems += error.problems
-    parsed.sort(key=lambda item: not _is_tag(item[0]))
-    laid_over = [_nested(*item) for item in parsed]
-    paths = [path for path in map(_model_path, [*layers, *laid_over]) if path is not None]
+    first = [override for override in parsed if _decides_others(override.keys)]
+    then = [override for override in parsed if not _decides_others(override.keys)]
+    parsed = first + then
+
+    layers = list(layers)
+    model_path = _highest_model_path([*layers, *(override.as_layer() for override in parsed)])
+    merged = BOTTOM
     for layer in layers:
-        raw = merge(raw, _expanded(layer, paths, problems))
-    for (keys, _), layer in zip(parsed, laid_over, strict=True):
+        merged = merge(merged, _expanded(layer, model_path, problems))
+    for override in parsed:
+        layer = _expanded(override.as_layer(), model_path, problems)
         try:
-            raw = merge(raw, _expanded(layer, paths, problems))
+            merged = merge(merged, layer)
         except NoSuchItem as error:
-            problems.append(Problem((".".join(map(str, keys)),), error.args[0]))
-    return raw, problems
+            problems.append(Problem((override.path,), str(error)))
+    return merged, problems
 
 
-def _nested(keys: Sequence[str | int], value: Any) -> Any:
-    for key in reversed(keys):
-        value = {key: value}
-    return value
+def _decides_others(keys: KeyPath) -> bool:
+    """Whether the key decides which other keys there are, or what their values are."""
+    if keys in (("model", "preset"), ("model", "path")):
+        return True
+    section = ROOT
+    for key in keys[:-1]:
+        section = section.child(key)
+    return section.tag is not None and section.tag == keys[-1]
 
 
-def _model_path(layer: dict[str, Any]) -> Any:
+def _model_path(layer: Layer) -> Any:
+    """What the layer says of `model.path`; None where it says nothing."""
     model = layer.get("model")
     return model.get("path") if isinstance(model, dict) else None
 
 
-def _expanded(layer: dict[str, Any], paths: list[Any], problems: list[Problem]) -> dict[str, Any]:
-    if paths and _model_path(layer) not in (None, paths[-1]):
-        return layer  # overruled: it need not even exist
+def _highest_model_path(layers: Sequence[Layer]) -> Any:
+    for layer in reversed(layers):
+        path = _model_path(layer)
+        if path is not None:
+            return path
+    return None
+
+
+def _expanded(layer: Layer, model_path: Any, problems: list[Problem]) -> Layer:
+    """The layer with its preset or model directory written out; problems with those are added."""
+    path = _model_path(layer)
+    if path is not None and path != model_path:
+        return layer  # a higher layer names another directory: this one need not even exist
     try:
         return expand(layer)
-    except ModelDirError as error:  # nothing can be said of the shape, nor of the tokenizer
-        problems.append(
-            Problem(
-                ("model.path",), str(error), meant=("model", "data.tokenizer", "data.chat_template")
-            )
-        )
+    except ModelDirError as error:
+        # Nothing can be said of the model's shape, nor of its tokenizer.
+        in_doubt = ("model", "data.tokenizer", "data.chat_template")
+        problems.append(Problem(("model.path",), str(error), in_doubt=in_doubt))
         return layer
 
 
-def merge(under: Any, over: Any, node: outline.Node | None = outline.ROOT) -> Any:
-    """`over` laid over `under`. Integer keys are list indices. Raises NoSuchItem."""
+def merge(under: Any, over: Any, node: Node = ROOT) -> Any:
+    """`over` laid over `under`, two values of the place that `node` describes.
+
+    Integer keys in `over` are positions in a list. Raises NoSuchItem.
+    """
     if not isinstance(over, dict):
         return over
-    if any(isinstance(key, int) for key in over) and not _is_free(node):
+    speaks_of_items = any(isinstance(key, int) for key in over)
+    if speaks_of_items and not node.is_mapping:
         return _merge_items(under, over, node)
-    tag = outline.tag_of(node) if node else None
-    if not isinstance(under, dict) or (tag in over and tag in under and over[tag] != under[tag]):
+    if not isinstance(under, dict) or _tag_changes(under, over, node):
         under = {}
     merged = dict(under)
     for key, value in over.items():
-        merged[str(key)] = merge(
-            under.get(str(key)), value, outline.child(node, key, {**under, **over})
-        )
+        child = node.child(key, section={**under, **over})
+        merged[str(key)] = merge(under.get(str(key)), value, child)
     return merged
 
 
-def _merge_items(under: Any, over: dict[int, Any], node: outline.Node | None) -> list[Any]:
+def _tag_changes(under: dict, over: dict, node: Node) -> bool:
+    tag = node.tag
+    return tag in over and tag in under and over[tag] != under[tag]
+
+
+def _merge_items(under: Any, over: dict, node: Node) -> list[Any]:
+    """`under`, a list, with the items replaced or changed that `over` names by their positions."""
     items = list(under) if isinstance(under, list) else []
-    for index, value in over.items():
-        if not isinstance(index, int) or index >= len(items):
-            count = (
-                f"has {len(items)}, counted from 0" if isinstance(under, list) else "is not given"
-            )
-            raise NoSuchItem(f"there is no item {index} to change: the list {count}")
-        items[index] = merge(items[index], value, outline.child(node, index))
+    for position, value in over.items():
+        if not isinstance(position, int) or position >= len(items):
+            count = f"has {len(items)}, counted from 0"
+            if not isinstance(under, list):
+                count = "is not given"
+            raise NoSuchItem(f"there is no item {position} to change: the list {count}")
+        items[position] = merge(items[position], value, node.child(position))
     return items
-
-
-def _is_free(node: outline.Node | None) -> bool:
-    """Whether this is (in) a mapping whose keys are not ours to know, such as a generator's options."""
-    return node is None or outline.follow(node).get("type") == "object"
-
-
-def _is_tag(keys: tuple[str | int, ...]) -> bool:
-    node: outline.Node | None = outline.ROOT
-    for key in keys[:-1]:
-        node = outline.child(node, key)
-    return keys in (("model", "preset"), ("model", "path")) or (
-        node is not None and outline.tag_of(node) == keys[-1]
-    )

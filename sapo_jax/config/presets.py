@@ -1,8 +1,9 @@
-"""Published shapes of the Qwen3 models, keys as in their Hugging Face `config.json` (arXiv 2505.09388, Tables 1, 2).
+"""Published shapes of the Qwen3 models (arXiv 2505.09388, Tables 1 and 2).
 
-`model.preset` fills one in. What differs from the published files: `router_aux_loss_coef`, 0.001 there for
-pre-training, is 0 here. A load-balancing loss pulls the router away from the objective under study, and RL of these
-models is usually run without it; set it beside the preset to have it back.
+The keys are those of their Hugging Face `config.json`; `model.preset` fills one in. One value
+differs from the published files: `router_aux_loss_coef`, 0.001 there for pre-training, is 0 here. A
+load-balancing loss pulls the router away from the objective under study, and RL of these models is
+usually run without it; set it beside the preset to have it back.
 """
 
 from __future__ import annotations
@@ -59,19 +60,25 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def expand(layer: dict[str, Any]) -> dict[str, Any]:
-    """The layer with its preset or model directory, if it names one, written out under the keys that stand beside it.
+    """The layer with its preset or model directory, if it names one, written out.
 
-    A model directory also brings its tokenizer and chat template. Raises ModelDirError where it cannot be used.
+    Keys that the layer gives itself win. A model directory also brings its tokenizer and its chat
+    template. Raises ModelDirError where the directory cannot be used.
     """
     model = layer.get("model")
     if not isinstance(model, dict):
         return layer
-    name, path = model.get("preset"), model.get("path")
-    if isinstance(name, str) and name in PRESETS:
-        layer = layer | {"model": PRESETS[name] | model}
+    expanded = dict(layer)
+
+    preset = model.get("preset")
+    if isinstance(preset, str) and preset in PRESETS:
+        expanded["model"] = PRESETS[preset] | model
+
+    path = model.get("path")
     if isinstance(path, str):
-        text = {"tokenizer": path, "chat_template": "auto"}
+        expanded["model"] = read_model_keys(path) | expanded["model"]
         data = layer.get("data", {})
-        layer = layer | {"model": read_model_keys(path) | layer["model"]}
-        layer |= {"data": text | data if isinstance(data, dict) else data}
-    return layer
+        if isinstance(data, dict):
+            data = {"tokenizer": path, "chat_template": "auto"} | data
+        expanded["data"] = data
+    return expanded

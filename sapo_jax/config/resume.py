@@ -1,23 +1,55 @@
-"""What may change between the parts of a resumed run."""
+"""What may change between the parts of a resumed run.
+
+A resumed run must be what one run with the new configuration would have been. So a key may change
+if it has no say in the numbers of the steps that are already done, apart from the rounding of
+float32, which depends on the mesh and on what backward recomputes. Names that end in a dot stand
+for all keys of a section.
+"""
 
 from __future__ import annotations
 
 from sapo_jax.config.load import diff
 from sapo_jax.config.schema import Config
 
-# What may change between the parts of a resumed run: nothing that has a say in the numbers of a step already done, but
-# for the rounding of float32, which depends on the mesh and on what backward recomputes.
-MAY_CHANGE = (
-    "train.steps", "train.log_samples", "train.print_samples_every", "train.max_nonfinite", "train.routing_on",
-    "train.live_mismatch_every", "checkpoint.", "evaluate.", "run_dir", "rewards.workers", "rewards.deadline",
-    "rewards.memory_mb", "diagnostics.every", "mesh.", "rollout.slots", "model.remat",
-)  # fmt: skip
+# How far the run goes. (A learning-rate schedule that depends on it is looked at below.)
+LENGTH = ("train.steps",)
+
+# When held-out problems are sampled, and how. The training steps do not depend on it.
+EVALUATION = ("evaluate.",)
+
+# Keys that have no say in any result, neither of training nor of an evaluation:
+NO_SAY_IN_RESULTS = (
+    # what is written down, and where,
+    "run_dir",
+    "checkpoint.",
+    "train.log_samples",
+    "train.print_samples_every",
+    "train.live_mismatch_every",
+    "diagnostics.every",
+    # when a run gives up, and what its verifier processes may use,
+    "train.max_nonfinite",
+    "rewards.workers",
+    "rewards.deadline",
+    "rewards.memory_mb",
+    # where and in what pieces it computes: to the rounding of float32.
+    "mesh.",
+    "rollout.slots",
+    "model.remat",
+    "train.routing_on",
+)
+
+MAY_CHANGE = (*LENGTH, *EVALUATION, *NO_SAY_IN_RESULTS)
 
 
-def changed_keys(stored: Config, cfg: Config) -> list[str]:
-    """Keys that differ and have a say in the numbers of steps already done, so that a run cannot go on with `cfg`."""
+def changes_that_forbid_resuming(stored: Config, cfg: Config) -> list[str]:
+    """Keys that differ and have a say in the numbers of steps already done.
+
+    Where there are any, a run that was begun with `stored` cannot go on with `cfg`. The number of
+    steps counts too where the learning rate's schedule is stretched over it; that is added in
+    brackets.
+    """
     different = diff(stored, cfg)
-    changed = [key for key in different if not key.startswith(MAY_CHANGE)]
+    forbidden = [key for key in different if not key.startswith(MAY_CHANGE)]
     if "train.steps" in different and cfg.optimizer.schedule != "constant":
-        changed.append("train.steps (the learning rate's schedule depends on it)")
-    return changed
+        forbidden.append("train.steps (the learning rate's schedule depends on it)")
+    return forbidden

@@ -1,13 +1,14 @@
 """The whole configuration schema: frozen dataclasses, their units and their defaults.
 
-Every key has a default; a YAML file or a `key.path=value` override changes it. Types and ranges are validated
-strictly by pydantic (`load.py`); what spans several keys is checked in `checks.py`.
+Every key has a default; a YAML file or a `key.path=value` override changes it. pydantic validates
+types and ranges strictly (`validate.py`); what must hold between several keys is checked in
+`checks.py`. Letters such as P, G and E are those of the shape legend in `types.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
 import pydantic
 
@@ -17,9 +18,15 @@ Fraction = Annotated[float, pydantic.Field(ge=0, le=1)]
 Count = Annotated[int, pydantic.Field(ge=1)]
 CountOrZero = Annotated[int, pydantic.Field(ge=0)]
 
+Section = TypeVar("Section")
 
-def _config(cls):
-    cls.__pydantic_config__ = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+@dataclass_transform(frozen_default=True)
+def _config(cls: type[Section]) -> type[Section]:
+    """A frozen dataclass that pydantic validates strictly: no unknown keys, no NaN, no guessing
+    that "3" is a number."""
+    strict = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    cls.__pydantic_config__ = strict  # type: ignore[attr-defined]
     return dataclasses.dataclass(frozen=True)(cls)
 
 
@@ -28,7 +35,8 @@ def _config(cls):
 
 @_config
 class Yarn:
-    """YaRN context extension (Peng et al., arXiv 2309.00071), keys as in the Hugging Face `rope_scaling`."""
+    """YaRN context extension (Peng et al., arXiv 2309.00071), keys as in the Hugging Face
+    `rope_scaling`."""
 
     factor: Annotated[float, pydantic.Field(ge=1)] = 4.0
     original_max_position_embeddings: Count = 32768
@@ -41,16 +49,15 @@ class Yarn:
 class Model:
     """A Qwen3 decoder; the keys are those of the Hugging Face config.
 
-    `preset` names a published shape (`presets.PRESETS`), `path` a Hugging Face model directory whose weights RL starts
-    from; `load` writes either's shape out under the keys given beside it. `path` also sets data.tokenizer and
-    data.chat_template to the model's own.
+    `preset` names a published shape (`presets.PRESETS`), `path` a Hugging Face model directory
+    whose weights RL starts from. `load` writes the shape of either out, under the keys that are
+    given beside it. `path` also sets data.tokenizer and data.chat_template to the model's own.
     """
 
     preset: str | None = None
-    path: str | None = (
-        None  # a directory with config.json, safetensors, tokenizer.json; None: random weights
-    )
-    vocab_size: CountOrZero = 0  # 0: the tokenizer's size
+    # A directory with config.json, safetensors and tokenizer.json; None: random weights.
+    path: str | None = None
+    vocab_size: CountOrZero = 0  # V; 0: the tokenizer's size
     hidden_size: Count = 128  # D
     num_hidden_layers: Count = 4  # L
     num_attention_heads: Count = 4  # H
@@ -67,31 +74,32 @@ class Model:
     initializer_range: Positive = 0.02
     num_experts: CountOrZero = 0  # E; 0: every MLP is dense
     num_experts_per_tok: Count = 2  # k
-    decoder_sparse_step: Count = (
-        1  # with experts, every so many-th layer has them, the others a dense MLP
-    )
-    mlp_only_layers: tuple[
-        CountOrZero, ...
-    ] = ()  # layers (from 0) that have a dense MLP all the same
+    # With experts: every so many-th layer has them, the others have a dense MLP.
+    decoder_sparse_step: Count = 1
+    # Layers (counted from 0) that have a dense MLP all the same.
+    mlp_only_layers: tuple[CountOrZero, ...] = ()
     moe_intermediate_size: Count = 96  # F of one expert
-    norm_topk_prob: bool = True  # gate weights of the k chosen experts sum to 1
-    router_aux_loss_coef: NonNegative = 0.0  # load-balancing loss (Switch, arXiv 2101.03961 Eq. 4)
+    norm_topk_prob: bool = True  # the gate weights of the k chosen experts sum to 1
+    # Coefficient of the load-balancing loss (Switch, arXiv 2101.03961 Eq. 4).
+    router_aux_loss_coef: NonNegative = 0.0
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # parameters are always float32
-    # What backward recomputes: nothing / all but attention and matmuls (experts' are recomputed) / all but attention /
-    # all. On CPU experts' hidden units always are, and attention of rows of 32 tokens and fewer.
+    # What the backward pass computes again instead of keeping it. none: nothing. dots: all but
+    # attention and matmuls (those of experts are computed again). attention: all but attention.
+    # full: all. On CPU the hidden units of experts always are, and so is attention of rows of 32
+    # tokens and fewer.
     remat: Literal["none", "dots", "attention", "full"] = "dots"
-    vocab_chunk: Count = (
-        16384  # largest slice of the vocabulary whose logits the scorer holds at once
-    )
+    # Largest slice of the vocabulary whose logits the scorer holds at once.
+    vocab_chunk: Count = 16384
 
     @property
     def sparse_layers(self) -> tuple[bool, ...]:
         """For each layer, whether it has experts."""
-        step, dense = self.decoder_sparse_step, self.mlp_only_layers
-        return tuple(
-            self.num_experts > 0 and i not in dense and (i + 1) % step == 0
-            for i in range(self.num_hidden_layers)
-        )
+        has_experts = []
+        for layer in range(self.num_hidden_layers):
+            on_step = (layer + 1) % self.decoder_sparse_step == 0
+            kept_dense = layer in self.mlp_only_layers
+            has_experts.append(self.num_experts > 0 and on_step and not kept_dense)
+        return tuple(has_experts)
 
 
 # ---------------------------------------------------------------- data, rewards
@@ -99,22 +107,29 @@ class Model:
 
 @_config
 class ReasoningGymTask:
-    """Problems from a reasoning-gym generator. Names are an allow-list: scorers that execute the answer are refused."""
+    """Problems from a reasoning-gym generator.
+
+    The names are an allow-list: scorers that execute the answer are refused.
+    """
 
     kind: Literal["reasoning_gym"] = "reasoning_gym"
     name: str = "chain_sum"
-    weight: Positive = 1.0  # share of each batch
+    weight: Positive = 1.0  # share of each batch, relative to the other tasks' weights
     size: Count = 10000  # training problems generated (distinct ones are kept)
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # the generator's own options
 
 
 @_config
 class FileTask:
-    """Rows of JSONL or Parquet: `prompt` (text, or messages), `answer`; optional `verifier`, `metadata`, `tools`."""
+    """Problems from the rows of a JSONL or Parquet file.
+
+    A row has `prompt` (text, or messages) and `answer`; optional are `verifier`, `metadata` and
+    `tools`.
+    """
 
     kind: Literal["file"] = "file"
     path: str = ""
-    name: str = ""  # "": the file's stem
+    name: str = ""  # "": the file's name without its extension
     weight: Positive = 1.0
     verifier: str = "math"  # for rows that name none
     held_out_path: str | None = None  # None: `data.held_out` rows are set aside from `path`
@@ -125,29 +140,30 @@ Task = Annotated[ReasoningGymTask | FileTask, pydantic.Field(discriminator="kind
 
 @_config
 class Data:
+    """The tasks, and how their problems become prompts."""
+
     tokenizer: str = "byte"  # "byte", or the path of a tokenizer.json
-    # "auto" (the one beside the tokenizer), "chatml", "plain" (the question alone), or the path of a Jinja template
+    # "auto" (the one beside the tokenizer), "chatml", "plain" (the question alone), or the path of
+    # a Jinja template.
     chat_template: str = "chatml"
-    chat_template_kwargs: dict[str, Any] = dataclasses.field(
-        default_factory=dict
-    )  # e.g. {enable_thinking: false}
+    # Variables of the template, e.g. {enable_thinking: false}.
+    chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     system_prompt: str = ""  # for problems that bring no system message of their own
     tasks: tuple[Task, ...] = ()
     held_out: Count = 256  # problems kept for evaluation over all tasks, never trained on
     max_prompt_tokens: Count = 256  # longer prompts are dropped and counted
-    seed: CountOrZero = (
-        0  # problem generation and the train / held-out split; NOT the training seed
-    )
+    # Of problem generation and of the train / held-out split; it is NOT the training seed.
+    seed: CountOrZero = 0
 
 
 @_config
 class Rewards:
-    extract: Literal["all", "final", "answer_tag", "boxed", "last_number"] = (
-        "all"  # which part of the completion is the answer
-    )
-    format_reward: NonNegative = (
-        0.0  # added when the completion has the form that `extract` asks for
-    )
+    """How completions are verified."""
+
+    # Which part of the completion is the answer.
+    extract: Literal["all", "final", "answer_tag", "boxed", "last_number"] = "all"
+    # Added when the completion has the form that `extract` asks for.
+    format_reward: NonNegative = 0.0
     workers: Count = 2  # verifier processes
     deadline: Positive = 5.0  # seconds per completion; then its worker is killed
     memory_mb: Count = 2048  # address space of a worker
@@ -160,11 +176,14 @@ class Rewards:
 
 @_config
 class Rollout:
+    """How completions are sampled."""
+
     prompts_per_step: Count = 32  # P
-    group_size: Annotated[int, pydantic.Field(ge=2)] = 8  # G
+    group_size: Annotated[int, pydantic.Field(ge=2)] = 8  # G, completions of one prompt
     max_new_tokens: Count = 64
-    # Completions that are written at a time, also in evaluations; one that is done leaves its slot to the next (0: all
-    # at once). Fewer take less memory, and less time where the longest are much longer than the others.
+    # Completions that are written at a time, also in evaluations; one that is done leaves its slot
+    # to the next (0: all at once). Fewer take less memory, and less time where the longest are
+    # much longer than the others.
     slots: CountOrZero = 0
     temperature: Positive = 1.0  # also divides the logits in the scorer
     top_k: CountOrZero = 0  # 0: off
@@ -174,16 +193,19 @@ class Rollout:
 
 @_config
 class SAPO:
-    """arXiv 2511.20347, Eqs. 5, 6."""
+    """Soft Adaptive Policy Optimization, arXiv 2511.20347, Eqs. 5 and 6: a soft gate on r."""
 
     name: Literal["sapo"] = "sapo"
-    tau_pos: Positive = 1.0
-    tau_neg: Positive = 1.05
+    tau_pos: Positive = 1.0  # temperature of the gate where the advantage is positive
+    tau_neg: Positive = 1.05  # and elsewhere
 
 
 @_config
 class GRPO:
-    """arXiv 2402.03300 with the clip-higher of DAPO, arXiv 2503.14476. Values: SAPO paper, section 5."""
+    """arXiv 2402.03300 with the clip-higher of DAPO, arXiv 2503.14476.
+
+    The values are those of the SAPO paper, section 5.
+    """
 
     name: Literal["grpo"] = "grpo"
     clip_low: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.2
@@ -192,7 +214,10 @@ class GRPO:
 
 @_config
 class GSPO:
-    """arXiv 2507.18071. level: one ratio per sequence, or its token form (stop-gradient on the sequence ratio)."""
+    """arXiv 2507.18071.
+
+    level: one ratio per sequence, or its token form (stop-gradient on the sequence ratio).
+    """
 
     name: Literal["gspo"] = "gspo"
     clip_low: Annotated[float, pydantic.Field(gt=0, lt=1)] = 3e-4
@@ -202,7 +227,8 @@ class GSPO:
 
 @_config
 class CISPO:
-    """arXiv 2506.13585, Eqs. 4, 5: the importance weight is clipped and stopped, no token is dropped."""
+    """arXiv 2506.13585, Eqs. 4, 5: the importance weight is clipped and stopped, no token is
+    dropped."""
 
     name: Literal["cispo"] = "cispo"
     clip_low: Annotated[float, pydantic.Field(gt=0, le=1)] = 1.0  # 1.0: no lower bound
@@ -214,7 +240,10 @@ Objective = Annotated[SAPO | GRPO | GSPO | CISPO, pydantic.Field(discriminator="
 
 @_config
 class Advantage:
-    """R - mean of the group; `group` also divides by std(ddof) + eps, `leave_one_out` leaves R out of its mean."""
+    """A = R - mean of the group.
+
+    `group` also divides by std(ddof) + eps; `leave_one_out` leaves R out of its own mean.
+    """
 
     kind: Literal["group", "mean_only", "leave_one_out"] = "group"
     ddof: Annotated[int, pydantic.Field(ge=0, le=1)] = 0
@@ -225,18 +254,16 @@ class Advantage:
 class Loss:
     """How tokens are weighted, and what is added to the surrogate.
 
-    sequence_mean: 1 / (n_sequences * |y_i|) (GRPO, GSPO, SAPO Eq. 5); token_mean: 1 / n_tokens (DAPO);
-    constant: 1 / (n_sequences * max_new_tokens) (Dr. GRPO, arXiv 2503.20783).
+    sequence_mean: 1 / (n_sequences * |y_i|) (GRPO, GSPO, SAPO Eq. 5); token_mean: 1 / n_tokens
+    (DAPO); constant: 1 / (n_sequences * max_new_tokens) (Dr. GRPO, arXiv 2503.20783).
     """
 
     normalization: Literal["sequence_mean", "token_mean", "constant"] = "sequence_mean"
-    kl: Literal["none", "k1", "k2", "k3"] = (
-        "none"  # estimator of KL(policy || its start of the RL stage)
-    )
+    # Estimator of KL(policy || its start of the RL stage).
+    kl: Literal["none", "k1", "k2", "k3"] = "none"
     kl_coef: NonNegative = 0.0
-    correction: Literal["none", "truncated", "masked"] = (
-        "none"  # weight exp(old logp - sampler logp)
-    )
+    # Weight exp(old logp - sampler logp) of a token, against the mismatch of sampler and scorer.
+    correction: Literal["none", "truncated", "masked"] = "none"
     correction_cap: Annotated[float, pydantic.Field(gt=1)] = 2.0
 
 
@@ -250,9 +277,8 @@ class Optimizer:
     learning_rate: Positive = 1e-3
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: CountOrZero = 0  # optimiser steps
-    final_fraction: Fraction = (
-        0.1  # of the learning rate, at the end of a linear or cosine schedule
-    )
+    # Of the learning rate, at the end of a linear or cosine schedule.
+    final_fraction: Fraction = 0.1
     b1: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.9
     b2: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.95
     eps: Positive = 1e-8
@@ -267,31 +293,32 @@ class ColdStart:
     steps: CountOrZero = 0
     batch_size: Count = 64  # sequences per optimiser step
     response: str = "{answer}"  # what the model learns to say; the end token is appended
-    demonstrations: str | None = (
-        None  # JSONL or Parquet whose `answer`s are whole responses; None: the tasks' problems
-    )
+    # A JSONL or Parquet file whose `answer`s are whole responses; None: the tasks' problems.
+    demonstrations: str | None = None
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
 
 
 @_config
 class Train:
+    """The RL stage."""
+
     steps: Count = 100  # RL steps: one rollout batch each
-    mini_batches: Count = 4  # optimiser steps per pass over a rollout batch (the paper: 4; VL: 2)
-    # Per forward/backward so many sequences of full length, or as many tokens in longer rows; or rows of row_tokens.
-    micro_batch: CountOrZero = 0  # 0: the whole mini-batch
+    mini_batches: Count = 4  # N, optimiser steps per pass over a rollout batch (paper: 4; VL: 2)
+    # Per forward and backward so many sequences of full length, or as many tokens in longer rows;
+    # or so many rows of row_tokens. 0: the whole mini-batch.
+    micro_batch: CountOrZero = 0
     row_tokens: CountOrZero = 0  # length of a packed row; 0: the cheapest, chosen for each rollout
     epochs: Count = 1  # passes over a rollout batch
-    old_logp: Literal["scorer", "sampler"] = (
-        "scorer"  # where the denominator of the ratio comes from
-    )
-    # The experts that updates replay. r2: of the scoring pass (arXiv 2507.18071); r3: of the sampler (arXiv 2510.11370)
+    # Where the denominator of the ratio comes from.
+    old_logp: Literal["scorer", "sampler"] = "scorer"
+    # The experts that updates replay. r2: those of the scoring pass (arXiv 2507.18071); r3: those
+    # of the sampler (arXiv 2510.11370).
     routing_replay: Literal["none", "r2", "r3"] = "none"
-    routing_on: Literal["host", "device"] = (
-        "host"  # where their ids wait: sent with each mini-batch, or once a rollout
-    )
-    live_mismatch_every: CountOrZero = (
-        0  # r3: RL steps between scoring passes without replay, to log; 0: never
-    )
+    # Where their ids wait: on the host, sent with each mini-batch; or on the device, sent once a
+    # rollout.
+    routing_on: Literal["host", "device"] = "host"
+    # r3: RL steps between scoring passes without replay, made to log the difference; 0: never.
+    live_mismatch_every: CountOrZero = 0
     seed: CountOrZero = 0
     max_nonfinite: Count = 5  # stop after so many non-finite updates in a row
     log_samples: CountOrZero = 8  # completions of each step that go to samples.jsonl
@@ -300,15 +327,17 @@ class Train:
 
 @_config
 class Diagnostics:
-    """Evidence for SAPO's assumptions A1 and A2, and what hard clips would throw away (`diagnostics.jsonl`)."""
+    """Evidence for SAPO's assumptions A1 and A2, and for what hard clips would throw away
+    (`diagnostics.jsonl`)."""
 
-    every: CountOrZero = (
-        1  # RL steps between rows of diagnostics.jsonl; 0: none, and none of its scalars in metrics
-    )
+    # RL steps between rows of diagnostics.jsonl; 0: none, and none of its scalars in metrics.
+    every: CountOrZero = 1
 
 
 @_config
 class Evaluate:
+    """Sampling the held-out problems."""
+
     every: CountOrZero = 0  # RL steps between evaluations; 0: only before and after RL
     samples: Count = 8  # k of avg@k and pass@k
     temperature: NonNegative = 1.0  # 0: greedy
@@ -317,7 +346,10 @@ class Evaluate:
 
 @_config
 class Mesh:
-    """Devices along each mesh axis; the product is the number of devices used. data = 0: all that are left."""
+    """Devices along each mesh axis; their product is the number of devices used.
+
+    data = 0: all devices that the other axes leave.
+    """
 
     data: CountOrZero = 0
     fsdp: Count = 1
@@ -328,6 +360,8 @@ class Mesh:
 
 @_config
 class Checkpoint:
+    """When the state is saved, and which checkpoints are kept."""
+
     every: Count = 20  # steps
     keep_last: Count = 2
     keep_every: CountOrZero = 0  # steps; 0: only the last ones are kept
@@ -335,6 +369,8 @@ class Checkpoint:
 
 @_config
 class Config:
+    """A whole run."""
+
     name: str = "run"
     run_dir: str = "runs/{name}"  # {name} and {seed} are filled in
     model: Model = dataclasses.field(default_factory=Model)

@@ -1,163 +1,112 @@
-"""Reading configuration sources: YAML files, their `base:` files and `key.path=value` overrides, as layers of dicts.
-
-YAML is read by the 1.2 core rules, not PyYAML's 1.1: `1e-3` is a number; `no`, `on`, `2026-01-01` and `1:30` are text;
-only true and false are booleans. Infinities and NaN stay text, which no number accepts. A key given twice is a mistake.
-Every value is a JSON value.
-"""
+"""Where a configuration comes from: YAML files, their `base:` files, `key.path=value` overrides."""
 
 from __future__ import annotations
 
-import json
-import math
-import re
+import dataclasses
 from pathlib import Path
 from typing import Any
 
-import yaml
+from sapo_jax.config.errors import ConfigError, Problem
+from sapo_jax.config.yaml_core import parse_yaml
+from sapo_jax.text import did_you_mean
 
-from sapo_jax.config.errors import ConfigError, Problem, did_you_mean
+KeyPath = tuple[str | int, ...]  # an integer is the position of an item in a list
 
-INT = re.compile(r"[-+]?[0-9]+(_[0-9]+)*$")
-FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(_[0-9]+)*(\.[0-9]*)?)([eE][-+]?[0-9]+)?$")
-RESOLVERS = [  # tag, form, first characters; the first that fits wins
-    ("tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
-    ("tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
-    ("tag:yaml.org,2002:int", INT, list("-+0123456789")),
-    ("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789")),
-    ("tag:yaml.org,2002:merge", re.compile(r"<<$"), ["<"]),
-]
+# The mapping in one file, or an override as such a mapping. Keys are text; positions of items, in
+# an override, are integers.
+Layer = dict[Any, Any]
 
 
-class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict = {}
+@dataclasses.dataclass(frozen=True)
+class Override:
+    """A value for one key path."""
 
-    def __init__(self, text: str):
-        super().__init__(text)
-        self.duplicates: list[str] = []
+    keys: KeyPath
+    value: Any
 
-    def compose_mapping_node(self, anchor):
-        node = super().compose_mapping_node(anchor)
-        first: dict[str, int] = {}
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            line = key.start_mark.line + 1
-            if key.value in first:
-                self.duplicates.append(
-                    f"line {line}: {key.value!r} is already given in line {first[key.value]}"
-                )
-            first.setdefault(key.value, line)
-        return node
+    @property
+    def path(self) -> str:
+        """The key path as it is written: `data.tasks.0.size`."""
+        return ".".join(map(str, self.keys))
 
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes every text that this reader or a YAML 1.1 reader would take for something else."""
-
-    def ignore_aliases(self, data):
-        return True
+    def as_layer(self) -> Layer:
+        """The value in as many mappings as the path has keys; positions stay integers."""
+        layer = self.value
+        for key in reversed(self.keys):
+            layer = {key: layer}
+        return layer
 
 
-for _resolver in RESOLVERS:
-    _Loader.add_implicit_resolver(*_resolver)
-    _Dumper.add_implicit_resolver(*_resolver)
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
-_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: _to_float(node.value))
+def read_files(path: str | Path) -> tuple[list[Layer], list[Path], list[Problem]]:
+    """A file and those that it inherits from by `base:`, which is relative to the file it is in.
 
-
-def _to_float(text: str) -> float | str:
-    number = float(text)
-    return number if math.isfinite(number) else text
-
-
-def parse_yaml(text: str) -> tuple[Any, list[str]]:
-    """The value, and what is wrong with it (keys given twice). Raises ValueError, with the line, if it is not YAML."""
-    try:
-        loader = _Loader(text)
-        value = loader.get_single_data()
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ValueError(f"{where}not valid YAML: {error.problem or error.context}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"not valid YAML: {error}") from error
-    except (ValueError, KeyError, AttributeError) as error:  # an explicit tag, such as !!bool 3
-        raise ValueError(f"a value does not fit its tag: {error}") from error
-    try:
-        return json.loads(json.dumps(value)), loader.duplicates  # keys become text
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"not made of text, numbers, true, false, null, lists and mappings alone: {error}"
-        ) from error
-
-
-def dump_yaml(value: Any) -> str:
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
-
-
-def read_files(path: str | Path) -> tuple[list[dict[str, Any]], list[Path], list[Problem]]:
-    """The layers of a file, its `base:` (relative to it) first; the files, itself first; keys that are given twice.
-
-    Raises ConfigError where a file cannot be read at all, or the base files go in a circle.
+    Returns their layers, the lowest base first; the files, the given one first; and a problem for
+    each key that is given twice. Raises ConfigError where a file cannot be read at all, or the
+    base files go in a circle.
     """
-    layers: list[dict[str, Any]] = []
+    layers: list[Layer] = []
     files: list[Path] = []
     problems: list[Problem] = []
     current: Path | None = Path(path)
     while current is not None:
         if current.resolve() in [file.resolve() for file in files]:
             circle = " -> ".join(map(str, [*files, current]))
-            raise ConfigError(
-                [Problem(("base",), f"the base files go in a circle: {circle}")], str(path)
-            )
+            problem = Problem(("base",), f"the base files go in a circle: {circle}")
+            raise ConfigError([problem], str(path))
         files.append(current)
         layer, duplicates = read_mapping(current, str(path))
         problems += [Problem((), f"{current}, {text}") for text in duplicates]
         base = layer.pop("base", None)
         if base is not None and not isinstance(base, str):
-            raise ConfigError(
-                [Problem(("base",), f"expected the path of a file, got {base!r}")], str(current)
-            )
+            problem = Problem(("base",), f"expected the path of a file, got {base!r}")
+            raise ConfigError([problem], str(current))
         layers.insert(0, layer)
         current = None if base is None else current.parent / base
     return layers, files, problems
 
 
-def read_mapping(file: Path, source: str) -> tuple[dict[str, Any], list[str]]:
-    """The mapping in a YAML file, and the keys it gives twice. Raises ConfigError, about `source`, if there is none."""
+def read_mapping(file: Path, source: str) -> tuple[Layer, list[str]]:
+    """The mapping in a YAML file, and a sentence about each key that it gives twice.
+
+    An empty file is an empty mapping. Raises ConfigError, about `source`, where there is none.
+    """
     try:
         value, duplicates = parse_yaml(file.read_text(encoding="utf-8"))
     except OSError as error:
-        near = (
-            did_you_mean(file.name, [p.name for p in file.parent.glob("*.y*ml")])
-            if file.parent.is_dir()
-            else ""
-        )
-        raise ConfigError(
-            [Problem((), f"{file}: {error.strerror or error}{near}")], source
-        ) from error
+        text = f"{file}: {error.strerror or error}{_similar_file(file)}"
+        raise ConfigError([Problem((), text)], source) from error
     except ValueError as error:  # not UTF-8, or not YAML
         raise ConfigError([Problem((), f"{file}: {error}")], source) from error
     if value is None:
         value = {}
     if not isinstance(value, dict):
-        raise ConfigError(
-            [Problem((), f"{file}: expected `key: value` lines, got {type(value).__name__}")],
-            source,
-        )
+        text = f"{file}: expected `key: value` lines, got {type(value).__name__}"
+        raise ConfigError([Problem((), text)], source)
     return value, duplicates
 
 
-def parse_override(text: str) -> tuple[tuple[str | int, ...], Any]:
-    """`key.path=value` -> (keys, value); a key that is a number is a list index. Raises ConfigError."""
-    path, equals, value = text.partition("=")
+def _similar_file(file: Path) -> str:
+    """A hint at a YAML file of a similar name in the same folder, or ""."""
+    if not file.parent.is_dir():
+        return ""
+    return did_you_mean(file.name, [other.name for other in file.parent.glob("*.y*ml")])
+
+
+def parse_override(text: str) -> Override:
+    """`key.path=value`; the value is YAML, a key that is a number is a position in a list.
+
+    Raises ConfigError.
+    """
+    path, equals, value_text = text.partition("=")
     path = path.strip()
     keys = tuple(int(key) if key.isdecimal() else key for key in path.split("."))
     if not equals or "" in keys:
-        raise ConfigError(
-            [Problem((), f"override {text!r}: write key.path=value, for example train.steps=50")]
-        )
+        usage = "write key.path=value, for example train.steps=50"
+        raise ConfigError([Problem((), f"override {text!r}: {usage}")])
     try:
-        parsed, duplicates = parse_yaml(value)
+        value, duplicates = parse_yaml(value_text)
     except ValueError as error:
         raise ConfigError([Problem((path,), f"override {text!r}: {error}")]) from error
     if duplicates:
         raise ConfigError([Problem((path,), f"override {text!r}: {'; '.join(duplicates)}")])
-    return keys, parsed
+    return Override(keys, value)

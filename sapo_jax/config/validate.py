@@ -1,146 +1,184 @@
-"""A dict of JSON values -> Config, with every mistake in it put into words."""
+"""A mapping of JSON values -> Config, with every mistake in it put into words.
+
+pydantic finds the mistakes, by the dataclasses of `schema.py`. What is added here is what its
+messages lack: the keys as they are written in a file, what was expected in plain words, and what
+was probably meant.
+"""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from typing import Any
 
 import pydantic
 from pydantic_core import ErrorDetails
 
-from sapo_jax.config import outline
-from sapo_jax.config.errors import Problem, did_you_mean, nearest, show
+from sapo_jax.config.errors import Problem, show
+from sapo_jax.config.outline import ADAPTER, ROOT, Node, all_keys
 from sapo_jax.config.presets import PRESETS
 from sapo_jax.config.schema import Config
+from sapo_jax.config.source import KeyPath, Layer
+from sapo_jax.text import did_you_mean, nearest
 
-Keys = tuple[str | int, ...]
+
+@dataclasses.dataclass(frozen=True)
+class _Mistake:
+    """A problem, and the keys of the value that must go so that the rest can be checked."""
+
+    problem: Problem
+    keys: KeyPath
 
 
-def validate(raw: dict[str, Any]) -> tuple[Config, list[Problem]]:
-    """The Config, and the mistakes of single keys. Where there are any, the Config has defaults in their place."""
+def validate(raw: Layer) -> tuple[Config, list[Problem]]:
+    """The Config, and the mistakes of single keys.
+
+    Where there are mistakes, the Config has defaults in their place, so that what is sound in it
+    can still be checked.
+    """
     problems = _unknown_preset(raw)
-    raw = copy.deepcopy(raw)
+    sound = copy.deepcopy(raw)
     while True:
         try:
-            # Through JSON: there, a strict pydantic still takes a list for a tuple and a mapping for a dataclass.
-            return outline.ADAPTER.validate_json(json.dumps(raw), strict=True), problems
+            # By way of JSON: from there, a strict pydantic still takes a list for a tuple and a
+            # mapping for a dataclass.
+            cfg = ADAPTER.validate_json(json.dumps(sound), strict=True)
         except pydantic.ValidationError as error:
-            mistakes = [_explain(details, raw) for details in error.errors(include_url=False)]
-        problems += [problem for problem, _ in mistakes]
-        for _, keys in sorted(mistakes, key=lambda mistake: len(mistake[1]), reverse=True):
-            _remove(raw, keys)
+            mistakes = [_explain(details, sound) for details in error.errors(include_url=False)]
+        else:
+            return cfg, problems
+        problems += [mistake.problem for mistake in mistakes]
+        # The deepest go first, so that the way to each is still there.
+        for mistake in sorted(mistakes, key=lambda mistake: len(mistake.keys), reverse=True):
+            _remove(sound, mistake.keys)
 
 
-def _unknown_preset(raw: dict[str, Any]) -> list[Problem]:
-    """`meant` is the whole model: nothing can be said of the shape."""
+def _unknown_preset(raw: Layer) -> list[Problem]:
+    """To pydantic a preset is any text. One that there is not leaves the whole model in doubt."""
     model = raw.get("model")
-    name = model.get("preset") if isinstance(model, dict) else None
+    if not isinstance(model, dict):
+        return []
+    name = model.get("preset")
     if not isinstance(name, str) or name in PRESETS:
         return []
     text = f"expected one of {', '.join(PRESETS)}, got {show(name)}{did_you_mean(name, PRESETS)}"
-    return [Problem(("model.preset",), text, meant=("model",))]
+    return [Problem(("model.preset",), text, in_doubt=("model",))]
 
 
-def _explain(error: ErrorDetails, raw: dict[str, Any]) -> tuple[Problem, Keys]:
-    """One of pydantic's errors in words, and the keys of what to remove so that the rest can be checked."""
-    keys = _clean(error["loc"])
-    node, value = _at(keys[:-1], raw)
+# ---------------------------------------------------------------- pydantic's errors in words
+
+
+def _explain(error: ErrorDetails, raw: Layer) -> _Mistake:
+    keys = _written_keys(error["loc"])
+    section_node, section = _look_up(keys[:-1], raw)
     if error["type"] == "unexpected_keyword_argument":
-        return _unknown_key(keys, node, value), keys
-    below = outline.child(node, keys[-1], value)
+        return _Mistake(_unknown_key(keys, section_node, section), keys)
+    node = section_node.child(keys[-1], section)
     if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        return _bad_tag(keys, below, error["input"]), keys
-    return Problem((dotted(keys),), _wrong_value(below, error["input"])), keys
+        return _Mistake(_bad_tag(keys, node, error["input"]), keys)
+    return _Mistake(Problem((dotted(keys),), _wrong_value(node, error["input"])), keys)
 
 
-def _clean(loc: tuple[str | int, ...]) -> Keys:
+def _written_keys(location: tuple[str | int, ...]) -> KeyPath:
     """pydantic puts the tag of a union's member after the union's key; nobody writes it there."""
     keys: list[str | int] = []
-    node: outline.Node | None = outline.ROOT
-    for part in loc:
-        if node is not None and outline.tag_of(node) is not None:
-            node = outline.members(node)[str(part)]
+    node = ROOT
+    for part in location:
+        if node.tag is not None:
+            node = node.members()[str(part)]
         else:
             keys.append(part)
-            node = outline.child(node, part)
+            node = node.child(part)
     return tuple(keys)
 
 
-def _at(keys: Keys, raw: Any) -> tuple[outline.Node | None, Any]:
-    node: outline.Node | None = outline.ROOT
+def _look_up(keys: KeyPath, raw: Layer) -> tuple[Node, Any]:
+    """The node and the value at a key path. Raises KeyError or IndexError where nothing is."""
+    node = ROOT
+    value: Any = raw
     for key in keys:
-        node, raw = outline.child(node, key, raw), raw[key]
-    return node, raw
+        node = node.child(key, section=value)
+        value = value[key]
+    return node, value
 
 
-def _unknown_key(keys: Keys, node: outline.Node, section: dict[str, Any]) -> Problem:
-    """A known key close by is suggested, else one of that name elsewhere, else the section's keys are listed."""
-    key = str(keys[-1])
-    node = outline.follow(node)
-    if tag := outline.tag_of(node):
-        node = outline.members(node)[section[tag]]
-    siblings = [name for name in node["properties"] if name not in section]
-    if near := nearest(key, siblings):
-        return Problem(
-            (dotted(keys),),
-            f"unknown key; did you mean {near!r}?",
-            meant=(dotted((*keys[:-1], near)),),
-        )
-    everywhere = list(outline.walk())
-    if far := nearest(key, [name for name, _ in everywhere], cutoff=0.75):
-        places = [path for name, path in everywhere if name == far]
-        places = ([path for path in places if path.split(".")[0] == str(keys[0])] or places)[
-            :3
-        ]  # this section first
-        return Problem(
-            (dotted(keys),), f"unknown key here; did you mean {' or '.join(map(repr, places))}?"
-        )
-    return Problem(
-        (dotted(keys),), f"unknown key; the keys here are {', '.join(node['properties'])}"
-    )
+def _unknown_key(keys: KeyPath, section_node: Node, section: dict[str, Any]) -> Problem:
+    """A problem that suggests a known key close by, else one of a similar name elsewhere.
+
+    Where there is none either, it lists the section's keys.
+    """
+    here = dotted(keys)
+    name = str(keys[-1])
+    known = section_node.member_for(section).keys()
+
+    neighbour = nearest(name, [key for key in known if key not in section])
+    if neighbour is not None:
+        text = f"unknown key; did you mean {neighbour!r}?"
+        return Problem((here,), text, in_doubt=(dotted((*keys[:-1], neighbour)),))
+
+    everywhere = list(all_keys())
+    elsewhere = nearest(name, [key for key, _ in everywhere], cutoff=0.75)
+    if elsewhere is not None:
+        paths = [path for key, path in everywhere if key == elsewhere]
+        in_same_section = [path for path in paths if path.split(".")[0] == str(keys[0])]
+        suggestions = (in_same_section or paths)[:3]
+        meant = " or ".join(repr(path) for path in suggestions)
+        return Problem((here,), f"unknown key here; did you mean {meant}?")
+
+    return Problem((here,), f"unknown key; the keys here are {', '.join(known)}")
 
 
-def _bad_tag(keys: Keys, union: outline.Node, section: dict[str, Any]) -> Problem:
-    tag = outline.tag_of(union)
-    names = list(outline.members(union))
+def _bad_tag(keys: KeyPath, union: Node, section: dict[str, Any]) -> Problem:
+    """A union section that names no member, or one that there is not: all of it is in doubt."""
+    tag = str(union.tag)
     here = dotted((*keys, tag))
+    names = list(union.members())
+    expected = f"expected one of {', '.join(map(repr, names))}"
     if tag not in section:
-        return Problem(
-            (here,),
-            f"missing; expected one of {', '.join(map(repr, names))}",
-            meant=(dotted(keys),),
-        )
-    near = did_you_mean(section[tag], names)
-    text = f"expected one of {', '.join(map(repr, names))}, got {show(section[tag])}{near}"
-    return Problem((here,), text, meant=(dotted(keys),))
+        text = f"missing; {expected}"
+    else:
+        given = section[tag]
+        text = f"{expected}, got {show(given)}{did_you_mean(given, names)}"
+    return Problem((here,), text, in_doubt=(dotted(keys),))
 
 
-def _wrong_value(node: outline.Node, value: Any) -> str:
-    text = f"expected {outline.expected(node)}, got {show(value)}"
-    node = outline.follow(node)
-    if isinstance(value, str) and "enum" in node:
-        return text + did_you_mean(value, map(str, node["enum"]))
-    if node.get("type") == "string" and isinstance(value, (dict, int, float)):
+def _wrong_value(node: Node, value: Any) -> str:
+    text = f"expected {node.expected()}, got {show(value)}"
+    json_type = node.rules.get("type")
+    if isinstance(value, str) and "enum" in node.rules:
+        return text + did_you_mean(value, map(str, node.rules["enum"]))
+    if json_type == "string" and isinstance(value, (dict, int, float)):
         return f"{text}; put it in quotes to make it text"
-    if value is None and (node.get("type") == "object" or outline.tag_of(node)):
+    if value is None and (json_type == "object" or node.tag is not None):
         return f"{text}; leave the key out to keep the defaults"
     return text
 
 
-def _remove(raw: dict[str, Any], keys: Keys) -> None:
-    """Take a value out, so that its default stands in; an item of a list of unions becomes the first member."""
+# ---------------------------------------------------------------- going on without what is wrong
+
+
+def _remove(raw: Layer, keys: KeyPath) -> None:
+    """Take a value out, so that its default stands in.
+
+    An item of a list has no default: one of a list of unions becomes the first member with its
+    defaults; of another list the whole list is taken out.
+    """
     try:
-        node, section = _at(keys[:-1], raw)
+        section_node, section = _look_up(keys[:-1], raw)
     except (KeyError, IndexError):
-        return  # its list is gone already
+        return  # the list that it was in is gone already
+    key = keys[-1]
     if isinstance(section, dict):
-        section.pop(keys[-1], None)
-    elif tag := outline.tag_of(item := outline.child(node, keys[-1])):
-        section[keys[-1]] = {tag: next(iter(outline.members(item)))}
-    else:
+        section.pop(key, None)
+        return
+    item_node = section_node.child(key)
+    if item_node.tag is None:
         _remove(raw, keys[:-1])
+    else:
+        first_member = next(iter(item_node.members()))
+        section[key] = {item_node.tag: first_member}
 
 
-def dotted(keys: Keys) -> str:
+def dotted(keys: KeyPath) -> str:
     return ".".join(map(str, keys))

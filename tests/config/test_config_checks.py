@@ -34,7 +34,7 @@ def base(tmp_path, monkeypatch):
 
 FILE = "kind: file, path: rows.jsonl"
 BROKEN = [  # rule, overrides, keys, what the message says
-    ("tasks", ["data.tasks=[]"], "data.tasks", "no task is given"),
+    ("some_task", ["data.tasks=[]"], "data.tasks", "no task is given"),
     ("distinct_tasks", [f"data.tasks=[{{{FILE}}}, {{{FILE}}}]"],
      "data.tasks.0, data.tasks.1", "called 'rows'; give each its own"),
     ("distinct_tasks",

@@ -427,7 +427,7 @@ def test_diff_names_changed_keys(write):
 
 def test_nothing_heavy_is_imported(write):
     code = (
-        "import sys; from sapo_jax.config import load; from sapo_jax.describe import describe;"
+        "import sys; from sapo_jax.config import load; from sapo_jax.plan.dry_run import describe;"
         f"describe(load({str(write(TASKS))!r}), 300);"
         "print([m for m in ('jax', 'flax', 'torch', 'grain', 'reasoning_gym', 'sympy') if m in sys.modules])"
     )

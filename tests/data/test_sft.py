@@ -41,8 +41,8 @@ def test_ids_are_those_of_the_whole_response(bpe, save):
     "template, message",
     [
         ("no placeholder", "must contain {answer}"),
-        ("{answer} {question}", "unknown {question}"),
-        (r"\boxed{answer}", r"loses the braces of \boxed: write \boxed{{answer}}"),
+        ("{answer} {question}", "holds {question}; the only placeholder is {answer}"),
+        (r"\boxed{answer}", r"loses the braces of \boxed; write \boxed{{answer}}"),
     ],
 )
 def test_bad_templates(template, message):

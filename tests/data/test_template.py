@@ -390,7 +390,7 @@ def test_generation_prompt_flag_and_variables(template):
     assert thinking.render([user("x")]) == "x!"
     without = thinking.render([user("x")], add_generation_prompt=False)
     assert thinking.render([user("x")], think=True) == without == "x"
-    with pytest.raises(ValueError, match=r"chat\.jinja has no variable thinks; did you mean think"):
+    with pytest.raises(ValueError, match=r"chat\.jinja has no variable thinks; did you mean 'think"):
         thinking.render([user("x")], thinks=True)
     with pytest.raises(ValueError, match="messages is not free"):
         thinking.check_variables(["messages"])

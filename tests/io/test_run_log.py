@@ -20,7 +20,7 @@ import pytest
 from rich.console import Console
 from tensorboardX.proto import event_pb2
 
-from sapo_jax.io.display import Display, visible
+from sapo_jax.io.display import Display
 from sapo_jax.io.run_log import RunLog
 
 

@@ -52,7 +52,7 @@ def test_topologies():
     [
         (
             "v5:4x4",
-            r"unknown topology 'v5:4x4'; did you mean v5\w\?. Chips: v4, v5e, v5p, v6e. Examples: v5e:2x2",
+            r"unknown topology 'v5:4x4'; did you mean 'v5\w'\?. Chips: v4, v5e, v5p, v6e. Examples: v5e:2x2",
         ),
         ("h100:8", "unknown topology 'h100:8'. Chips: v4"),
         ("v5p", "unknown topology 'v5p'"),
