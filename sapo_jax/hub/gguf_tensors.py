@@ -1,8 +1,9 @@
 """The tensors of a GGUF file under their Hugging Face names, one by one.
 
-What differs: the names; matrices are quantised in blocks (the `gguf` package undoes that); all experts of a layer are
-one tensor; and in the `llama` architecture the rows of q and k are permuted, because llama.cpp rotates the pairs
-(x_2i, x_2i+1) of a head there, Hugging Face the pairs (x_i, x_i+h/2).
+The `gguf` package knows both names of each tensor and undoes the quantisation; our weight table
+knows the shapes. What else differs: in GGUF all experts of a layer are one tensor, and in the
+`llama` architecture the rows of q and k are permuted, because there llama.cpp rotates the pairs
+(x_2i, x_2i+1) of a head where Hugging Face rotates the pairs (x_i, x_i+h/2).
 """
 
 from __future__ import annotations
@@ -13,88 +14,81 @@ from typing import Any
 
 import numpy as np
 
+from sapo_jax.config import Model
+from sapo_jax.hub.table import HubParam, dim_sizes, hub_params
 from sapo_jax.hub.writer import Shape
 
 
 @dataclasses.dataclass(frozen=True)
-class Planned:
-    """What a tensor of the file must be, and what becomes of it."""
+class PlannedTensor:
+    """What a tensor of the file must be, and which Hugging Face tensors it becomes."""
 
-    shape: Shape
-    target: str  # Hugging Face's name; with {} for the number of an expert
-    experts: int = (
-        0  # > 0: the leading dim is that of so many experts, each of which gets its own target
-    )
-    permuted_heads: int = 0  # > 0: the rows are those of so many heads, in llama.cpp's order
+    shape: Shape  # with a leading dim of experts, if num_experts > 0
+    hub_shape: Shape  # of each Hugging Face tensor
+    param: HubParam  # with the names of the Hugging Face tensors
+    layer: int  # which of the layers of `param`
+    permuted_heads: int  # 0, or the number of heads whose rows are in llama.cpp's order
 
-    @property
-    def target_shape(self) -> Shape:
-        return self.shape[1:] if self.experts else self.shape
+    def hub_names(self) -> list[str]:
+        return self.param.tensor_names(self.layer)
 
-    def targets(self) -> list[str]:
-        return (
-            [self.target.format(e) for e in range(self.experts)] if self.experts else [self.target]
+
+def plan_tensors(architecture: str, cfg: Model) -> dict[str, PlannedTensor]:
+    """{name in the file: plan} of all tensors of a model, in the order in which they are written.
+
+    Its size does not depend on the number of experts, which a damaged file may put at 2^32.
+    """
+    import gguf
+
+    architectures = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(architectures[architecture], cfg.num_hidden_layers)
+    sizes = dim_sizes(cfg)
+    permuted_heads = {}
+    if architecture == "llama":
+        permuted_heads["attention.q"] = cfg.num_attention_heads
+        permuted_heads["attention.k"] = cfg.num_key_value_heads
+
+    plan = {}
+
+    def add(param: HubParam, layer: int) -> None:
+        hub_name = param.base_name(layer).replace(".{e}", "").removesuffix(".weight")
+        hub_shape = param.kind.hub_shape(sizes)
+        shape = hub_shape
+        if param.num_experts > 0:
+            shape = (param.num_experts, *hub_shape)
+        heads = permuted_heads.get(param.kind.param, 0)
+        plan[f"{names.get_name(hub_name)}.weight"] = PlannedTensor(
+            shape, hub_shape, param, layer, heads
         )
 
-
-def tensor_plan(architecture: str, config: Mapping[str, Any]) -> dict[str, Planned]:
-    """{name in the file: Planned} of all tensors that a model with this config.json has."""
-    V, D = config["vocab_size"], config["hidden_size"]
-    plan = {
-        "token_embd.weight": Planned((V, D), "model.embed_tokens.weight"),
-        "output_norm.weight": Planned((D,), "model.norm.weight"),
-    }
-    if not config["tie_word_embeddings"]:
-        plan["output.weight"] = Planned((V, D), "lm_head.weight")
-    layer = _attention(architecture, config) | _mlp(architecture, config)
-    for i in range(config["num_hidden_layers"]):
-        for name, planned in layer.items():
-            target = f"model.layers.{i}.{planned.target}.weight"
-            plan[f"blk.{i}.{name}.weight"] = dataclasses.replace(planned, target=target)
+    params = hub_params(cfg)
+    for param in params:
+        if not param.stacked:
+            add(param, 0)
+    for layer in range(cfg.num_hidden_layers):
+        for param in params:
+            if param.stacked:  # All layers are of one kind, so each array holds all of them.
+                add(param, layer)
     return plan
 
 
-def _attention(architecture: str, config: Mapping[str, Any]) -> dict[str, Planned]:
-    D, h = config["hidden_size"], config["head_dim"]
-    H, K = config["num_attention_heads"], config["num_key_value_heads"]
-    llama = architecture == "llama"
-    layer = {
-        "attn_norm": Planned((D,), "input_layernorm"),
-        "attn_q": Planned((H * h, D), "self_attn.q_proj", permuted_heads=H * llama),
-        "attn_k": Planned((K * h, D), "self_attn.k_proj", permuted_heads=K * llama),
-        "attn_v": Planned((K * h, D), "self_attn.v_proj"),
-        "attn_output": Planned((D, H * h), "self_attn.o_proj"),
-        "ffn_norm": Planned((D,), "post_attention_layernorm"),
-    }
-    if not llama:
-        layer["attn_q_norm"] = Planned((h,), "self_attn.q_norm")
-        layer["attn_k_norm"] = Planned((h,), "self_attn.k_norm")
-    return layer
+def planned_shapes(plan: Mapping[str, PlannedTensor]) -> dict[str, Shape]:
+    """{name: shape} of the Hugging Face tensors, in the order of `tensor_values`."""
+    shapes = {}
+    for planned in plan.values():
+        for name in planned.hub_names():
+            shapes[name] = planned.hub_shape
+    return shapes
 
 
-def _mlp(architecture: str, config: Mapping[str, Any]) -> dict[str, Planned]:
-    D = config["hidden_size"]
-    if architecture != "qwen3moe":
-        F = config["intermediate_size"]
-        return {
-            "ffn_gate": Planned((F, D), "mlp.gate_proj"),
-            "ffn_up": Planned((F, D), "mlp.up_proj"),
-            "ffn_down": Planned((D, F), "mlp.down_proj"),
-        }
-    E, F = config["num_experts"], config["moe_intermediate_size"]
-    return {
-        "ffn_gate_inp": Planned((E, D), "mlp.gate"),
-        "ffn_gate_exps": Planned((E, F, D), "mlp.experts.{}.gate_proj", E),
-        "ffn_up_exps": Planned((E, F, D), "mlp.experts.{}.up_proj", E),
-        "ffn_down_exps": Planned((E, D, F), "mlp.experts.{}.down_proj", E),
-    }
+def tensor_problems(tensors: Mapping[str, Any], plan: Mapping[str, PlannedTensor]) -> list[str]:
+    """What is wrong with the tensors of a file (`gguf.ReaderTensor`s by name).
 
-
-def tensor_problems(tensors: Mapping[str, Any], plan: Mapping[str, Planned]) -> list[str]:
-    """Missing, unknown and misshapen tensors, and those of a type that cannot be dequantised."""
+    Some may be missing, unknown, of the wrong shape, or of a type that cannot be dequantised.
+    """
     problems = [f"{name}: missing" for name in plan if name not in tensors]
     for name, tensor in tensors.items():
-        shape = tuple(int(n) for n in reversed(tensor.shape))  # GGUF lists the fastest dim first
+        shape = tuple(int(n) for n in reversed(tensor.shape))  # GGUF lists the fastest dim first.
         if name not in plan:
             problems.append(
                 f"{name}: a tensor {shape} that is not part of this architecture as it is supported"
@@ -103,43 +97,57 @@ def tensor_problems(tensors: Mapping[str, Any], plan: Mapping[str, Planned]) -> 
             problems.append(
                 f"{name}: its shape is {shape}; from the metadata it should be {plan[name].shape}"
             )
-        elif not _decodable(tensor):
+        elif not _can_be_dequantised(tensor):
             problems.append(
                 f"{name}: values of type {tensor.tensor_type.name} cannot be dequantised"
             )
     return problems
 
 
-def _decodable(tensor: Any) -> bool:
+def _can_be_dequantised(tensor: Any) -> bool:
+    """Whether the package can dequantise the first row of a tensor."""
     import gguf
 
-    try:  # on one row
-        gguf.dequantize(tensor.data.reshape(-1, tensor.data.shape[-1])[:1], tensor.tensor_type)
+    first_row = tensor.data.reshape(-1, tensor.data.shape[-1])[:1]
+    try:
+        gguf.dequantize(first_row, tensor.tensor_type)
     except NotImplementedError:
         return False
     return True
 
 
 def tensor_values(
-    tensors: Mapping[str, Any], plan: Mapping[str, Planned], dtype: np.dtype, problems: list[str]
+    tensors: Mapping[str, Any],
+    plan: Mapping[str, PlannedTensor],
+    dtype: np.dtype,
+    problems: list[str],
 ) -> Iterator[np.ndarray]:
-    """The target tensors, in the order of the plan. Those that `dtype` cannot hold are noted in `problems`."""
+    """The Hugging Face tensors, rounded to `dtype`, in the order of the plan.
+
+    Tensors that hold NaN, infinity or numbers beyond the range of `dtype` are added to `problems`.
+    """
     import gguf
 
     for name, planned in plan.items():
         tensor = tensors[name]
-        for i, data in enumerate(tensor.data if planned.experts else [tensor.data]):
-            with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is reported below
-                x = gguf.dequantize(data, tensor.tensor_type).astype(dtype, copy=False)
-            if planned.permuted_heads:
-                x = unpermute(x, planned.permuted_heads)
-            if not np.isfinite(x).all():
-                of_expert = f" of expert {i}" * bool(planned.experts)
-                problems.append(f"{name}: values{of_expert} that are not finite, or not in {dtype}")
-            yield x
+        has_experts = planned.param.num_experts > 0
+        parts = tensor.data if has_experts else [tensor.data]
+        for expert, part in enumerate(parts):
+            with np.errstate(over="ignore", invalid="ignore"):  # What comes of it is told below.
+                values = gguf.dequantize(part, tensor.tensor_type).astype(dtype, copy=False)
+            if planned.permuted_heads > 0:
+                values = unpermute_heads(values, planned.permuted_heads)
+            if not np.isfinite(values).all():
+                where = f" of expert {expert}" if has_experts else ""
+                problems.append(f"{name}: values{where} that are not finite, or not in {dtype}")
+            yield values
 
 
-def unpermute(x: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of every head from llama.cpp's order, 0, h/2, 1, h/2 + 1, ..., to 0, 1, 2, ..."""
-    h = len(x) // heads
-    return x.reshape(heads, h // 2, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+def unpermute_heads(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Put the rows of every head from llama.cpp's order into Hugging Face's.
+
+    llama.cpp has them as 0, h/2, 1, h/2 + 1, ..., where h is the width of a head.
+    """
+    head_dim = len(rows) // heads
+    pairs = rows.reshape(heads, head_dim // 2, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)

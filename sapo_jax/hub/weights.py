@@ -1,20 +1,16 @@
-"""Weights between Hugging Face safetensors and our parameters: one table, both directions.
+"""Weights in and out of Hugging Face safetensors files; `table.py` says what goes where.
 
-The hub keeps a linear map as [out, in] and one tensor per layer and expert; ours are [in, out], with heads as a dim of
-their own, and the layers of one kind stacked (see `qwen3`). Loading reads, slice by slice, what each device's shard
-needs and writes it into the stacked array in place: no array is ever whole on the host, nor on one device of several.
+Loading reads, slice by slice, what each device's shard needs, and writes it into the stacked array
+in place: no array is ever whole on the host, nor on one device of several.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
-import itertools
 import math
-import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,265 +22,162 @@ from sapo_jax.batch import Params
 from sapo_jax.config import Model, read_json_object
 from sapo_jax.distributed import sharding
 from sapo_jax.errors import ModelDirError
+from sapo_jax.hub.table import HEAD, HubParam, TensorKind, dim_sizes, hub_params, tensor_kinds
 from sapo_jax.hub.writer import INDEX
 from sapo_jax.models import Policy
 
-DTYPES = ("F32", "F16", "BF16")
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One kind of tensor. Dims are named as in types.py; `(H h)` is one dim of the hub's that is two of ours."""
-
-    ours: str  # dotted path in the parameters; in a layer, relative to it
-    hub: str  # the tensor's name; in a layer, relative to it; {e} stands for the expert's number
-    hub_dims: str
-    our_dims: str
-
-
-TOP = (
-    Row("embed", "model.embed_tokens.weight", "V D", "V D"),
-    Row("norm.scale", "model.norm.weight", "D", "D"),
-)
-HEAD = (Row("head", "lm_head.weight", "V D", "V D"),)
-ATTENTION = (
-    Row("attention_norm.scale", "input_layernorm.weight", "D", "D"),
-    Row("attention.q", "self_attn.q_proj.weight", "(H h) D", "D H h"),
-    Row("attention.k", "self_attn.k_proj.weight", "(K h) D", "D K h"),
-    Row("attention.v", "self_attn.v_proj.weight", "(K h) D", "D K h"),
-    Row("attention.o", "self_attn.o_proj.weight", "D (H h)", "H h D"),
-    Row("mlp_norm.scale", "post_attention_layernorm.weight", "D", "D"),
-)
-BIAS = (
-    Row("attention.q_bias", "self_attn.q_proj.bias", "(H h)", "H h"),
-    Row("attention.k_bias", "self_attn.k_proj.bias", "(K h)", "K h"),
-    Row("attention.v_bias", "self_attn.v_proj.bias", "(K h)", "K h"),
-    Row("attention.o_bias", "self_attn.o_proj.bias", "D", "D"),
-)
-QK_NORM = (
-    Row("attention.q_norm.scale", "self_attn.q_norm.weight", "h", "h"),
-    Row("attention.k_norm.scale", "self_attn.k_norm.weight", "h", "h"),
-)
-DENSE = (
-    Row("mlp.gate", "mlp.gate_proj.weight", "F D", "D F"),
-    Row("mlp.up", "mlp.up_proj.weight", "F D", "D F"),
-    Row("mlp.down", "mlp.down_proj.weight", "D F", "F D"),
-)
-SPARSE = (
-    Row("mlp.router", "mlp.gate.weight", "E D", "D E"),
-    Row("mlp.gate", "mlp.experts.{e}.gate_proj.weight", "f D", "D f"),
-    Row("mlp.up", "mlp.experts.{e}.up_proj.weight", "f D", "D f"),
-    Row("mlp.down", "mlp.experts.{e}.down_proj.weight", "D f", "f D"),
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """One of our arrays and the tensors it is made of: one, or one per layer, or per layer and expert.
-
-    Its dims are [layer, expert, *row.our_dims], the first two where there are several layers, experts.
-    """
-
-    row: Row
-    path: tuple[str | int, ...]
-    prefixes: tuple[str, ...]  # "" or "model.layers.{i}." of each layer
-    experts: int  # 0: the row is not one of experts
-
-    @property
-    def stacked(self) -> bool:
-        return self.prefixes != ("",)
-
-    def names(self, layer: int) -> list[str]:
-        """The tensors of a layer."""
-        name = self.prefixes[layer] + self.row.hub
-        return [name.format(e=e) for e in range(self.experts)] if self.experts else [name]
-
-
-def leaves(cfg: Model) -> list[Leaf]:
-    """All our arrays, in the order of the hub's tensors."""
-    per_layer = ATTENTION + BIAS * cfg.attention_bias + QK_NORM * cfg.qk_norm
-    found = [Leaf(row, _path(row), ("",), 0) for row in TOP]
-    numbers = itertools.count()
-    for run, (sparse, group) in enumerate(itertools.groupby(cfg.sparse_layers)):
-        prefixes = tuple(f"model.layers.{next(numbers)}." for _ in group)
-        for row in per_layer + (SPARSE if sparse else DENSE):
-            experts = cfg.num_experts if "{e}" in row.hub else 0
-            found.append(Leaf(row, ("layers", run, *_path(row)), prefixes, experts))
-    return found + [Leaf(row, _path(row), ("",), 0) for row in HEAD * (not cfg.tie_word_embeddings)]
-
-
-def _path(row: Row) -> tuple[str, ...]:
-    return tuple(row.ours.split("."))
-
-
-def sizes(cfg: Model) -> dict[str, int]:
-    """The dims by name."""
-    return {
-        "V": cfg.vocab_size, "D": cfg.hidden_size, "H": cfg.num_attention_heads, "K": cfg.num_key_value_heads,
-        "h": cfg.head_dim, "F": cfg.intermediate_size, "f": cfg.moe_intermediate_size, "E": cfg.num_experts,
-    }  # fmt: skip
-
-
-def _groups(hub_dims: str) -> list[list[str]]:
-    """ "(H h) D" -> [["H", "h"], ["D"]]"""
-    return [match.strip("()").split() for match in re.findall(r"\([^)]*\)|\S+", hub_dims)]
-
-
-def hub_shape(row: Row, size: dict[str, int]) -> tuple[int, ...]:
-    return tuple(math.prod(size[dim] for dim in group) for group in _groups(row.hub_dims))
-
-
-def to_ours(row: Row, tensor: np.ndarray, size: dict[str, int]) -> np.ndarray:
-    """A tensor of the hub's (or a slice of it; `size` is then the slice's) with our dims."""
-    dims = [dim for group in _groups(row.hub_dims) for dim in group]
-    return tensor.reshape([size[dim] for dim in dims]).transpose(
-        [dims.index(dim) for dim in row.our_dims.split()]
-    )
-
-
-def to_hub(row: Row, array: np.ndarray, size: dict[str, int]) -> np.ndarray:
-    dims, ours = [dim for group in _groups(row.hub_dims) for dim in group], row.our_dims.split()
-    return array.transpose([ours.index(dim) for dim in dims]).reshape(hub_shape(row, size))
+SUPPORTED_DTYPES = ("F32", "F16", "BF16")  # as a safetensors header spells them
 
 
 # ---------------------------------------------------------------- the files
 
 
-class Weights:
-    """The safetensors files of a model directory. Headers are read, and checked, at once.
+class WeightFiles:
+    """The safetensors files of a model directory.
 
-    Raises ModelDirError with ALL that is wrong: files that are missing or damaged, and tensors that are missing,
-    unknown, given twice, or of another shape or dtype than `cfg` asks for. The tensors themselves are not read yet.
-    `read` opens their files until the end of a `with`: what was read of an open file counts as this process's memory.
+    The constructor reads and checks all headers, but no tensor. It raises ModelDirError with ALL
+    that is wrong: files that are missing or damaged, and tensors that are missing, unknown, in two
+    files, or of another shape or dtype than `cfg` asks for.
+
+    A file that `read` needs is opened and stays open until the end of the `with` block around it:
+    what was read of an open file is mapped and so counts as memory of this process.
     """
 
     def __init__(self, folder: str | Path, cfg: Model):
-        self.folder, self.size = Path(folder), sizes(cfg)
-        self._stack = contextlib.ExitStack()  # of the files that are open
-        self._open: dict[str, safe_open] = {}
-        self._file_of: dict[str, str] = {}  # by tensor
+        self.folder = Path(folder)
+        self.sizes = dim_sizes(cfg)
+        self._file_of: dict[str, str] = {}  # the name of the file by the name of the tensor
+        self._open_files: dict[str, safe_open] = {}
+        self._exit_stack = contextlib.ExitStack()  # closes the open files
         with self:
-            if problems := self._index() or self._compare(cfg):
-                raise ModelDirError(folder, problems)
+            problems = self._read_headers()
+            if not problems:
+                problems = self._check_tensors(cfg)
+        if problems:
+            raise ModelDirError(folder, problems)
 
-    def __enter__(self) -> Weights:
+    def __enter__(self) -> WeightFiles:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._open.clear()
-        self._stack.close()
+        self._open_files.clear()
+        self._exit_stack.close()
 
     def _file(self, name: str) -> safe_open:
-        if name not in self._open:
-            self._open[name] = self._stack.enter_context(
-                safe_open(self.folder / name, framework="numpy")
-            )
-        return self._open[name]
+        if name not in self._open_files:
+            file = safe_open(self.folder / name, framework="numpy")
+            self._open_files[name] = self._exit_stack.enter_context(file)
+        return self._open_files[name]
 
-    def _index(self) -> list[str]:
-        names, indexed, problems = _file_names(self.folder)
-        opened = set()
-        for name in names:
+    def _read_headers(self) -> list[str]:
+        """Find out which tensor is in which file. Returns what is wrong with the files."""
+        file_names, index, problems = _list_files(self.folder)
+        readable_files = set()
+        for file_name in file_names:
             try:
-                keys = list(self._file(name).keys())
+                tensor_names = list(self._file(file_name).keys())
             except FileNotFoundError:
                 problems.append(
-                    f"{name}: {INDEX} names this file, but it is not there; fetch it again"
+                    f"{file_name}: {INDEX} names this file, but it is not there; fetch it again"
                 )
                 continue
             except (SafetensorError, OSError) as error:
                 problems.append(
-                    f"{name}: truncated, or not a safetensors file ({error}); fetch it again"
+                    f"{file_name}: truncated, or not a safetensors file ({error}); fetch it again"
                 )
                 continue
-            opened.add(name)
-            for key in keys:
-                if key in self._file_of:
-                    problems.append(f"{name}: tensor {key} is in {self._file_of[key]} too")
-                self._file_of[key] = name
-        lost = [
-            (key, name)
-            for key, name in indexed.items()
-            if name in opened and key not in self._file_of
-        ]
-        return problems + [
-            f"{name}: {INDEX} says it holds {key}, but it does not" for key, name in lost
-        ]
+            readable_files.add(file_name)
+            for name in tensor_names:
+                if name in self._file_of:
+                    problems.append(f"{file_name}: tensor {name} is in {self._file_of[name]} too")
+                self._file_of[name] = file_name
+        for name, file_name in index.items():
+            if file_name in readable_files and name not in self._file_of:
+                problems.append(f"{file_name}: {INDEX} says it holds {name}, but it does not")
+        return problems
 
-    def _compare(self, cfg: Model) -> list[str]:
-        expected = {
-            name: leaf.row
-            for leaf in leaves(cfg)
-            for i in range(len(leaf.prefixes))
-            for name in leaf.names(i)
-        }
+    def _check_tensors(self, cfg: Model) -> list[str]:
+        """Compare the tensors of the files with those of the model. Returns what is wrong."""
+        expected = dict(tensor_kinds(cfg))
         problems = [f"tensor {name} is missing" for name in expected if name not in self._file_of]
-        optional = (
-            {row.hub for row in HEAD} if cfg.tie_word_embeddings else set()
-        )  # some files hold the tied head too
-        for name, file in self._file_of.items():
-            where, row = f"{file}: tensor {name}", expected.get(name)
-            if row is None:
-                problems += [] if name in optional else [f"{where} is unknown to this model"]
+        ignored = set()
+        if cfg.tie_word_embeddings:
+            # Some files hold the tied head, too, which is the embedding once more.
+            ignored = {kind.hub_name for kind in HEAD}
+        for name, file_name in self._file_of.items():
+            where = f"{file_name}: tensor {name}"
+            if name not in expected:
+                if name not in ignored:
+                    problems.append(f"{where} is unknown to this model")
                 continue
-            slice_ = self._file(file).get_slice(name)
-            shape, wanted = tuple(slice_.get_shape()), hub_shape(row, self.size)
-            if shape != wanted:
+            header = self._file(file_name).get_slice(name)
+            shape = tuple(header.get_shape())
+            expected_shape = expected[name].hub_shape(self.sizes)
+            if shape != expected_shape:
                 problems.append(
-                    f"{where} has the shape {list(shape)}, config.json asks for {list(wanted)}"
+                    f"{where} has the shape {list(shape)}, "
+                    f"config.json asks for {list(expected_shape)}"
                 )
-            if slice_.get_dtype() not in DTYPES:
+            if header.get_dtype() not in SUPPORTED_DTYPES:
                 problems.append(
-                    f"{where} has dtype {slice_.get_dtype()}; supported are {', '.join(DTYPES)}"
+                    f"{where} has dtype {header.get_dtype()}; "
+                    f"supported are {', '.join(SUPPORTED_DTYPES)}"
                 )
         return problems
 
-    def read(self, row: Row, name: str, index: dict[str, slice]) -> np.ndarray:
-        """The part of a tensor at `index` (a slice by dim; a dim that is not named is taken whole), float32, our dims.
+    def read(self, kind: TensorKind, name: str, cuts: dict[str, slice]) -> np.ndarray:
+        """A part of the tensor `name`, as float32 with the dims of our parameter.
 
-        Raises ModelDirError if it holds a number that is not finite, or if its file is no longer what it was.
+        cuts: the slice of each dim that is wanted; a dim that is not named is taken whole.
+        Raises ModelDirError if the part holds NaN or infinity, or if the file has changed.
         """
-        hub_index, size = [], dict(self.size)
-        for first, *rest in _groups(row.hub_dims):
-            inner = math.prod(self.size[dim] for dim in rest)
-            cut = index.get(first, slice(None)).indices(self.size[first])
-            size[first] = cut[1] - cut[0]
-            hub_index.append(slice(cut[0] * inner, cut[1] * inner))
-        file = self._file_of[name]
+        hub_cuts = []
+        part_sizes = dict(self.sizes)
+        for outer_dim, *inner_dims in kind.hub_dim_groups():
+            # A dim of the hub's like (H h) is cut along its outer dim, in steps of the inner ones.
+            cut = cuts.get(outer_dim, slice(None))
+            start, stop, _ = cut.indices(self.sizes[outer_dim])
+            step = math.prod(self.sizes[dim] for dim in inner_dims)
+            hub_cuts.append(slice(start * step, stop * step))
+            part_sizes[outer_dim] = stop - start
+        file_name = self._file_of[name]
         try:
-            tensor = (
-                self._file(file).get_slice(name)[tuple(hub_index)].astype(np.float32, copy=False)
-            )
+            part = self._file(file_name).get_slice(name)[tuple(hub_cuts)]
         except (SafetensorError, OSError) as error:
-            problem = f"{file}: changed while it was read ({error}); fetch the directory again"
+            problem = f"{file_name}: changed while it was read ({error}); fetch the directory again"
             raise ModelDirError(self.folder, [problem]) from error
-        if not np.isfinite(tensor).all():
-            raise ModelDirError(
-                self.folder, [f"{file}: tensor {name} holds NaN or infinity; fetch the file again"]
-            )
-        return to_ours(row, tensor, size)
+        part = part.astype(np.float32, copy=False)
+        if not np.isfinite(part).all():
+            problem = f"{file_name}: tensor {name} holds NaN or infinity; fetch the file again"
+            raise ModelDirError(self.folder, [problem])
+        return kind.to_param(part, part_sizes)
 
 
-def _file_names(folder: Path) -> tuple[list[str], dict[str, str], list[str]]:
-    """The safetensors files, {tensor: file} of the index if there is one, and what is wrong with either."""
-    if (folder / INDEX).is_file():
-        indexed = read_json_object(folder / INDEX, folder).get("weight_map")
-        if (
-            not isinstance(indexed, dict)
-            or not indexed
-            or not all(isinstance(f, str) for f in indexed.values())
-        ):
-            return [], {}, [f"{INDEX}: weight_map is not a mapping of tensors to files"]
-        if strange := sorted({name for name in indexed.values() if Path(name).name != name}):
-            return [], {}, [f"{INDEX}: {strange[0]!r} is not the name of a file beside it"]
-        return sorted(set(indexed.values())), indexed, []
-    names = sorted(file.name for file in folder.glob("*.safetensors"))
-    return names, {}, [] if names else ["there is no *.safetensors file"]
+def _list_files(folder: Path) -> tuple[list[str], dict[str, str], list[str]]:
+    """The names of the safetensors files, the index, and what is wrong with either.
+
+    The index is {tensor: file}, or {} if there is no index: then all files of the folder count.
+    """
+    if not (folder / INDEX).is_file():
+        file_names = sorted(file.name for file in folder.glob("*.safetensors"))
+        if not file_names:
+            return [], {}, ["there is no *.safetensors file"]
+        return file_names, {}, []
+
+    index = read_json_object(folder / INDEX, folder).get("weight_map")
+    is_mapping = isinstance(index, dict) and len(index) > 0
+    if not is_mapping or not all(isinstance(file_name, str) for file_name in index.values()):
+        return [], {}, [f"{INDEX}: weight_map is not a mapping of tensors to files"]
+    file_names = sorted(set(index.values()))
+    for file_name in file_names:
+        if Path(file_name).name != file_name:
+            return [], {}, [f"{INDEX}: {file_name!r} is not the name of a file beside it"]
+    return file_names, index, []
 
 
 def check_weights(folder: str | Path, cfg: Model) -> None:
     """Raise ModelDirError if `load_params` would, for any reason that the files' headers show."""
-    Weights(folder, cfg)
+    WeightFiles(folder, cfg)
 
 
 # ---------------------------------------------------------------- in
@@ -293,89 +186,107 @@ def check_weights(folder: str | Path, cfg: Model) -> None:
 def load_params(folder: str | Path, policy: Policy, mesh: jax.sharding.Mesh) -> Params:
     """The parameters in `folder`, float32, each in its shards on the mesh.
 
-    Host memory beyond the parameters themselves stays below two of the largest tensors (a layer's experts count as
-    one), and the pages of one that are mapped. Raises ModelDirError.
+    Beyond the parameters themselves, host memory stays below two of the largest tensors (a layer's
+    experts count as one), and the mapped pages of one. Raises ModelDirError.
     """
-    placed, weights = sharding.shardings(mesh, policy.logical_axes), Weights(folder, policy.cfg)
+    targets = sharding.shardings(mesh, policy.logical_axes)
+    files = WeightFiles(folder, policy.cfg)
     params: Params = {}
-    for leaf in leaves(policy.cfg):
-        shape, target = _at(policy.shapes, leaf.path).shape, _at(placed, leaf.path)
-        node = functools.reduce(lambda tree, key: tree.setdefault(key, {}), leaf.path[:-1], params)
-        node[leaf.path[-1]] = _load_stack(weights, leaf, shape, target)
+    for param in hub_params(policy.cfg):
+        shape = _get(policy.shapes, param.path).shape
+        target = _get(targets, param.path)
+        if param.stacked:
+            array = _load_stacked(files, param, shape, target)
+        else:
+            array = _load_slice(files, param, 0, shape, target)
+        _set(params, param.path, array)
     return params
 
 
-def _at(tree: Params, path: tuple[str | int, ...]):
-    return functools.reduce(lambda node, key: node[key], path, tree)
+def _get(tree: Any, path: tuple[str | int, ...]) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree
 
 
-def _load_stack(
-    weights: Weights, leaf: Leaf, shape: tuple[int, ...], target: NamedSharding
+def _set(tree: Any, path: tuple[str | int, ...], value: Any) -> None:
+    *parents, last = path
+    for key in parents:
+        tree = tree.setdefault(key, {})
+    tree[last] = value
+
+
+def _load_stacked(
+    files: WeightFiles, param: HubParam, shape: tuple[int, ...], target: NamedSharding
 ) -> jax.Array:
-    if not leaf.stacked:
-        return _load_layer(weights, leaf, 0, shape, target)
+    """A parameter with a leading dim of layers, which are loaded and put into it one by one."""
     layer_target = NamedSharding(target.mesh, PartitionSpec(*target.spec[1:]))
-    whole = jax.jit(lambda: jnp.zeros(shape, jnp.float32), out_shardings=target)()
-    put = jax.jit(
+    # Parameters of the same shape and sharding share these two programs.
+    make_zeros = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=target)
+    put_layer = jax.jit(
         jax.lax.dynamic_update_index_in_dim,
         static_argnums=3,
         donate_argnums=0,
         out_shardings=target,
     )
+    stacked = make_zeros(shape, jnp.float32)
     for i in range(shape[0]):
-        whole = put(whole, _load_layer(weights, leaf, i, shape[1:], layer_target), i, 0)
-        whole.block_until_ready()  # or else the layers to come would be read ahead, into memory
-    return whole
+        layer = _load_slice(files, param, i, shape[1:], layer_target)
+        stacked = put_layer(stacked, layer, i, 0)
+        # Without this wait the layers to come would be read ahead, into memory.
+        stacked.block_until_ready()
+    return stacked
 
 
-def _load_layer(
-    weights: Weights, leaf: Leaf, layer: int, shape: tuple[int, ...], target: NamedSharding
+def _load_slice(
+    files: WeightFiles,
+    param: HubParam,
+    index: int,
+    shape: tuple[int, ...],
+    target: NamedSharding,
 ) -> jax.Array:
-    names, dims = leaf.names(layer), leaf.row.our_dims.split()
+    """The index-th layer of a parameter, or all of one that is not stacked."""
+    names = param.tensor_names(index)
+    dims = param.kind.param_dims.split()
 
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
-        if not leaf.experts:
-            return weights.read(leaf.row, names[0], dict(zip(dims, index, strict=True)))
-        cuts = dict(zip(dims, index[1:], strict=True))
-        first, last, _ = index[0].indices(shape[0])
-        found = np.empty(
-            [len(range(*cut.indices(n))) for cut, n in zip(index, shape, strict=True)], np.float32
-        )
-        for e in range(first, last):
-            found[e - first] = weights.read(leaf.row, names[e], cuts)
-        return found
+    def read_shard(cuts: tuple[slice, ...] | None) -> np.ndarray:
+        assert cuts is not None  # JAX's type allows it; a shard always has an index.
+        if param.num_experts == 0:
+            return files.read(param.kind, names[0], dict(zip(dims, cuts, strict=True)))
+        expert_cut, *inner_cuts = cuts
+        cut_of_dim = dict(zip(dims, inner_cuts, strict=True))
+        experts = range(*expert_cut.indices(shape[0]))
+        shard_shape = [len(range(*c.indices(n))) for c, n in zip(cuts, shape, strict=True)]
+        shard = np.empty(shard_shape, np.float32)
+        for position, expert in enumerate(experts):
+            shard[position] = files.read(param.kind, names[expert], cut_of_dim)
+        return shard
 
-    with weights:
-        return jax.make_array_from_callback(shape, target, shard)
+    with files:
+        return jax.make_array_from_callback(shape, target, read_shard)
 
 
 # ---------------------------------------------------------------- out
 
 
-def hub_shapes(cfg: Model) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in the hub's layout, in the order of `hub_tensors`."""
-    size = sizes(cfg)
-    return {
-        name: hub_shape(leaf.row, size)
-        for leaf in leaves(cfg) for i in range(len(leaf.prefixes)) for name in leaf.names(i)
-    }  # fmt: skip
-
-
 def hub_tensors(params: Params, cfg: Model, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """The tensors in the hub's layout, one after the other, rounded to `dtype`.
+    """The tensors in Hugging Face's layout, rounded to `dtype`, in the order of `hub_shapes`.
 
-    Raises ValueError where a finite number is beyond the range of `dtype`.
+    They are made one after the other, so that one at a time is in memory. Raises ValueError where a
+    finite number is beyond the range of `dtype`.
     """
-    size = sizes(cfg)
-    for leaf in leaves(cfg):
-        array = _at(params, leaf.path)
-        for i in range(len(leaf.prefixes)):
-            layer = np.asarray(array[i] if leaf.stacked else array)
-            for name, part in zip(leaf.names(i), layer if leaf.experts else [layer], strict=True):
-                with np.errstate(over="ignore"):  # told below
-                    rounded = to_hub(leaf.row, part, size).astype(dtype)
-                if np.isfinite(part).all() and not np.isfinite(rounded).all():
+    sizes = dim_sizes(cfg)
+    for param in hub_params(cfg):
+        array = _get(params, param.path)
+        for index in range(param.num_slices):
+            layer = np.asarray(array[index] if param.stacked else array)
+            tensors = layer if param.num_experts > 0 else [layer]
+            for name, tensor in zip(param.tensor_names(index), tensors, strict=True):
+                with np.errstate(over="ignore"):  # An overflow raises ValueError below.
+                    rounded = param.kind.to_hub(tensor, sizes).astype(dtype)
+                if np.isfinite(tensor).all() and not np.isfinite(rounded).all():
                     raise ValueError(
-                        f"tensor {name} holds numbers beyond the range of {dtype}; write float32 instead"
+                        f"tensor {name} holds numbers beyond the range of {dtype}; "
+                        "write float32 instead"
                     )
                 yield rounded

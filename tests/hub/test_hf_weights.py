@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 from sapo_jax.config import ConfigError, Mesh, Model, Yarn, load, read_model_keys, to_hugging_face
 from sapo_jax.distributed import sharding
 from sapo_jax.errors import ModelDirError
-from sapo_jax.hub.weights import Weights, check_weights, hub_shapes, hub_tensors, load_params
+from sapo_jax.hub.table import hub_shapes
+from sapo_jax.hub.weights import WeightFiles, check_weights, hub_tensors, load_params
 from sapo_jax.hub.writer import INDEX, new_model_dir, write_json, write_shards
 from sapo_jax.models import make_policy
 from tests.models.test_hf_parity import CASES
@@ -36,6 +37,13 @@ def hugging_face(name: str):
 def saved(name: str, folder: Path, **kwargs) -> Path:
     hugging_face(name).save_pretrained(folder, **kwargs)
     return folder
+
+
+def all_tensors(folder: Path) -> dict[str, np.ndarray]:
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= load_file(file)
+    return tensors
 
 
 def load_case(name: str, folder: Path):
@@ -172,8 +180,11 @@ def test_loading_gives_the_tensors_bit_for_bit(name, tmp_path):
     expected = hf.params(hugging_face(name).state_dict(), CASES[name])
     assert jax.tree.structure(params) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
-    same = lambda x, shape: x.dtype == np.float32 and x.shape == shape.shape
-    assert jax.tree.all(jax.tree.map(same, params, make_policy(CASES[name]).shapes))
+
+    def as_expected(array, shape):
+        return array.dtype == np.float32 and array.shape == shape.shape
+
+    assert jax.tree.all(jax.tree.map(as_expected, params, make_policy(CASES[name]).shapes))
 
 
 @each_case
@@ -183,25 +194,16 @@ def test_round_trip_is_bit_equal(name, shard_size, tmp_path):
     original = saved(name, tmp_path / "theirs", max_shard_size=shard_size)
     assert (original / INDEX).exists() == (shard_size == "10KB")
     params = load_case(name, original)
+    float32 = np.dtype(np.float32)
+    max_bytes = 2**40 if shard_size == "5GB" else 10_000
     with new_model_dir(tmp_path / "ours") as folder:
-        tensors, float32 = (
-            hub_tensors(params, CASES[name], np.dtype(np.float32)),
-            np.dtype(np.float32),
-        )
-        write_shards(
-            folder,
-            hub_shapes(CASES[name]),
-            float32,
-            tensors,
-            2**40 if shard_size == "5GB" else 10_000,
-        )
+        tensors = hub_tensors(params, CASES[name], float32)
+        write_shards(folder, hub_shapes(CASES[name]), float32, tensors, max_bytes)
         write_json(folder / "config.json", to_hugging_face(CASES[name]))
     again = load_case(name, tmp_path / "ours")
     jax.tree.map(np.testing.assert_array_equal, again, params)
-    tensors = lambda folder: {
-        k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()
-    }
-    ours, theirs = tensors(tmp_path / "ours"), tensors(original)
+    ours = all_tensors(tmp_path / "ours")
+    theirs = all_tensors(original)
     assert ours.keys() == theirs.keys()
     for key in ours:
         np.testing.assert_array_equal(ours[key], theirs[key])
@@ -250,9 +252,13 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what is mapped")
 def test_no_file_stays_mapped_after_a_tensor_is_placed(tmp_path, monkeypatch):
     """Else all weights that were read would be resident, beside the parameters."""
-    folder, before = saved("qwen3", tmp_path / "model"), []
-    mapped = lambda: str(folder) in Path("/proc/self/maps").read_text()
-    read = Weights.read
+    folder = saved("qwen3", tmp_path / "model")
+    before = []
+
+    def mapped():
+        return str(folder) in Path("/proc/self/maps").read_text()
+
+    read = WeightFiles.read
 
     def watched(self, *args):
         before.append(mapped())
@@ -260,21 +266,22 @@ def test_no_file_stays_mapped_after_a_tensor_is_placed(tmp_path, monkeypatch):
         assert mapped()
         return found
 
-    monkeypatch.setattr(Weights, "read", watched)
+    monkeypatch.setattr(WeightFiles, "read", watched)
     load_case("qwen3", folder)
     assert len(before) > 10 and not any(before)
 
 
 def test_a_file_that_vanishes_while_it_is_read_is_told(tmp_path, monkeypatch):
     folder = saved("qwen3", tmp_path / "model")
-    read, (file,) = Weights.read, folder.glob("*.safetensors")
+    (file,) = folder.glob("*.safetensors")
+    read = WeightFiles.read
 
-    def last(self, row, name, index):
+    def last(self, kind, name, cuts):
         if name == "model.norm.weight":  # the second; the file is closed before it
             file.unlink()
-        return read(self, row, name, index)
+        return read(self, kind, name, cuts)
 
-    monkeypatch.setattr(Weights, "read", last)
+    monkeypatch.setattr(WeightFiles, "read", last)
     with pytest.raises(ModelDirError, match="model.safetensors: changed while it was read"):
         load_case("qwen3", folder)
 
