@@ -1,9 +1,10 @@
 """Learning curves of the arms of a sweep, or of runs, over their seeds.
 
-A point of a curve is the interquartile mean over the seeds of an arm, its band the 95 % percentile bootstrap interval
-of that: whole runs are drawn with replacement, within the arm (Agarwal et al. 2021, arXiv 2108.13264; a sweep trains
-on one task mixture, so there is one stratum). It tells how the mean would vary with other seeds, not with other tasks.
-With three seeds it goes from the lowest to the highest and is too narrow; with fewer there is none.
+A point of a curve is the interquartile mean (IQM) over the seeds of an arm. Its band is the 95 %
+percentile bootstrap interval of that: whole runs are drawn with replacement, within the arm
+(Agarwal et al. 2021, arXiv 2108.13264; a sweep trains on one task mixture, so there is one
+stratum). It tells how the mean would vary with other seeds, not with other tasks. With three seeds
+the band goes from the lowest to the highest of them and is too narrow; with fewer there is none.
 """
 
 from __future__ import annotations
@@ -11,33 +12,38 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sapo_jax.config.errors import did_you_mean
-from sapo_jax.config.resume import MAY_CHANGE
-from sapo_jax.config.source import parse_yaml
+from sapo_jax.config.resume import NO_SAY_IN_RESULTS
+from sapo_jax.config.yaml_core import parse_yaml
 from sapo_jax.diagnostics.bootstrap import bootstrap_interval, interquartile_mean
 from sapo_jax.errors import ReportError
-from sapo_jax.io.files import read_rows
+from sapo_jax.io.files import CONFIG, METRICS, read_rows
 from sapo_jax.io.plots import series
 from sapo_jax.sweeps.results import MANIFEST, read_manifest
+from sapo_jax.text import did_you_mean
 
-METRICS = ("held_out/avg", "reward/mean", "entropy/mean")
-FEWEST = 3  # seeds that an interval takes
-POINTS = 40  # of a curve at most, but for evaluations: they are few, and averages of many samples already
+DEFAULT_METRICS = ("held_out/avg", "reward/mean", "entropy/mean")
+FEWEST_SEEDS = 3  # that an interval takes
+# Of a curve at most. Evaluations have all their points: they are few, and each of them is already
+# an average over many samples.
+MOST_POINTS = 40
 
 
 @dataclasses.dataclass(frozen=True)
 class LoggedRun:
+    """What the folder of a run says about it."""
+
     folder: Path
     seed: int
-    arm: str  # of its sweep; else the name in its config
-    group: Any  # runs with the same one are seeds of one arm
-    rows: list[dict[str, Any]]  # of the RL stage
+    arm: str  # the name of its arm in the sweep; without a sweep, the name in its config
+    place: Path  # what to call the arm if several arms have that name
+    group: Hashable  # runs with an equal group are seeds of one arm
+    rows: list[dict[str, Any]]  # of metrics.jsonl, those of the RL stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +54,11 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """A metric of an arm at the T steps that all its runs have."""
+    """A metric of an arm at T points, made of the RL steps that all of its N runs have."""
 
     metric: str
     arm: str
-    window: int  # RL steps whose mean a point is; the last of them is its step
+    window: int  # RL steps whose mean a point is; the last of them is the point's step
     step_T: np.ndarray
     value_TN: np.ndarray  # of the N seeds
     iqm_T: np.ndarray
@@ -63,79 +69,98 @@ class Curve:
 
 
 def read_arms(paths: Sequence[str | Path]) -> tuple[list[Arm], list[str]]:
-    """The arms of sweep folders and run folders, and what is to be said about runs that are missing.
+    """The arms in folders of sweeps and of runs, and notes about runs that are missing.
 
-    Run folders are seeds of one arm if their configurations are the same but for name, seed, and what has no say in the
-    numbers. Raises ReportError.
+    Runs that are given by their own folders are seeds of one arm if their configurations are the
+    same, apart from the name, the seed, and what has no say in the numbers. Raises ReportError.
     """
-    runs: dict[Path, LoggedRun] = {}
-    notes, empty = [], []
+    run_of_folder: dict[Path, LoggedRun] = {}
+    notes: list[str] = []
+    paths_without_metrics: list[str] = []
     for path in map(Path, paths):
-        found = _of_sweep(path) if (path / MANIFEST).exists() else [_of_folder(path)]
-        missing = sum(not run.rows for run in found)
-        if missing == len(found):
-            empty.append(str(path))
-        elif missing:
-            notes.append(
-                f"{path}: {missing} of {len(found)} runs have not begun RL, and are left out"
-            )
-        runs |= {run.folder.resolve(): run for run in found}
-    if empty:
-        text = f"no metrics of RL in {', '.join(empty)}"
+        if (path / MANIFEST).exists():
+            runs = _runs_of_sweep(path)
+        else:
+            runs = _run_of_folder(path)
+        begun = [run for run in runs if run.rows]
+        if not begun:
+            paths_without_metrics.append(str(path))
+        elif len(begun) < len(runs):
+            missing = len(runs) - len(begun)
+            text = f"{missing} of {len(runs)} runs have not begun RL, and are left out"
+            notes.append(f"{path}: {text}")
+        for run in runs:
+            run_of_folder[run.folder.resolve()] = run
+    if paths_without_metrics:
         raise ReportError(
-            f"{text}; give folders of sweeps (with {MANIFEST}) or of runs (with metrics.jsonl)"
+            f"no metrics of RL in {', '.join(paths_without_metrics)}; "
+            f"give folders of sweeps (with {MANIFEST}) or of runs (with {METRICS})"
         )
-    arms = _grouped(list(runs.values()))
+    arms = _group_into_arms(list(run_of_folder.values()))
     for arm in arms:
-        if len(last := {run.rows[-1]["step"] for run in arm.runs}) > 1:
-            where = f"RL steps {min(last)} to {max(last)}"
+        last_steps = {run.rows[-1]["step"] for run in arm.runs}
+        if len(last_steps) > 1:
             notes.append(
-                f"{arm.label}: its runs have come to {where}; its curves end where all of them are"
+                f"{arm.label}: its runs have come to RL steps {min(last_steps)} to "
+                f"{max(last_steps)}; its curves end where all of them are"
             )
     return arms, notes
 
 
-def _of_sweep(path: Path) -> list[LoggedRun]:
-    manifest = read_manifest(path)["runs"]
-    return [
-        LoggedRun(path / n, r["seed"], r["arm"], (path, r["arm"]), _rows(path / n))
-        for n, r in manifest.items()
-    ]
+def _runs_of_sweep(path: Path) -> list[LoggedRun]:
+    runs = []
+    for name, entry in read_manifest(path)["runs"].items():
+        run = LoggedRun(
+            folder=path / name,
+            seed=entry["seed"],
+            arm=entry["arm"],
+            place=path / entry["arm"],
+            group=(path, entry["arm"]),
+            rows=_read_rl_rows(path / name),
+        )
+        runs.append(run)
+    return runs
 
 
-def _of_folder(path: Path) -> LoggedRun:
-    rows = _rows(path)
+def _run_of_folder(path: Path) -> list[LoggedRun]:
+    """The run in that folder, or [] if it has no metrics of RL."""
+    rows = _read_rl_rows(path)
     if not rows:
-        return LoggedRun(path, 0, "", None, rows)
-    file = path / "config.yaml"
+        return []
+    file = path / CONFIG
     try:
         config, _ = parse_yaml(file.read_text(encoding="utf-8"))
-        return LoggedRun(
-            path, int(config["train"]["seed"]), str(config["name"]), _identity(config), rows
+        run = LoggedRun(
+            folder=path,
+            seed=int(config["train"]["seed"]),
+            arm=str(config["name"]),
+            place=path,
+            group=_identity(config),
+            rows=rows,
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ReportError(f"{file} is not the configuration of a run ({error!r})") from error
+    return [run]
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _read_rl_rows(folder: Path) -> list[dict[str, Any]]:
     try:
-        return [row for row in read_rows(path / "metrics.jsonl") if row["stage"] == "rl"]
+        rows = read_rows(folder / METRICS)
     except ValueError as error:
         raise ReportError(str(error)) from error
+    return [row for row in rows if row["stage"] == "rl"]
 
 
 def _identity(config: dict[str, Any]) -> frozenset[tuple[str, str]]:
-    ignored = (
-        "name",
-        "train.seed",
-        *(key for key in MAY_CHANGE if key not in ("train.steps", "evaluate.")),
-    )
+    """All settings of a run that have a say in its numbers, apart from the seed."""
+    ignored = ("name", "train.seed", *NO_SAY_IN_RESULTS)
     return frozenset(
         (key, value) for key, value in _flat(config, "") if not key.startswith(ignored)
     )
 
 
-def _flat(value: Any, path: str) -> Iterable[tuple[str, str]]:
+def _flat(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    """The dotted key and the text of every value of a nested mapping."""
     if isinstance(value, dict) and value:
         for key, below in value.items():
             yield from _flat(below, f"{path}.{key}".lstrip("."))
@@ -143,91 +168,125 @@ def _flat(value: Any, path: str) -> Iterable[tuple[str, str]]:
         yield path, repr(value)
 
 
-def _grouped(runs: Sequence[LoggedRun]) -> list[Arm]:
-    groups: dict[Any, list[LoggedRun]] = {}
+def _group_into_arms(runs: Sequence[LoggedRun]) -> list[Arm]:
+    """The arms in the order in which they are given. Raises ReportError for a seed given twice."""
+    runs_of_group: dict[Hashable, list[LoggedRun]] = {}
     for run in runs:
-        groups.setdefault(run.group, []).append(run)
-    names = Counter(group[0].arm for group in groups.values())
+        runs_of_group.setdefault(run.group, []).append(run)
+    arms_of_name = Counter(group[0].arm for group in runs_of_group.values())
     arms = []
-    for group in groups.values():
-        first = group[0]
-        for seed, count in Counter(run.seed for run in group).items():
-            if count > 1:
-                twice = " and ".join(str(run.folder) for run in group if run.seed == seed)
-                raise ReportError(f"{twice} are the same run, seed {seed}; give one of them")
-        place = first.folder.parent / first.arm if isinstance(first.group, tuple) else first.folder
-        arms.append(
-            Arm(
-                first.arm if names[first.arm] == 1 else str(place),
-                [run for run in group if run.rows],
-            )
-        )
-    return [arm for arm in arms if arm.runs]
+    for group in runs_of_group.values():
+        _refuse_equal_seeds(group)
+        label = group[0].arm
+        if arms_of_name[label] > 1:
+            label = str(group[0].place)
+        begun = [run for run in group if run.rows]
+        if begun:
+            arms.append(Arm(label, begun))
+    return arms
+
+
+def _refuse_equal_seeds(group: Sequence[LoggedRun]) -> None:
+    for seed, count in Counter(run.seed for run in group).items():
+        if count > 1:
+            folders = " and ".join(str(run.folder) for run in group if run.seed == seed)
+            raise ReportError(f"{folders} are the same run, seed {seed}; give one of them")
 
 
 # ---------------------------------------------------------------- statistics
 
 
 def curve(arm: Arm, metric: str) -> Curve | None:
-    """None where no step is common to all runs of the arm."""
-    found = [
-        dict(zip(*map(np.ndarray.tolist, series(run.rows, metric)), strict=True))
-        for run in arm.runs
+    """The curve of a metric of an arm; None where no step is common to all runs of the arm."""
+    values_of_runs: list[dict[int, float]] = []
+    for run in arm.runs:
+        steps, values = series(run.rows, metric)
+        values_of_runs.append(dict(zip(steps.tolist(), values.tolist(), strict=True)))
+    common_steps = [
+        step for step in values_of_runs[0] if all(step in values for values in values_of_runs)
     ]
-    steps = [step for step in found[0] if all(step in values for values in found)]
-    if not steps:
+    if not common_steps:
         return None
-    value_TN = np.array([[values[step] for values in found] for step in steps])
-    window = 1 if metric.startswith("held_out/") else math.ceil(len(steps) / POINTS)
-    starts = np.arange(0, len(steps), window)
-    value_TN = np.add.reduceat(value_TN, starts) / np.diff([*starts, len(steps)])[:, None]
-    step_T = np.array([steps[min(start + window, len(steps)) - 1] for start in starts])
+    value_SN = np.array([[values[step] for values in values_of_runs] for step in common_steps])
+
+    window = 1
+    if not metric.startswith("held_out/"):
+        window = math.ceil(len(common_steps) / MOST_POINTS)
+    starts = np.arange(0, len(common_steps), window)
+    ends = np.append(starts[1:], len(common_steps))
+    value_TN = np.add.reduceat(value_SN, starts) / (ends - starts)[:, None]
+    step_T = np.array([common_steps[end - 1] for end in ends])
+
     interval_T2 = None
-    if len(arm.runs) >= FEWEST:
-        interval_T2 = np.array(
-            [bootstrap_interval(value_N, statistic=interquartile_mean) for value_N in value_TN]
-        )
+    if len(arm.runs) >= FEWEST_SEEDS:
+        intervals = [
+            bootstrap_interval(value_N, statistic=interquartile_mean) for value_N in value_TN
+        ]
+        interval_T2 = np.array(intervals)
     return Curve(
-        metric, arm.label, window, step_T, value_TN, interquartile_mean(value_TN), interval_T2
+        metric=metric,
+        arm=arm.label,
+        window=window,
+        step_T=step_T,
+        value_TN=value_TN,
+        iqm_T=interquartile_mean(value_TN),
+        interval_T2=interval_T2,
     )
 
 
 def curves_of(arms: Sequence[Arm], metrics: Sequence[str] | None) -> list[Curve]:
-    """Of every arm that has the metric. Raises ReportError for a metric that no arm has; None: METRICS, where there."""
-    known = list(
-        dict.fromkeys(name for arm in arms for run in arm.runs for row in run.rows for name in row)
-    )
-    if missing := [name for name in metrics or () if name not in known]:
-        hints = "; ".join(
-            f"no run has the metric {name!r}{did_you_mean(name, known)}" for name in missing
-        )
-        raise ReportError(hints)
-    wanted = dict.fromkeys(metrics or METRICS)
-    curves = [
-        found
-        for name in wanted
-        for arm in arms
-        if name in known and (found := curve(arm, name)) is not None
-    ]
+    """The curves of these metrics, of every arm that has them.
+
+    metrics: None for those of DEFAULT_METRICS that are logged. Raises ReportError for a metric that
+    no arm has, and if there is no curve at all.
+    """
+    logged = {name for arm in arms for run in arm.runs for row in run.rows for name in row}
+    unknown = [name for name in metrics or () if name not in logged]
+    if unknown:
+        known = sorted(logged)
+        problems = [
+            f"no run has the metric {name!r}{did_you_mean(name, known)}" for name in unknown
+        ]
+        raise ReportError("; ".join(problems))
+    curves = []
+    for metric in dict.fromkeys(metrics or DEFAULT_METRICS):
+        if metric not in logged:
+            continue
+        curves_of_arms = [curve(arm, metric) for arm in arms]
+        curves += [arm_curve for arm_curve in curves_of_arms if arm_curve is not None]
     if not curves:
         raise ReportError("the runs of no arm have a step in common where these metrics are logged")
     return curves
 
 
 def curve_rows(curves: Iterable[Curve]) -> list[dict[str, Any]]:
-    """The rows of curves.csv, one per point."""
+    """The rows of curves.csv, one for each point of each curve."""
+    return [_point_row(curve, t) for curve in curves for t in range(len(curve.step_T))]
+
+
+def final_rows(curves: Iterable[Curve]) -> list[dict[str, Any]]:
+    """The rows of final.csv: the last point of each curve, and the first one's value."""
     rows = []
-    for found in curves:
-        for t, step in enumerate(found.step_T):
-            low, high = ("", "") if found.interval_T2 is None else map(float, found.interval_T2[t])
-            rows.append({
-                "metric": found.metric, "arm": found.arm, "seeds": found.value_TN.shape[1], "step": int(step),
-                "window": found.window, "iqm": float(found.iqm_T[t]), "ci_low": low, "ci_high": high,
-                "min": float(found.value_TN[t].min()), "max": float(found.value_TN[t].max()),
-            })  # fmt: skip
+    for curve in curves:
+        last_point = _point_row(curve, len(curve.step_T) - 1)
+        rows.append(last_point | {"first_iqm": float(curve.iqm_T[0])})
     return rows
 
 
-def final_rows(curves: Sequence[Curve]) -> list[dict[str, Any]]:
-    """The rows of final.csv: the last point of each curve, and its first one's value."""
-    return [curve_rows([found])[-1] | {"first_iqm": float(found.iqm_T[0])} for found in curves]
+def _point_row(curve: Curve, t: int) -> dict[str, Any]:
+    low: float | str = ""
+    high: float | str = ""
+    if curve.interval_T2 is not None:
+        low, high = map(float, curve.interval_T2[t])
+    return {
+        "metric": curve.metric,
+        "arm": curve.arm,
+        "seeds": curve.value_TN.shape[1],
+        "step": int(curve.step_T[t]),
+        "window": curve.window,
+        "iqm": float(curve.iqm_T[t]),
+        "ci_low": low,
+        "ci_high": high,
+        "min": float(curve.value_TN[t].min()),
+        "max": float(curve.value_TN[t].max()),
+    }

@@ -1,151 +1,203 @@
-"""`sapo-jax analyze RUN`: the evidence of a run's diagnostics.jsonl as a table over the phases of training, and plots.
+"""`sapo-jax analyze RUN`: the evidence of a run as a table over the phases of training, and plots.
 
-Needs nothing but that file: neither the data nor the checkpoints nor the config of the run.
+Needs nothing but the run's diagnostics.jsonl: neither the data nor the checkpoints nor the config.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from sapo_jax.analysis.read import Diagnosed, read_diagnostics
-from sapo_jax.diagnostics import (
-    Evidence,
-    Gates,
-    finalize_evidence,
-)
+from sapo_jax.analysis.read import RunEvidence, read_run_evidence
 from sapo_jax.diagnostics import histograms as hist
+from sapo_jax.diagnostics.evidence import SIGNS, Evidence, finalize_evidence
+from sapo_jax.diagnostics.gates import Gates
 from sapo_jax.io.files import write_csv
 
 PHASES = ("early", "middle", "late")
+POSITIVE = SIGNS.index("pos")
+NEGATIVE = SIGNS.index("neg")
+
+TITLE_WIDTH = 47  # columns of the printed table
+GROUP_WIDTH = 6  # of these
+VALUE_WIDTH = 14
+
+
+# ---------------------------------------------------------------- the statistics of one phase
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistic:
+    """One line of the table, in one of its columns."""
+
+    label: str
+    value: float
+    form: str = ".3g"  # how people see the value
+    group: str = ""  # of this line and the next ones, said once
+
+
+def phase_statistics(evidence: Evidence, gates: Gates) -> list[Statistic]:
+    """All lines of the table, for the evidence of one phase."""
+    tokens = evidence.tokens
+    sequences = evidence.sequences
+    metrics = {name: float(value) for name, value in finalize_evidence(evidence).items()}
+    gate = tokens.gate / np.maximum(tokens.count, 1)
+    weight = tokens.grad_weight / np.maximum(tokens.count, 1)
+    breaches = metrics["a2/breaches"]
+    real_breaches = metrics["a2/gap_real_above_bound_fraction"]
+    return [
+        Statistic("trained tokens", int(tokens.count.sum()), "d"),
+        Statistic("sequences", int(sequences.count.sum()), "d"),
+        # A1: small steps
+        Statistic("|log r|, mean", metrics["a1/abs_log_ratio_mean"], group="A1"),
+        Statistic("|log r|, median", metrics["a1/abs_log_ratio_p50"]),
+        Statistic("|log r|, 99 %", metrics["a1/abs_log_ratio_p99"]),
+        Statistic("|log r|, largest", metrics["a1/abs_log_ratio_max"]),
+        Statistic("tokens within GRPO's band", _share_in_band(evidence, gates.grpo), ".2%"),
+        Statistic("|f'(r) - g(log r)|, mean", metrics["a1/gate_error_mean"]),
+        # A2: little dispersion within a sequence
+        Statistic("Var_i, mean", metrics["a2/variance_mean"], group="A2"),
+        Statistic("Var_i, median", variance_quantile(evidence, 0.5)),
+        Statistic("Var_i, 99 %", variance_quantile(evidence, 0.99)),
+        Statistic("D_i of the log gate, mean", metrics["a2/gap_log_mean"]),
+        Statistic("tau^2/4 Var_i, mean", metrics["a2/bound_mean"]),
+        Statistic("log gate: sequences above it (must be 0)", breaches, ".0f"),
+        Statistic("D_i of the real gate, mean", metrics["a2/gap_real_mean"]),
+        Statistic("real gate: sequences above it", real_breaches, ".2%"),
+        # The gate and its weights
+        Statistic("f'(r), mean, A > 0", float(gate[POSITIVE]), ".4f", group="gate"),
+        Statistic("f'(r), mean, A < 0", float(gate[NEGATIVE]), ".4f"),
+        Statistic("r f'(r), mean, A > 0", float(weight[POSITIVE]), ".4f"),
+        Statistic("r f'(r), mean, A < 0", float(weight[NEGATIVE]), ".4f"),
+        Statistic("effective tokens, A > 0", metrics["effective_tokens/pos_fraction"], ".2%"),
+        Statistic("effective tokens, A < 0", metrics["effective_tokens/neg_fraction"], ".2%"),
+        # Where the gradient comes from
+        Statistic(
+            "gradient that GRPO would clip", metrics["grad_share/grpo_clipped"], ".2%", group="grad"
+        ),
+        Statistic("gradient that GSPO would clip", metrics["grad_share/gspo_clipped"], ".2%"),
+        Statistic("gradient outside GRPO's band", metrics["grad_share/grpo_outside"], ".2%"),
+        Statistic("gradient outside GSPO's band", metrics["grad_share/gspo_outside"], ".2%"),
+    ]
+
+
+def variance_quantile(evidence: Evidence, q: float) -> float:
+    """The q-quantile of Var_i over sequences, to within its bin (1/6 of a decade)."""
+    counts = evidence.sequences.variance_histogram.sum(axis=0)
+    quantile = float(hist.quantile(counts, hist.POSITIVE_EDGES, q))
+    largest = float(evidence.largest.variance.max())
+    return min(quantile, largest)
+
+
+def _share_in_band(evidence: Evidence, band: tuple[float, float]) -> float:
+    """The share of the tokens whose ratio is inside the band, by the centres of the bins."""
+    low, high = band
+    ratio = np.exp(hist.SIGNED_CENTERS)
+    counts = evidence.tokens.log_ratio_histogram.sum(axis=0)
+    inside = (ratio >= 1 - low) & (ratio <= 1 + high)
+    return float(counts[inside].sum() / max(counts.sum(), 1))
 
 
 # ---------------------------------------------------------------- the table
 
 
-@dataclasses.dataclass(frozen=True)
-class _Line:
-    label: str
-    value: Callable[[Evidence, dict, Gates], float]
-    form: str = ".3g"
-    head: str = ""  # of a group of lines, for people
+def phases(run: RunEvidence) -> dict[str, slice]:
+    """Which rows each phase has: thirds of them, and `whole`.
+
+    There are as many parts as rows, if these are fewer than three, and with one row only `whole`.
+    """
+    rows = len(run.steps)
+    parts = np.array_split(np.arange(rows), min(len(PHASES), rows))
+    slices = {}
+    if len(parts) > 1:
+        for name, part in zip(PHASES, parts, strict=False):
+            slices[name] = slice(int(part[0]), int(part[-1]) + 1)
+    slices["whole"] = slice(0, rows)
+    return slices
 
 
-def _metric(name: str) -> Callable:
-    return lambda _, metrics, __: float(metrics[name])
+def table(run: RunEvidence) -> list[dict[str, float | str]]:
+    """The rows of phases.csv, one per statistic: `statistic`, and its value in each phase."""
+    rows = []
+    for statistics in _lines(run):
+        row: dict[str, float | str] = {"statistic": next(iter(statistics.values())).label}
+        row |= {phase: statistic.value for phase, statistic in statistics.items()}
+        rows.append(row)
+    return rows
 
 
-def variance_quantile(evidence: Evidence, q: float) -> float:
-    """Of Var_i, to within its bin (1/6 of a decade)."""
-    counts = evidence.sum["variance_histogram"].sum(axis=0)
-    return min(
-        float(hist.quantile(counts, hist.POSITIVE_EDGES, q)), float(evidence.max["variance"].max())
+def _lines(run: RunEvidence) -> list[dict[str, Statistic]]:
+    """For each line of the table, the statistic by phase."""
+    columns = {
+        phase: phase_statistics(run.pooled(part), run.gates) for phase, part in phases(run).items()
+    }
+    lines = zip(*columns.values(), strict=True)
+    return [dict(zip(columns, line, strict=True)) for line in lines]
+
+
+def show(run: RunEvidence) -> str:
+    """The table as text, for people."""
+    parts = phases(run)
+    step_ranges = [f"{run.steps[p.start]}-{run.steps[p.stop - 1]}" for p in parts.values()]
+    text = [_text_line("", parts), _text_line("RL steps", step_ranges)]
+    for line in _lines(run):
+        statistics = list(line.values())
+        values = [format(statistic.value, statistic.form) for statistic in statistics]
+        title = f"{statistics[0].group:{GROUP_WIDTH}s}{statistics[0].label}"
+        text.append(_text_line(title, values))
+    text += ["", _settings(run.gates), _drift(run.drift)]
+    return "\n".join(text)
+
+
+def _text_line(title: str, values: Iterable[str]) -> str:
+    cells = "".join(f"{value:>{VALUE_WIDTH}s}" for value in values)
+    return f"{title:{TITLE_WIDTH}s}{cells}"
+
+
+def _settings(gates: Gates) -> str:
+    grpo_low, grpo_high = gates.grpo
+    gspo_low, gspo_high = gates.gspo
+    return (
+        f"tau {gates.tau_pos:g} where A > 0, {gates.tau_neg:g} where A < 0; "
+        f"bands: GRPO 1 - {grpo_low:g} to 1 + {grpo_high:g} of the token's ratio, "
+        f"GSPO 1 - {gspo_low:g} to 1 + {gspo_high:g} of the sequence's."
     )
 
 
-def _per_token(name: str, sign: int) -> Callable:
-    return lambda e, *_: float(e.sum[name][sign] / max(e.sum["tokens"][sign], 1))
+def _drift(drift_of_steps: list[list[float]]) -> str:
+    """The mean over steps, of those with as many updates as the last one."""
+    updates = len(drift_of_steps[-1])
+    comparable = [drift for drift in drift_of_steps if len(drift) == updates]
+    mean_of_updates = np.mean(comparable, axis=0)
+    values = ", ".join(f"{value:.2g}" for value in mean_of_updates)
+    return f"Mean |log r| in each update of a step: {values}."
 
 
-def _in_band(e: Evidence, _, gates: Gates) -> float:
-    """By the bins' centres."""
-    ratio, counts = np.exp(hist.SIGNED_CENTERS), e.sum["log_ratio"].sum(axis=0)
-    inside = (ratio >= 1 - gates.grpo[0]) & (ratio <= 1 + gates.grpo[1])
-    return float(counts[inside].sum() / max(counts.sum(), 1))
-
-
-LINES = (
-    _Line("trained tokens", lambda e, *_: int(e.sum["tokens"].sum()), "d"),
-    _Line("sequences", lambda e, *_: int(e.sum["sequences"].sum()), "d"),
-    _Line("|log r|, mean", _metric("a1/abs_log_ratio_mean"), head="A1"),
-    _Line("|log r|, median", _metric("a1/abs_log_ratio_p50")),
-    _Line("|log r|, 99 %", _metric("a1/abs_log_ratio_p99")),
-    _Line("|log r|, largest", _metric("a1/abs_log_ratio_max")),
-    _Line("tokens within GRPO's band", _in_band, ".2%"),
-    _Line("|f'(r) - g(log r)|, mean", _metric("a1/gate_error_mean")),
-    _Line("Var_i, mean", _metric("a2/variance_mean"), head="A2"),
-    _Line("Var_i, median", lambda e, *_: variance_quantile(e, 0.5)),
-    _Line("Var_i, 99 %", lambda e, *_: variance_quantile(e, 0.99)),
-    _Line("D_i of the log gate, mean", _metric("a2/gap_log_mean")),
-    _Line("tau^2/4 Var_i, mean", _metric("a2/bound_mean")),
-    _Line("log gate: sequences above it (must be 0)", _metric("a2/breaches"), ".0f"),
-    _Line("D_i of the real gate, mean", _metric("a2/gap_real_mean")),
-    _Line("real gate: sequences above it", _metric("a2/gap_real_above_bound_fraction"), ".2%"),
-    _Line("f'(r), mean, A > 0", _per_token("gate", 0), ".4f", head="gate"),
-    _Line("f'(r), mean, A < 0", _per_token("gate", 1), ".4f"),
-    _Line("r f'(r), mean, A > 0", _per_token("grad_weight", 0), ".4f"),
-    _Line("r f'(r), mean, A < 0", _per_token("grad_weight", 1), ".4f"),
-    _Line("effective tokens, A > 0", _metric("effective_tokens/pos_fraction"), ".2%"),
-    _Line("effective tokens, A < 0", _metric("effective_tokens/neg_fraction"), ".2%"),
-    _Line("gradient that GRPO would clip", _metric("grad_share/grpo_clipped"), ".2%", head="grad"),
-    _Line("gradient that GSPO would clip", _metric("grad_share/gspo_clipped"), ".2%"),
-    _Line("gradient outside GRPO's band", _metric("grad_share/grpo_outside"), ".2%"),
-    _Line("gradient outside GSPO's band", _metric("grad_share/gspo_outside"), ".2%"),
-)
-
-
-def phases(found: Diagnosed) -> dict[str, slice]:
-    """Thirds of the rows (as many as there are rows, if fewer), and all of them."""
-    n = len(found.steps)
-    cuts = np.array_split(np.arange(n), min(len(PHASES), n))
-    parts = {
-        name: slice(int(cut[0]), int(cut[-1]) + 1) for name, cut in zip(PHASES, cuts, strict=False)
-    }
-    return (parts if len(parts) > 1 else {}) | {"whole": slice(0, n)}
-
-
-def table(found: Diagnosed) -> list[dict[str, float | str]]:
-    """One dict per statistic: `statistic`, and its value in each phase."""
-    columns = {}
-    for name, part in phases(found).items():
-        evidence = found.pooled(part)
-        metrics = finalize_evidence(evidence)
-        columns[name] = [line.value(evidence, metrics, found.gates) for line in LINES]
-    return [
-        {"statistic": line.label} | {name: values[i] for name, values in columns.items()}
-        for i, line in enumerate(LINES)
-    ]
-
-
-def show(found: Diagnosed) -> str:
-    """The table for people."""
-    parts = phases(found)
-    ranges = {
-        name: f"{found.steps[p.start]}-{found.steps[p.stop - 1]}" for name, p in parts.items()
-    }
-    row = lambda label, cells: f"{label:47s}" + "".join(f"{cell:>14s}" for cell in cells)
-    lines = [row("", parts), row("RL steps", ranges.values())]
-    for line, values in zip(LINES, table(found), strict=True):
-        lines.append(
-            row(f"{line.head:6s}{line.label}", [format(values[name], line.form) for name in parts])
-        )
-    drift = np.mean([d for d in found.drift if len(d) == len(found.drift[-1])], axis=0)
-    gates = found.gates
-    return "\n".join([
-        *lines,
-        "",
-        f"tau {gates.tau_pos:g} where A > 0, {gates.tau_neg:g} where A < 0; bands: GRPO 1 - {gates.grpo[0]:g} to "
-        f"1 + {gates.grpo[1]:g} of the token's ratio, GSPO 1 - {gates.gspo[0]:g} to 1 + {gates.gspo[1]:g} of the "
-        "sequence's.",
-        "Mean |log r| in each update of a step: " + ", ".join(f"{x:.2g}" for x in drift) + ".",
-    ])  # fmt: skip
+# ---------------------------------------------------------------- the command
 
 
 def analyze(run_dir: str | Path, out: str | Path | None = None) -> list[Path]:
-    """Prints the table; writes phases.csv and the figures to `out` (default: RUN/analysis). Returns what it wrote."""
-    from sapo_jax.analysis import figures  # matplotlib
+    """Prints the table, and writes phases.csv and the figures to `out`. Returns what it wrote.
 
-    found = read_diagnostics(run_dir)
-    print(show(found))
-    out = Path(run_dir) / "analysis" if out is None else Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    written = [write_csv(out / "phases.csv", table(found))]
+    out: a folder; by default RUN/analysis. Raises AnalysisError if there is nothing to analyse.
+    """
+    run = read_run_evidence(run_dir)
+    print(show(run))
+
+    from sapo_jax.analysis import figures  # here, because it imports matplotlib
+
+    folder = Path(run_dir) / "analysis"
+    if out is not None:
+        folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [write_csv(folder / "phases.csv", table(run))]
     title = Path(run_dir).resolve().name
-    for name, figure in figures.of_run(found, title).items():
-        written.append(out / f"{name}.png")
-        figure.savefig(written[-1], dpi=130, facecolor="white")
+    for name, figure in figures.of_run(run, title).items():
+        path = folder / f"{name}.png"
+        figure.savefig(path, dpi=130, facecolor="white")
+        written.append(path)
     print("\n" + "\n".join(f"wrote {path}" for path in written))
     return written

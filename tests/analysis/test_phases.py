@@ -9,14 +9,20 @@ import jax
 import numpy as np
 import pytest
 
-from sapo_jax.analysis.phases import LINES, phases, show, table
-from sapo_jax.analysis.read import read_diagnostics
+from sapo_jax.analysis.phases import phase_statistics, phases, show, table
+from sapo_jax.analysis.read import read_run_evidence
 from sapo_jax.cli import main
 from sapo_jax.config import SAPO
-from sapo_jax.diagnostics import Gates, evidence_row, finalize_evidence, reduce_evidence
+from sapo_jax.diagnostics import (
+    Gates,
+    evidence_row,
+    finalize_evidence,
+    reduce_evidence,
+    stack_evidence,
+)
 from sapo_jax.errors import AnalysisError
 from sapo_jax.io.run_log import RunLog
-from tests.diagnostics.test_evidence import GSPO_LIKE, evidence_of, example, rows_of, stacked
+from tests.diagnostics.test_evidence import GSPO_LIKE, evidence_of, example, rows_of
 
 
 def evidence_at(step: int):
@@ -29,9 +35,8 @@ def write_run(folder, steps, gates=GSPO_LIKE):
     with RunLog(folder) as log:
         for step in steps:
             first = evidence_of(rows_of(example(step, 24, 0.0), 1, 14))
-            log.diagnostics(
-                "rl", step, evidence_row([stacked(first), stacked(evidence_at(step))], gates)
-            )
+            updates = [stack_evidence([first]), stack_evidence([evidence_at(step)])]
+            log.diagnostics("rl", step, evidence_row(updates, gates))
     return folder
 
 
@@ -42,15 +47,15 @@ def run(tmp_path_factory):
 
 def test_the_table_pools_the_rows(run):
     """Column `late` holds the numbers of steps 7 to 9 together, weighted by their tokens and sequences."""
-    found = read_diagnostics(run)
+    found = read_run_evidence(run)
     assert found.steps == list(range(1, 10)) and found.gates == GSPO_LIKE
     assert {name: (p.start, p.stop) for name, p in phases(found).items()} == {
         "early": (0, 3), "middle": (3, 6), "late": (6, 9), "whole": (0, 9),
     }  # fmt: skip
     firsts = [evidence_of(rows_of(example(step, 24, 0.0), 1, 14)) for step in (7, 8, 9)]
-    late = reduce_evidence(stacked(*firsts, *(evidence_at(step) for step in (7, 8, 9))))
+    late = reduce_evidence(stack_evidence([*firsts, *(evidence_at(step) for step in (7, 8, 9))]))
     metrics, rows = finalize_evidence(late), {row["statistic"]: row for row in table(found)}
-    assert rows["trained tokens"]["late"] == late.sum["tokens"].sum()
+    assert rows["trained tokens"]["late"] == late.tokens.count.sum()
     assert rows["sequences"]["late"] == 6 * 24
     for statistic, name in (
         ("Var_i, mean", "a2/variance_mean"), ("|log r|, 99 %", "a1/abs_log_ratio_p99"),
@@ -59,7 +64,7 @@ def test_the_table_pools_the_rows(run):
     ):  # fmt: skip
         assert rows[statistic]["late"] == pytest.approx(float(metrics[name]), rel=1e-5), statistic
     assert rows["f'(r), mean, A > 0"]["late"] == pytest.approx(
-        late.sum["gate"][0] / late.sum["tokens"][0], rel=1e-5
+        late.tokens.gate[0] / late.tokens.count[0], rel=1e-5
     )
     assert rows["Var_i, mean"]["early"] < rows["Var_i, mean"]["whole"] < rows["Var_i, mean"]["late"]
     assert rows["log gate: sequences above it (must be 0)"]["whole"] == 0
@@ -92,8 +97,10 @@ def test_the_command_prints_and_draws(run, capsys):
     assert all(p.read_bytes()[:4] == b"\x89PNG" for p in folder.glob("*.png"))
     with (folder / "phases.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["statistic"] for row in rows] == [line.label for line in LINES]
-    expected = {row["statistic"]: row["whole"] for row in table(read_diagnostics(run))}
+    found = read_run_evidence(run)
+    statistics = phase_statistics(found.pooled(), found.gates)
+    assert [row["statistic"] for row in rows] == [statistic.label for statistic in statistics]
+    expected = {row["statistic"]: row["whole"] for row in table(found)}
     assert {row["statistic"]: float(row["whole"]) for row in rows} == pytest.approx(
         expected, rel=1e-5
     )
@@ -114,10 +121,11 @@ def test_only_that_file_is_needed_and_out_says_where(run, tmp_path):
     ("steps", "names"), [([3], ["whole"]), ([3, 6], ["early", "middle", "whole"])]
 )
 def test_short_runs(tmp_path, steps, names):
-    found = read_diagnostics(write_run(tmp_path, steps))
+    found = read_run_evidence(write_run(tmp_path, steps))
     assert list(phases(found)) == names
     assert main(["analyze", str(tmp_path)]) == 0
-    assert len(show(found).splitlines()) == len(LINES) + 5
+    statistics = phase_statistics(found.pooled(), found.gates)
+    assert len(show(found).splitlines()) == len(statistics) + 5
 
 
 def test_a_run_in_which_nothing_moved_or_one_sign_is_missing(tmp_path):
@@ -128,7 +136,9 @@ def test_a_run_in_which_nothing_moved_or_one_sign_is_missing(tmp_path):
     nothing = {**still, "mask_BT": np.zeros_like(still["mask_BT"])}
     with RunLog(tmp_path) as log, np.errstate(all="raise", under="ignore"):
         for step, tokens in ((1, still), (2, nothing)):
-            log.diagnostics("rl", step, evidence_row([stacked(evidence_of(tokens))], GSPO_LIKE))
+            log.diagnostics(
+                "rl", step, evidence_row([stack_evidence([evidence_of(tokens)])], GSPO_LIKE)
+            )
         assert main(["analyze", str(tmp_path)]) == 0
 
 
@@ -136,7 +146,7 @@ def test_a_step_that_went_nan_is_shown_as_nan(tmp_path, capsys):
     tokens = rows_of(example(1, 24, 0.1), 1, 14)
     tokens["log_ratio_BT"][0] = np.nan
     with RunLog(tmp_path) as log:
-        log.diagnostics("rl", 1, evidence_row([stacked(evidence_of(tokens))], GSPO_LIKE))
+        log.diagnostics("rl", 1, evidence_row([stack_evidence([evidence_of(tokens)])], GSPO_LIKE))
     assert main(["analyze", str(tmp_path)]) == 0
     assert "nan" in capsys.readouterr().out
 
@@ -146,29 +156,29 @@ def test_a_step_that_went_nan_is_shown_as_nan(tmp_path, capsys):
 
 def test_errors_say_what_is_wrong(run, tmp_path, capsys):
     with pytest.raises(AnalysisError, match="is not the folder of a run"):
-        read_diagnostics(tmp_path / "absent")
+        read_run_evidence(tmp_path / "absent")
     with pytest.raises(
         AnalysisError,
         match=r"diagnostics\.jsonl does not exist: train the run with diagnostics\.every > 0",
     ):
-        read_diagnostics(tmp_path)
+        read_run_evidence(tmp_path)
     path = tmp_path / "diagnostics.jsonl"
     path.write_text("")
     with pytest.raises(AnalysisError, match="is empty: no RL step"):
-        read_diagnostics(tmp_path)
+        read_run_evidence(tmp_path)
     path.write_text('{"stage": "rl", "step": 1, "sum": {}}\n')
     with pytest.raises(
         AnalysisError, match=r"diagnostics\.jsonl cannot be read: not a row of diagnostics"
     ):
-        read_diagnostics(tmp_path)
+        read_run_evidence(tmp_path)
     path.write_text("nonsense\n")
     with pytest.raises(AnalysisError, match=r"line 1 is not a row"):
-        read_diagnostics(tmp_path)
+        read_run_evidence(tmp_path)
     row = json.loads((run / "diagnostics.jsonl").read_text().splitlines()[0])
     del row["by_update"]
     path.write_text(json.dumps(row) + "\n")
     with pytest.raises(AnalysisError, match="cannot be read: 'by_update'"):
-        read_diagnostics(tmp_path)
+        read_run_evidence(tmp_path)
     assert main(["analyze", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith("error: ")
 
@@ -177,7 +187,7 @@ def test_rows_of_different_settings_are_not_pooled(tmp_path):
     write_run(tmp_path, [1])
     write_run(tmp_path, [2], Gates.of(SAPO()))
     with pytest.raises(AnalysisError, match="mixes rows of different settings"):
-        read_diagnostics(tmp_path)
+        read_run_evidence(tmp_path)
 
 
 def test_the_command_line_of_analyze(capsys):
@@ -193,7 +203,7 @@ def test_the_command_line_of_analyze(capsys):
 
 
 def test_pooling_leaves_the_rows_as_they_are(run):
-    found = read_diagnostics(run)
+    found = read_run_evidence(run)
     before = jax.tree.map(np.copy, found.evidence)
     table(found)
     jax.tree.map(np.testing.assert_array_equal, found.evidence, before)

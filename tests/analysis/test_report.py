@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sapo_jax.analysis.curves import POINTS, Arm, LoggedRun, curve, curves_of, read_arms
+from sapo_jax.analysis.curves import MOST_POINTS, Arm, LoggedRun, curve, curves_of, read_arms
 from sapo_jax.analysis.report import draw, final_table, report
 from sapo_jax.cli import main
 from sapo_jax.config import dump, load
@@ -45,10 +45,13 @@ def sweep_folder(
 
 
 def arm_of(values_NT, metric: str = "m", first: int = 1) -> Arm:
-    rows = lambda values: [{"step": first + t, metric: value} for t, value in enumerate(values)]
-    return Arm(
-        "a", [LoggedRun(Path(str(i)), i, "a", None, rows(v)) for i, v in enumerate(values_NT)]
-    )
+    runs = []
+    for seed, values in enumerate(values_NT):
+        folder = Path(str(seed))
+        rows = [{"step": first + t, metric: value} for t, value in enumerate(values)]
+        run = LoggedRun(folder=folder, seed=seed, arm="a", place=folder, group="a", rows=rows)
+        runs.append(run)
+    return Arm("a", runs)
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -84,7 +87,7 @@ def test_points_are_at_the_steps_that_all_runs_have():
 
 
 def test_long_curves_are_means_of_windows_but_not_evaluations():
-    n = 2 * POINTS + 1
+    n = 2 * MOST_POINTS + 1
     found = curve(arm_of([np.arange(n) * 1.0] * 3), "m")
     assert found.window == 3 and len(found.step_T) == -(-n // 3)
     assert (found.iqm_T[0], found.step_T[0]) == (1.0, 3)  # of 0, 1, 2 at steps 1, 2, 3

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from sapo_jax.analysis.read import read_diagnostics
+from sapo_jax.analysis.read import read_run_evidence
 from sapo_jax.cli import main
 from sapo_jax.config import load
 from sapo_jax.diagnostics import finalize_evidence
+from sapo_jax.diagnostics.glossary import lookup
 from sapo_jax.training.loop import train
 from tests.training.test_resume import digests, without_time
 
@@ -24,7 +25,11 @@ SMALL = [
 
 
 def rows(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """The rows of metrics.jsonl. Every metric in them must be in the glossary."""
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for name in {name for row in found for name in row}:
+        lookup(name)
+    return found
 
 
 # the others differ from it by their objective, model or data; replay: see test_routing_replay
@@ -113,7 +118,7 @@ def test_diagnostics_are_written_as_often_as_asked_for(tiny_config, tmp_path):
     )
     whole, changed = tmp_path / "whole", tmp_path / "changed"
     run(whole, 2, 3)
-    found = read_diagnostics(whole)
+    found = read_run_evidence(whole)
     (second,) = (row for row in rows(whole) if (row["stage"], row["step"]) == ("rl", 2))
     assert found.steps == [2] and (found.gates.tau_pos, found.gates.tau_neg) == (
         1.0,
@@ -121,14 +126,14 @@ def test_diagnostics_are_written_as_often_as_asked_for(tiny_config, tmp_path):
     )  # a GSPO run, SAPO's gate
     expected = {name: float(x) for name, x in finalize_evidence(found.evidence[0]).items()}
     assert {name: second[name] for name in expected} == pytest.approx(expected, rel=1e-5)
-    assert found.evidence[0].sum["tokens"].sum() == second["tokens/count"]
+    assert found.evidence[0].tokens.count.sum() == second["tokens/count"]
 
     run(changed, 0, 2)
     assert not {"a2/variance_mean", "effective_tokens/fraction"} & rows(changed)[-1].keys()
     assert not (changed / "diagnostics.jsonl").exists()
     assert main(["analyze", str(changed)]) == 1
     run(changed, 1, 3)
-    assert read_diagnostics(changed).steps == [3]
+    assert read_run_evidence(changed).steps == [3]
     assert digests(changed, "rl", 3) == digests(whole, "rl", 3)
     other = lambda row: {
         k: x
