@@ -1,4 +1,4 @@
-"""What a sweep shows in the terminal: how its runs are getting on; in a file, one line for each thing that happens."""
+"""What a sweep shows: how its runs get on in a terminal, a line for each change in a file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Any, Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -16,13 +16,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from sapo_jax.io.display import clock_time, visible
+from sapo_jax.io.files import METRICS
+from sapo_jax.sweeps.job import Job
+from sapo_jax.text import clock_time, visible
 
-if TYPE_CHECKING:
-    from sapo_jax.sweeps.job import Job
-
-_SHOWN = 12  # runs in the live panel
-_REFRESH = 1.0  # seconds
+_RUNS_IN_PANEL = 12
+_REFRESH = 1.0  # seconds between two looks at the logs
+_NOTE_CHARACTERS = 8000  # of a failure's note that are shown
 _STYLE = {
     "finished": "green",
     "skipped": "green",
@@ -31,43 +31,58 @@ _STYLE = {
     "busy": "yellow",
 }
 _DONE = ("finished", "skipped")
+# The order of the runs in the panel: those that want a look come first.
+_PANEL_ORDER = ("running", "failed", "busy", "stopped", *_DONE, "left")
 
 
-class Follower:
-    """Reads a metrics.jsonl as it grows; keeps the newest RL step and the first and the newest held-out accuracy."""
+class MetricsFollower:
+    """Reads a metrics.jsonl as it grows.
+
+    It keeps the newest RL step, and the first and the newest held-out accuracy.
+    """
 
     def __init__(self, path: Path):
         self._path = path
         self._start_over()
 
     def _start_over(self) -> None:
-        self._offset, self.step = 0, 0
-        self.held_out: list[float] = []  # at most two
+        self._offset = 0  # bytes of whole lines that are read
+        self.step = 0
+        self.held_out: list[float] = []  # the first and the newest one
 
     def read(self) -> None:
-        """What is new. A log that was cut back, by a run that resumed, is read from its beginning."""
+        """Reads what is new.
+
+        A run that resumes cuts its log back. Then the log is read again from its beginning, if need
+        be at the next call.
+        """
         if not self._path.exists():
             return
         with self._path.open("rb") as file:
-            if file.seek(0, 2) < self._offset:
+            size = file.seek(0, 2)
+            if size < self._offset:
                 self._start_over()
             file.seek(self._offset)
-            *lines, torn = file.read().split(b"\n")
-            self._offset = file.tell() - len(torn)
+            *whole_lines, rest = file.read().split(b"\n")
+            self._offset = file.tell() - len(rest)
         try:
-            for row in map(json.loads, lines):
-                self._take(row)
-        except ValueError:  # it was cut back and has grown past the offset since
+            for line in whole_lines:
+                self._take(json.loads(line))
+        except ValueError:
+            # The log was cut back and has grown past the offset since: this is half of a line.
             self._start_over()
 
-    def _take(self, row: dict) -> None:
-        if row["stage"] == "rl":
-            self.step = row["step"]
-            if "held_out/avg" in row:
-                self.held_out = [*self.held_out[:1], float(row["held_out/avg"])]
+    def _take(self, row: dict[str, Any]) -> None:
+        if row["stage"] != "rl":
+            return
+        self.step = row["step"]
+        if "held_out/avg" in row:
+            first = self.held_out[:1]
+            self.held_out = [*first, float(row["held_out/avg"])]
 
     def __str__(self) -> str:
-        return " -> ".join(f"{100 * value:.1f} %" for value in self.held_out)
+        """The accuracies: `25.0 % -> 29.0 %`."""
+        return " -> ".join(f"{100 * accuracy:.1f} %" for accuracy in self.held_out)
 
 
 class SweepDisplay:
@@ -75,21 +90,24 @@ class SweepDisplay:
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic):
         self.console = console or Console()
-        self._clock, self._started, self._last = clock, clock(), float("-inf")
-        self._live = (
-            Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
-        )
-        self._followers: dict[str, Follower] = {}
-        self._before: dict[str, int] = {}  # steps that were there when this sweep first saw the run
-        self._states: dict[str, str] = {}
+        self._live: Live | None = None
+        if self.console.is_terminal:
+            self._live = Live(console=self.console, auto_refresh=False)
+        self._clock = clock
+        self._started = clock()
+        self._last_update = float("-inf")
+        # By the name of the run:
+        self._followers: dict[str, MetricsFollower] = {}
+        self._steps_before: dict[str, int] = {}  # there when this sweep first saw the run
+        self._states: dict[str, str] = {}  # at the last update
 
     def __enter__(self) -> Self:
-        if self._live:
+        if self._live is not None:
             self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._live:
+        if self._live is not None:
             self._live.stop()
 
     def say(self, text: str) -> None:
@@ -97,95 +115,111 @@ class SweepDisplay:
             self.console.print(Text(text), soft_wrap=True)
 
     def update(self, jobs: Sequence[Job]) -> None:
-        """Shows where the jobs are; reads their logs once a second, and whenever a state changes."""
+        """Shows where the jobs are.
+
+        Their logs are read once a second, and whenever a state changes.
+        """
         states = {job.run.name: job.state for job in jobs}
-        if states == self._states and self._clock() < self._last + _REFRESH:
+        if states == self._states and self._clock() < self._last_update + _REFRESH:
             return
         for job in jobs:
             self._follow(job)
-        if self._live:
+        if self._live is not None:
             self._live.update(self._panel(jobs), refresh=True)
         else:
             for job in jobs:
-                if states[job.run.name] != self._states.get(job.run.name, "left"):
-                    self.say(
-                        f"{job.state:9}{job.run.name}  {self._followers[job.run.name]}  [{self._counts(jobs)}]"
-                    )
-        self._states, self._last = states, self._clock()
+                if job.state != self._states.get(job.run.name, "left"):
+                    self.say(self._change_line(job, jobs))
+        self._states = dict(states)
+        self._last_update = self._clock()
 
     def outcome(self, jobs: Sequence[Job]) -> None:
         """After the last process: a table of the runs, and why some failed."""
-        if self._live:
+        if self._live is not None:
             self._live.stop()
         for job in jobs:
             self._follow(job)
         self.console.print(self._table(jobs))
         for job in jobs:
             if job.state in ("failed", "busy"):
-                note = visible(job.note, limit=8000, encoding=self.console.encoding)
                 head = (f"{job.run.name} {job.state}: ", _STYLE[job.state])
+                note = visible(job.note, limit=_NOTE_CHARACTERS, encoding=self.console.encoding)
                 self.console.print(Text.assemble(head, note), soft_wrap=True)
 
     def _follow(self, job: Job) -> None:
-        name, new = job.run.name, job.run.name not in self._followers
-        if new:
-            self._followers[name] = Follower(job.run.folder / "metrics.jsonl")
-        if new or job.state == "running" or job.state != self._states.get(name):
-            self._followers[name].read()
-        self._before.setdefault(name, self._followers[name].step)
+        """Reads the job's log, unless nothing can be new in it."""
+        name = job.run.name
+        is_new = name not in self._followers
+        if is_new:
+            self._followers[name] = MetricsFollower(job.run.folder / METRICS)
+        follower = self._followers[name]
+        if is_new or job.state == "running" or job.state != self._states.get(name):
+            follower.read()
+        self._steps_before.setdefault(name, follower.step)
+
+    def _change_line(self, job: Job, jobs: Sequence[Job]) -> str:
+        name = job.run.name
+        return f"{job.state:9}{name}  {self._followers[name]}  [{self._counts(jobs)}]"
 
     def _counts(self, jobs: Sequence[Job]) -> str:
+        """How many jobs are in which state, and how long it may take."""
         count = Counter(job.state for job in jobs)
         done = sum(count[state] for state in _DONE)
-        others = "".join(
-            f", {count[state]} {state}" for state in ("busy", "stopped") if count[state]
-        )
-        eta = self._seconds_left(jobs)
-        text = f"{done}/{len(jobs)} done, {count['running']} running, {count['failed']} failed, {count['left']} left"
-        return text + others + ("" if eta is None else f", ETA {clock_time(eta)}")
+        parts = [
+            f"{done}/{len(jobs)} done",
+            f"{count['running']} running",
+            f"{count['failed']} failed",
+            f"{count['left']} left",
+        ]
+        parts += [f"{count[state]} {state}" for state in ("busy", "stopped") if count[state]]
+        seconds = self._seconds_left(jobs)
+        if seconds is not None:
+            parts.append(f"ETA {clock_time(seconds)}")
+        return ", ".join(parts)
 
     def _seconds_left(self, jobs: Sequence[Job]) -> float | None:
-        """By the RL steps taken since this sweep started and those that are left; None before the first one."""
-        step = lambda job: self._followers[job.run.name].step
-        taken = sum(
-            step(job) - self._before[job.run.name] for job in jobs if job.state != "skipped"
-        )
-        left = sum(
-            max(job.run.cfg.train.steps - step(job), 0)
-            for job in jobs
-            if job.state in ("left", "running")
-        )
-        return (self._clock() - self._started) * left / taken if taken > 0 and left else None
+        """An estimate, by the RL steps taken since this sweep started and those that are left.
+
+        None before the first step, and where none is left.
+        """
+        steps_taken = 0
+        steps_left = 0
+        for job in jobs:
+            name = job.run.name
+            step = self._followers[name].step
+            if job.state != "skipped":
+                steps_taken += step - self._steps_before[name]
+            if job.state in ("left", "running"):
+                steps_left += max(job.run.cfg.train.steps - step, 0)
+        if steps_taken <= 0 or steps_left == 0:
+            return None
+        return (self._clock() - self._started) * steps_left / steps_taken
 
     def _panel(self, jobs: Sequence[Job]) -> Panel:
-        total = sum(job.run.cfg.train.steps for job in jobs)
-        steps = sum(
-            min(self._followers[job.run.name].step, job.run.cfg.train.steps) for job in jobs
-        )
-        order = sorted(
-            jobs,
-            key=lambda job: ("running", "failed", "busy", "stopped", *_DONE, "left").index(
-                job.state
-            ),
-        )
-        bar = Table.grid(expand=True)  # by itself the bar would not end its line
-        bar.add_row(ProgressBar(total=total, completed=steps))
-        parts = [Text(self._counts(jobs)), bar, self._table(order[:_SHOWN])]
-        if len(jobs) > _SHOWN:
-            parts.append(Text(f"and {len(jobs) - _SHOWN} more", style="dim"))
+        all_steps = 0
+        steps_taken = 0
+        for job in jobs:
+            steps = job.run.cfg.train.steps
+            all_steps += steps
+            steps_taken += min(self._followers[job.run.name].step, steps)
+        bar = Table.grid(expand=True)  # a bar by itself would not end its line
+        bar.add_row(ProgressBar(total=all_steps, completed=steps_taken))
+        in_order = sorted(jobs, key=lambda job: _PANEL_ORDER.index(job.state))
+        parts = [Text(self._counts(jobs)), bar, self._table(in_order[:_RUNS_IN_PANEL])]
+        if len(jobs) > _RUNS_IN_PANEL:
+            parts.append(Text(f"and {len(jobs) - _RUNS_IN_PANEL} more", style="dim"))
         return Panel(Group(*parts), title="sapo-jax sweep", title_align="left", border_style="cyan")
 
     def _table(self, jobs: Sequence[Job]) -> Table:
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-        for heading in ("run", "", "RL step", "held-out accuracy"):
-            table.add_column(heading, justify="right" if heading == "RL step" else "left")
+        table.add_column("run")
+        table.add_column("")
+        table.add_column("RL step", justify="right")
+        table.add_column("held-out accuracy")
         for job in jobs:
             follower = self._followers[job.run.name]
+            name = Text(job.run.name)
             state = Text(job.state, style=_STYLE.get(job.state, "dim"))
-            table.add_row(
-                Text(job.run.name),
-                state,
-                f"{follower.step}/{job.run.cfg.train.steps}",
-                str(follower),
-            )
+            step = f"{follower.step}/{job.run.cfg.train.steps}"
+            table.add_row(name, state, step, str(follower))
         return table

@@ -1,22 +1,24 @@
-"""The form of a sweep file: its sections, and what is wrong with them.
+"""A sweep file: its sections, and what is wrong with them.
 
     base: ../quickstart.yaml           the configuration that all runs share; relative to this file
     name: temperature                  default: the file's name
     folder: runs/temperature           from the working directory; default: runs/NAME
     set: {train.steps: 100}            config keys that all runs change
-    arms:                              labelled changes; a value may be a mapping, as in a config file
+    arms:                              labelled changes; a value may be a mapping, as in a config
       sapo: {}
       grpo: {objective: {name: grpo}, train.epochs: 2}
-    zip: {objective.tau_pos: [1, 2], objective.tau_neg: [1.05, 2.1]}   advance together; or a list of such mappings
+    zip: {objective.tau_pos: [1, 2], objective.tau_neg: [1.05, 2.1]}   advance together; or a list
+                                       of such mappings
     grid: {optimizer.learning_rate: [1e-4, 1e-3]}                      every value of every key
     seeds: [0, 1, 2]                   of train.seed; default: [0]
 
-The arms of the sweep are all combinations of a labelled arm, a row of each zip and a value of each key of the grid;
-each of them runs with each seed.
+The arms of the sweep are all combinations of a labelled arm, a row of each zip and a value of each
+key of the grid; each of them runs with each seed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -24,169 +26,247 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from sapo_jax.config.errors import ConfigError, Problem, did_you_mean, related, show
+from sapo_jax.config.errors import ConfigError, Problem, overlap, show
 from sapo_jax.config.source import parse_override
+from sapo_jax.text import did_you_mean
 
-KEYS = ("base", "name", "folder", "set", "arms", "zip", "grid", "seeds")
-RESERVED = {  # config key -> what to do instead
+SECTIONS = ("base", "name", "folder", "set", "arms", "zip", "grid", "seeds")
+RESERVED = {  # config key -> what to do instead of setting it
     "train.seed": "list seeds under `seeds`",
     "name": "a run is called after its arm",
     "run_dir": "set `folder`, which holds the folders of all runs",
 }
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,99}")
-COMMAND_LINE = "the command line"
-Settings = dict[str, Any]  # config key path -> value
-Axis = list[tuple[str, Settings]]  # (label, settings) of each of its points
+COMMAND_LINE = "the command line"  # the place of overrides, beside the sections of the file
+
+Settings = dict[str, Any]  # config key path -> value, which may be a mapping of further keys
+Columns = dict[str, list[Any]]  # config key path -> its values, as many for each key
 
 
-class SweepForm:
-    """The sections of a sweep file. A broken one is left out: `problems` says what is wrong with it, and the config
-    keys that it would have set are among the problem's `meant`."""
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A label, and what it changes."""
 
-    def __init__(self, raw: dict[str, Any], name: str, overrides: Sequence[str]):
-        self.raw, self.problems = raw, []
-        self.given: dict[str, list[str]] = {}  # place -> the config keys that it sets
-        for key in (key for key in raw if key not in KEYS):
-            self._wrong(
-                key,
-                "unknown key"
-                + (did_you_mean(key, KEYS) or f"; the keys here are {', '.join(KEYS)}"),
-            )
-        self.base = self._text("base", "")
-        self.name = self._text("name", name)
-        self.folder = self._text("folder", f"runs/{self.name}")
-        self.fixed = self._settings("set", raw.get("set", {}))
-        arms, columns = (
-            self._arms(),
-            [*self._zips(), *self._grid()],
-        )  # columns: mappings of keys to equally long lists
-        names = short_names([key for some in columns for key in some])
-        self.axes: list[Axis] = [arms] * bool(arms) + [_axis(some, names) for some in columns]
-        self.swept = dict.fromkeys(
-            key for axis in self.axes for _, point in axis for key in leaves(point)
+    label: str
+    settings: Settings
+
+
+Axis = list[Point]  # the alternatives, one of which each run takes
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepFile:
+    """The sections of a sweep file.
+
+    A broken section is left out: `problems` says what is wrong with it, and the config keys that it
+    would have set are among the problem's `in_doubt`.
+    """
+
+    base: str  # "" where it is missing
+    name: str
+    folder: str
+    fixed: Settings  # the section `set`
+    axes: list[Axis]  # labelled arms, then zips, then the keys of the grid
+    seeds: list[int]
+    problems: list[Problem]
+
+    @property
+    def swept(self) -> list[str]:
+        """The config keys that arms, zips and grid set."""
+        keys: dict[str, None] = {}
+        for axis in self.axes:
+            for point in axis:
+                keys.update(dict.fromkeys(leaves(point.settings)))
+        return list(keys)
+
+
+def parse_sweep_file(
+    raw: Mapping[str, Any], default_name: str, overrides: Sequence[str]
+) -> SweepFile:
+    """The sections of a sweep file, from the mapping that is in it.
+
+    `overrides` (`key.path=value`) are looked at for keys that they may not set; whether they are
+    sound otherwise is seen when the runs' configurations are made.
+    """
+    sections = _Sections(raw)
+    sections.check_names()
+    base = sections.text("base", default="")
+    if "base" not in raw:
+        sections.add_problem(
+            "base", "missing; give the path of the config file that all runs start from"
         )
-        self.seeds = self._seeds()
-        self._command_line(overrides)
-        self.problems += _clashes(self.given)
+    name = sections.text("name", default=default_name)
+    folder = sections.text("folder", default=f"runs/{name}")
 
-    def _wrong(self, where: str, text: str, meant: Sequence[str] = ()) -> None:
-        self.problems.append(Problem((where,), text, meant=tuple(meant)))
+    fixed = sections.settings("set", raw.get("set", {}))
+    arms = sections.arms()
+    tables = [*sections.zips(), *sections.grid()]
+    names = short_names([key for columns in tables for key in columns])
+    axes = [_axis_of_rows(columns, names) for columns in tables]
+    if arms:
+        axes.insert(0, arms)
 
-    def _text(self, key: str, default: str) -> str:
-        value = self.raw.get(key, default)
+    seeds = sections.seeds()
+    sections.check_overrides(overrides)
+    problems = [*sections.problems, *_clashes(sections.keys_set_in)]
+    return SweepFile(base, name, folder, fixed, axes, seeds, problems)
+
+
+class _Sections:
+    """Reads one section after another, and collects what is wrong with them."""
+
+    def __init__(self, raw: Mapping[str, Any]):
+        self.raw = raw
+        self.problems: list[Problem] = []
+        self.keys_set_in: dict[str, list[str]] = {}  # place in the file -> config keys it sets
+
+    def add_problem(self, place: str, text: str, in_doubt: Sequence[str] = ()) -> None:
+        self.problems.append(Problem((place,), text, in_doubt=tuple(in_doubt)))
+
+    def check_names(self) -> None:
+        for name in self.raw:
+            if name not in SECTIONS:
+                hint = did_you_mean(name, SECTIONS) or f"; the keys here are {', '.join(SECTIONS)}"
+                self.add_problem(name, f"unknown key{hint}")
+
+    def text(self, section: str, default: str) -> str:
+        """The text in a section; the default where there is none, or something else."""
+        if section not in self.raw:
+            return default
+        value = self.raw[section]
         if isinstance(value, str) and value:
             return value
-        if key in self.raw:
-            self._wrong(key, f"expected text, got {show(value)}")
-        elif key == "base":
-            self._wrong(key, "missing; give the path of the config file that all runs start from")
+        self.add_problem(section, f"expected text, got {show(value)}")
         return default
 
-    def _settings(self, where: str, value: Any) -> Settings:
-        """A mapping of config keys, none of which is reserved."""
+    def settings(self, place: str, value: Any) -> Settings:
+        """A mapping of config keys, without those that are reserved."""
         if not isinstance(value, dict):
-            self._wrong(where, f"expected a mapping of config keys, got {show(value)}")
+            self.add_problem(place, f"expected a mapping of config keys, got {show(value)}")
             return {}
-        reserved = {
-            key: other for other in RESERVED for key in value if _sets(key, value[key], other)
-        }
-        for key, other in reserved.items():
-            self._wrong(_place(where, key), f"{other} cannot be set here; {RESERVED[other]}")
-        found = {key: value[key] for key in value if key not in reserved}
-        self.given[where] = list(leaves(found))
-        return found
+        reserved = _reserved_keys(value)
+        for key, reserved_key in reserved.items():
+            text = f"{reserved_key} cannot be set here; {RESERVED[reserved_key]}"
+            self.add_problem(_key_in(place, key), text)
+        settings = {key: value[key] for key in value if key not in reserved}
+        self.keys_set_in[place] = list(leaves(settings))
+        return settings
 
-    def _lists(self, where: str, value: Any) -> dict[str, list]:
-        """A mapping of config keys to lists of values."""
-        found = self._settings(where, value)
-        for key in [
-            key for key, values in found.items() if not isinstance(values, list) or not values
-        ]:
-            self._wrong(
-                f"{where}.{key}", f"expected a list of values, got {show(found[key])}", [key]
-            )
-            found = {k: v for k, v in found.items() if k != key}
-        return found
+    def columns(self, place: str, value: Any) -> Columns:
+        """A mapping of config keys to lists of values, without what is no such list."""
+        columns: Columns = {}
+        for key, values in self.settings(place, value).items():
+            if isinstance(values, list) and values:
+                columns[key] = values
+            else:
+                text = f"expected a list of values, got {show(values)}"
+                self.add_problem(f"{place}.{key}", text, in_doubt=[key])
+        return columns
 
-    def _arms(self) -> Axis:
+    def arms(self) -> Axis:
         arms = self.raw.get("arms", {})
         if not isinstance(arms, dict):
-            self._wrong("arms", f"expected a mapping of labels to config keys, got {show(arms)}")
+            text = f"expected a mapping of labels to config keys, got {show(arms)}"
+            self.add_problem("arms", text)
             return []
         for label in arms:
             if not LABEL.fullmatch(label):
-                text = "a label becomes the name of folders: 1 to 100 letters, digits and . _ + = -, no sign first"
-                self._wrong("arms", f"{text}, not {show(label)}")
-        return [(label, self._settings(f"arms.{label}", value)) for label, value in arms.items()]
+                text = (
+                    "a label becomes the name of folders: 1 to 100 letters, digits and . _ + = -,"
+                    f" no sign first, not {show(label)}"
+                )
+                self.add_problem("arms", text)
+        return [
+            Point(label, self.settings(f"arms.{label}", changes)) for label, changes in arms.items()
+        ]
 
-    def _zips(self) -> Iterator[dict[str, list]]:
-        value = self.raw.get("zip", [])
-        several = isinstance(value, list)
-        for i, columns in enumerate(value if several else [value]):
-            where = f"zip.{i}" if several else "zip"
-            columns = self._lists(where, columns)
+    def zips(self) -> Iterator[Columns]:
+        """The mappings of the section `zip`, which holds one or a list of them."""
+        section = self.raw.get("zip", [])
+        if isinstance(section, list):
+            places = [(f"zip.{position}", value) for position, value in enumerate(section)]
+        else:
+            places = [("zip", section)]
+        for place, value in places:
+            columns = self.columns(place, value)
             lengths = {key: len(values) for key, values in columns.items()}
             if len(set(lengths.values())) > 1:
-                counts = ", ".join(f"{key} has {n}" for key, n in lengths.items())
-                self._wrong(
-                    where,
-                    f"its lists advance together and must be equally long, but {counts} values",
-                    lengths,
-                )
+                counts = ", ".join(f"{key} has {length}" for key, length in lengths.items())
+                text = "its lists advance together and must be equally long"
+                self.add_problem(place, f"{text}, but {counts} values", in_doubt=list(lengths))
             elif columns:
                 yield columns
 
-    def _grid(self) -> Iterator[dict[str, list]]:
-        for key, values in self._lists("grid", self.raw.get("grid", {})).items():
+    def grid(self) -> Iterator[Columns]:
+        """The keys of the section `grid`, each by itself."""
+        for key, values in self.columns("grid", self.raw.get("grid", {})).items():
             yield {key: values}
 
-    def _seeds(self) -> list[int]:
+    def seeds(self) -> list[int]:
         seeds = self.raw.get("seeds", [0])
-        if not (
-            isinstance(seeds, list)
-            and seeds
-            and all(type(seed) is int and seed >= 0 for seed in seeds)
-        ):
-            self._wrong("seeds", f"expected a list of integers >= 0, got {show(seeds)}")
-        elif len(set(seeds)) < len(seeds):
-            self._wrong("seeds", f"a seed is given twice in {show(seeds)}")
-        else:
-            return seeds
-        return [0]
+        # A boolean is an integer to Python, but not to whoever reads the file.
+        is_list = isinstance(seeds, list) and len(seeds) > 0
+        if not is_list or not all(type(seed) is int and seed >= 0 for seed in seeds):
+            self.add_problem("seeds", f"expected a list of integers >= 0, got {show(seeds)}")
+            return [0]
+        if len(set(seeds)) < len(seeds):
+            self.add_problem("seeds", f"a seed is given twice in {show(seeds)}")
+            return [0]
+        return seeds
 
-    def _command_line(self, overrides: Sequence[str]) -> None:
-        """`resolve` says what is wrong with them; here only what they may not touch."""
-        given = {text.partition("=")[0].strip(): text.partition("=")[2] for text in overrides}
-        self._settings(
-            COMMAND_LINE, {key: _parsed(f"{key}={value}") for key, value in given.items()}
-        )
+    def check_overrides(self, overrides: Sequence[str]) -> None:
+        """Notes the keys that the command line sets, and whether one of them is reserved."""
+        settings = {}
+        for text in overrides:
+            path, _, value = text.partition("=")
+            path = path.strip()
+            settings[path] = _value_of(f"{path}={value}")
+        self.settings(COMMAND_LINE, settings)
 
 
-def _parsed(override: str) -> Any:
+def _value_of(override: str) -> Any:
+    """None for a broken override: what is wrong with it is told when the runs are made."""
     try:
-        return parse_override(override)[1]
+        return parse_override(override).value
     except ConfigError:
         return None
 
 
-def _clashes(given: Mapping[str, list[str]]) -> Iterator[Problem]:
-    """Keys that two places set, or one twice (`objective` and `objective.name`): which of them counts is unclear."""
-    for (a, mine), (b, others) in itertools.combinations_with_replacement(given.items(), 2):
-        if a != b and (a.startswith("arms.") and b.startswith("arms.")):
-            continue
-        if (a, b) == ("set", COMMAND_LINE):
+def _reserved_keys(settings: Settings) -> dict[str, str]:
+    """Those of the keys that would set a reserved one, with that one."""
+    reserved = {}
+    for reserved_key in RESERVED:
+        for key, value in settings.items():
+            if any(overlap(leaf, reserved_key) for leaf in leaves({key: value})):
+                reserved[key] = reserved_key
+    return reserved
+
+
+def _clashes(keys_set_in: Mapping[str, list[str]]) -> Iterator[Problem]:
+    """Keys that two places set, or that one place sets twice (`objective` and `objective.name`).
+
+    It would be unclear which of the values counts.
+    """
+    places = itertools.combinations_with_replacement(keys_set_in.items(), 2)
+    for (place, keys), (other_place, other_keys) in places:
+        if place == other_place:
+            pairs = itertools.combinations(keys, 2)
+        elif place.startswith("arms.") and other_place.startswith("arms."):
+            continue  # no run takes two labelled arms
+        elif (place, other_place) == ("set", COMMAND_LINE):
             continue  # that is what the command line is for
-        for x, y in itertools.combinations(mine, 2) if a == b else itertools.product(mine, others):
-            if related(x, y):
-                yield Problem((_place(b, y),), f"{a} sets {x} too; keep one of them", (x, y))
+        else:
+            pairs = itertools.product(keys, other_keys)
+        for key, other_key in pairs:
+            if overlap(key, other_key):
+                text = f"{place} sets {key} too; keep one of them"
+                where = _key_in(other_place, other_key)
+                yield Problem((where,), text, in_doubt=(key, other_key))
 
 
-def _sets(key: str, value: Any, other: str) -> bool:
-    return any(related(leaf, other) for leaf in leaves({key: value}))
-
-
-def _place(where: str, key: str) -> str:
-    return key if where == COMMAND_LINE else f"{where}.{key}"
+def _key_in(place: str, key: str) -> str:
+    """Where a config key stands: `grid.train.epochs`; of the command line, the key alone."""
+    return key if place == COMMAND_LINE else f"{place}.{key}"
 
 
 # ---------------------------------------------------------------- names of keys and values
@@ -196,34 +276,48 @@ def leaves(settings: Mapping[str, Any]) -> Iterator[str]:
     """Key paths of the values in nested mappings."""
     for key, value in settings.items():
         if isinstance(value, dict) and value:
-            yield from (f"{key}.{below}" for below in leaves(value))
+            for below in leaves(value):
+                yield f"{key}.{below}"
         else:
             yield key
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """For each key path, the shortest of its ends that no other one ends with."""
+    """For each key path the shortest of its ends that no other one ends with.
+
+    `optimizer.learning_rate` becomes `learning_rate`, where no other key is called so.
+    """
     names = {}
     for key in keys:
-        parts, others = key.split("."), [f".{other}" for other in keys if other != key]
-        ends = (".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1))
-        names[key] = next(
-            (end for end in ends if not any(other.endswith(f".{end}") for other in others)), key
-        )
+        others = [f".{other}" for other in keys if other != key]
+        names[key] = key
+        parts = key.split(".")
+        for start in reversed(range(len(parts))):
+            end = ".".join(parts[start:])
+            if not any(other.endswith(f".{end}") for other in others):
+                names[key] = end
+                break
     return names
 
 
-def _axis(columns: Mapping[str, list], names: Mapping[str, str]) -> Axis:
-    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    return [
-        ("-".join(f"{names[key]}={slug(value)}" for key, value in row.items()), row) for row in rows
-    ]
+def _axis_of_rows(columns: Columns, names: Mapping[str, str]) -> Axis:
+    """A point for each row of equally long columns, called `name=value-name=value`."""
+    axis = []
+    for values in zip(*columns.values(), strict=True):
+        settings = dict(zip(columns, values, strict=True))
+        label = "-".join(f"{names[key]}={slug(value)}" for key, value in settings.items())
+        axis.append(Point(label, settings))
+    return axis
 
 
 def slug(value: Any, limit: int = 40) -> str:
-    """The value as part of a file name; where that loses something, with a digest of the value."""
+    """The value as part of a file name.
+
+    Where that loses something, of characters or of length, it ends in a digest of the value.
+    """
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     safe = re.sub(r"[^A-Za-z0-9._+=-]+", "_", text)
     if safe == text and 0 < len(text) <= limit:
         return text
-    return f"{safe[: limit - 7]}~{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+    digest = hashlib.sha256(text.encode()).hexdigest()[:6]
+    return f"{safe[: limit - 7]}~{digest}"

@@ -16,7 +16,7 @@ import pytest
 from sapo_jax.cli import main
 from sapo_jax.io.files import append_rows, last_row
 from sapo_jax.sweeps import launch as sweep_module
-from sapo_jax.sweeps.launch import CLAIM, LOG, plan_lines, shard_of, sweep
+from sapo_jax.sweeps.launch import CLAIM, LOG, runs_of_shard, status_lines, train_sweep
 from sapo_jax.sweeps.load import Sweep, SweepRun, load_sweep
 from sapo_jax.sweeps.results import RESULTS, read_manifest
 from tests.sweeps.sweep_runs import begin, finish, write_steps
@@ -90,7 +90,7 @@ def results() -> list[dict[str, str]]:
 @pytest.mark.parametrize("parallel", [1, 3])
 def test_every_run_is_trained_and_in_the_results(parallel, capsys):
     trainer = Trainer()
-    assert sweep(plan_of(), max_parallel=parallel, start=trainer) == 0
+    assert train_sweep(plan_of(), max_parallel=parallel, start=trainer) == 0
     assert trainer.started == NAMES and trainer.most == parallel
     assert [row["run"] for row in results()] == NAMES
     out = capsys.readouterr().out
@@ -102,7 +102,7 @@ def test_every_run_is_trained_and_in_the_results(parallel, capsys):
 
 
 def test_results_hold_the_swept_keys_and_the_figures():
-    sweep(
+    train_sweep(
         plan_of(
             "base: base.yaml\nfolder: out\narms: {a: {}, b: {objective: {name: grpo, clip_low: 0.1}}}"
         ),
@@ -142,18 +142,18 @@ def test_finished_runs_are_skipped_and_others_go_on():
     longer = plan_of(TAUS, "train.steps=6")  # the schedule is constant: finished runs may go on
     for now, expected in ((plan, NAMES[1:]), (plan, []), (longer, NAMES), (longer, [])):
         trainer = Trainer()
-        assert sweep(now, start=trainer) == 0
+        assert train_sweep(now, start=trainer) == 0
         assert trainer.started == expected
     assert [row["rl_steps"] for row in results()] == ["6"] * 4
 
 
 def test_a_grown_file_adds_runs_and_a_shrunk_one_leaves_folders_alone(capsys):
-    sweep(plan_of(), start=Trainer())
+    train_sweep(plan_of(), start=Trainer())
     trainer = Trainer()
-    assert sweep(plan_of(TAUS.replace("[1.05, 1.0]", "[1.05, 1.0, 0.95]")), start=trainer) == 0
+    assert train_sweep(plan_of(TAUS.replace("[1.05, 1.0]", "[1.05, 1.0, 0.95]")), start=trainer) == 0
     assert trainer.started == ["tau_neg=0.95-seed0", "tau_neg=0.95-seed1"] and len(results()) == 6
     capsys.readouterr()
-    assert sweep(plan_of(TAUS.replace("[1.05, 1.0]", "[1.05]")), start=trainer) == 0
+    assert train_sweep(plan_of(TAUS.replace("[1.05, 1.0]", "[1.05]")), start=trainer) == 0
     assert (
         "no longer in the sweep, left alone: tau_neg=1.0-seed0, tau_neg=0.95-seed0"
         in capsys.readouterr().out
@@ -165,13 +165,13 @@ def test_a_grown_file_adds_runs_and_a_shrunk_one_leaves_folders_alone(capsys):
 
 def test_shards_are_a_partition_and_share_the_results():
     plan = plan_of(TAUS.replace("[0, 1]", "[0, 1, 2]"))
-    parts = [[run.name for run in shard_of(plan.runs, (i, 4))] for i in range(1, 5)]
+    parts = [[run.name for run in runs_of_shard(plan.runs, (i, 4))] for i in range(1, 5)]
     assert sorted(sum(parts, [])) == sorted(run.name for run in plan.runs) and {
         len(part) for part in parts
     } == {1, 2}
     for i in range(1, 5):
         trainer = Trainer()
-        assert sweep(plan, shard=(i, 4), start=trainer) == 0
+        assert train_sweep(plan, shard=(i, 4), start=trainer) == 0
         assert trainer.started == parts[i - 1]
         assert len(results()) == sum(map(len, parts[:i]))
     assert [row["run"] for row in results()] == [run.name for run in plan.runs]
@@ -183,7 +183,7 @@ def test_shards_are_a_partition_and_share_the_results():
 
 def test_a_failed_run_is_reported_with_its_log_and_the_others_go_on(capsys):
     trainer = Trainer({NAMES[0]: 1, NAMES[2]: -9})
-    assert sweep(plan_of(), start=trainer) == 1
+    assert train_sweep(plan_of(), start=trainer) == 1
     assert trainer.started == NAMES and [row["run"] for row in results()] == [NAMES[1], NAMES[3]]
     out = capsys.readouterr().out
     assert (
@@ -195,7 +195,7 @@ def test_a_failed_run_is_reported_with_its_log_and_the_others_go_on(capsys):
         and "2/4 done, 0 running, 2 failed, 0 left" in out
     )
     again = Trainer()
-    assert sweep(plan_of(), start=again) == 0 and again.started == [NAMES[0], NAMES[2]]
+    assert train_sweep(plan_of(), start=again) == 0 and again.started == [NAMES[0], NAMES[2]]
 
 
 def test_the_log_of_an_earlier_attempt_is_not_quoted(capsys):
@@ -204,7 +204,7 @@ def test_the_log_of_an_earlier_attempt_is_not_quoted(capsys):
     (plan.runs[0].folder / LOG).write_text("an old error\n")
     sweep_module.LAST_LINES, before = 100, sweep_module.LAST_LINES
     try:
-        sweep(plan, start=Trainer({NAMES[0]: 1}))
+        train_sweep(plan, start=Trainer({NAMES[0]: 1}))
     finally:
         sweep_module.LAST_LINES = before
     out = capsys.readouterr().out
@@ -216,7 +216,7 @@ def test_an_exit_code_of_0_without_a_summary_is_a_failure(capsys):
         def _exit(self, code):
             self.code = 0
 
-    assert sweep(plan_of(), start=lambda run: Idle(Trainer(), run)) == 1
+    assert train_sweep(plan_of(), start=lambda run: Idle(Trainer(), run)) == 1
     assert "exit code 0" in capsys.readouterr().out
 
 
@@ -231,14 +231,14 @@ def test_a_signal_is_passed_on_and_no_further_run_starts(number, capsys):
             os.kill(os.getpid(), number)
 
     trainer.on_poll = at_the_third_poll
-    assert sweep(plan_of(), max_parallel=2, start=trainer) == 75
+    assert train_sweep(plan_of(), max_parallel=2, start=trainer) == 75
     assert trainer.started == NAMES[:2] and trainer.terminated == 2 and trainer.alive == 0
     assert "0/4 done, 0 running, 0 failed, 2 left, 2 stopped" in capsys.readouterr().out
-    assert sweep(plan_of(), start=Trainer()) == 0
+    assert train_sweep(plan_of(), start=Trainer()) == 0
 
 
 def test_a_run_that_was_stopped_by_someone_else_is_not_a_failure(capsys):
-    assert sweep(plan_of(), start=Trainer({NAMES[1]: 75})) == 75
+    assert train_sweep(plan_of(), start=Trainer({NAMES[1]: 75})) == 75
     assert "1 stopped" in capsys.readouterr().out
 
 
@@ -249,12 +249,12 @@ def test_a_run_in_other_hands_is_left_to_them(lock, capsys):
     plan.runs[1].folder.mkdir(parents=True)
     with (plan.runs[1].folder / lock).open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        assert sweep(plan, start=trainer) == 1
+        assert train_sweep(plan, start=trainer) == 1
     assert trainer.started == [NAMES[0], *NAMES[2:]]
     assert (
         f"{NAMES[1]} busy: another process is working in out/{NAMES[1]}" in capsys.readouterr().out
     )
-    assert sweep(plan, start=trainer) == 0 and trainer.started[-1] == NAMES[1]
+    assert train_sweep(plan, start=trainer) == 0 and trainer.started[-1] == NAMES[1]
 
 
 def test_an_error_while_starting_leaves_no_process_behind():
@@ -266,7 +266,7 @@ def test_an_error_while_starting_leaves_no_process_behind():
         return trainer(run)
 
     with pytest.raises(OSError, match="no space left"):
-        sweep(plan_of(), max_parallel=2, start=start)
+        train_sweep(plan_of(), max_parallel=2, start=start)
     assert trainer.terminated == 1 and trainer.alive == 0
 
 
@@ -274,7 +274,7 @@ def test_an_error_while_starting_leaves_no_process_behind():
 
 
 def test_changed_configurations_are_refused_by_run_and_key(capsys):
-    sweep(plan_of(), shard=(1, 2), start=Trainer())  # runs 0 and 2
+    train_sweep(plan_of(), shard=(1, 2), start=Trainer())  # runs 0 and 2
     changed = (
         TAUS
         + "set: {optimizer.learning_rate: 0.5, evaluate.samples: 3, evaluate.every: 2, checkpoint.every: 3}\n"
@@ -310,13 +310,13 @@ def test_a_runs_own_folder_is_refused():
     with pytest.raises(
         RuntimeError, match="out is the folder of a run; give the sweep another `folder`"
     ):
-        sweep(plan, start=Trainer())
+        train_sweep(plan, start=Trainer())
 
 
 @pytest.mark.parametrize("file, text", [("manifest.yaml", "runs: 3"), (f"{NAMES[0]}/summary.json", '{"rl_steps'),
                                         (f"{NAMES[0]}/metrics.jsonl", "{torn}\n")])  # fmt: skip
 def test_damaged_files_are_named(file, text, capsys):
-    sweep(plan_of(), start=Trainer())
+    train_sweep(plan_of(), start=Trainer())
     Path("out", file).write_text(text)
     assert main(["sweep", "taus.yaml"]) == 1
     assert f"out/{file}" in (err := capsys.readouterr().err) and "remove" in err
@@ -329,7 +329,7 @@ def test_dry_run_lists_the_runs_and_starts_nothing(capsys):
     plan = plan_of()
     finish(plan.runs[0])
     begin(plan.runs[1])
-    assert plan_lines(plan, (1, 1)) == [
+    assert status_lines(plan, (1, 1)) == [
         f"out/{NAMES[0]}  finished", f"out/{NAMES[1]}  begun", f"out/{NAMES[2]}  new", f"out/{NAMES[3]}  new",
         "4 runs, 4 of them in shard 1/1",
     ]  # fmt: skip

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from sapo_jax.config import ConfigError, load
-from sapo_jax.config.source import dump_yaml
+from sapo_jax.config.yaml_core import dump_yaml
 from sapo_jax.sweeps.file import short_names, slug
 from sapo_jax.sweeps.load import load_sweep
 from tests.config.test_config_load import NASTY

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from sapo_jax.sweeps.display import Follower, SweepDisplay
+from sapo_jax.sweeps.display import MetricsFollower, SweepDisplay
 from sapo_jax.sweeps.job import Job
 from sapo_jax.sweeps.load import load_sweep
 from tests.sweeps.sweep_runs import begin, finish, write_steps
@@ -16,7 +16,7 @@ from tests.sweeps.sweep_runs import begin, finish, write_steps
 
 def test_a_growing_log_is_followed(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    follower = Follower(path)
+    follower = MetricsFollower(path)
     follower.read()
     assert (follower.step, str(follower)) == (0, "")
     write_steps(tmp_path, range(2), 0.25)
@@ -36,7 +36,7 @@ def test_a_growing_log_is_followed(tmp_path):
     "then", [1, 9], ids=["shorter than before", "grown past where reading was"]
 )
 def test_a_log_that_was_cut_back_is_read_anew(tmp_path, then):
-    follower = Follower(tmp_path / "metrics.jsonl")
+    follower = MetricsFollower(tmp_path / "metrics.jsonl")
     write_steps(tmp_path, range(7), 0.25)
     follower.read()
     assert follower.step == 6
