@@ -1,9 +1,13 @@
-"""Which part of a completion is the answer. Linear in the text's length, whatever the text."""
+"""Which part of a completion is the answer.
+
+The time that this takes grows linearly with the length of the completion, whatever its text.
+"""
 
 from __future__ import annotations
 
 import re
 
+# The forms of an answer (config key `rewards.extract`), and what a message says is missing.
 FORMS = {
     "all": "text",
     "final": "text after the last </think>",
@@ -11,23 +15,31 @@ FORMS = {
     "boxed": "balanced \\boxed{...}",
     "last_number": "number",
 }
-FORMLESS = (
-    "all",
-    "final",
-    "last_number",
-)  # not forms that anyone asks a model for: there is nothing to reward
-# A minus is a sign, not a subtraction, unless a digit, a letter or a closing bracket stands right before it.
-_NUMBER = re.compile(r"(?:(?<![\w)\]])[-\N{MINUS SIGN}])?\d+(?:,\d{3})*(?:\.\d+)?", re.ASCII)
-_BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)  # an escaped brace is text
+# Nobody asks a model to write these forms, so there is nothing that `format_reward` could reward.
+FORMLESS = ("all", "final", "last_number")
+
+_MINUS_SIGN = "\N{MINUS SIGN}"
+# A minus is a sign, not a subtraction, unless a digit, a letter or a closing bracket stands right
+# before it.
+_NUMBER = re.compile(rf"(?:(?<![\w)\]])[-{_MINUS_SIGN}])?\d+(?:,\d{{3}})*(?:\.\d+)?", re.ASCII)
+# The opening of a box, an escaped character (an escaped brace is text, it closes nothing), a brace.
+_BOX_OR_BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 
 
-def extract(completion: str, form: str) -> str | None:
-    """The answer in a completion, stripped; None where there is none (an empty answer is none).
+def extract_answer(completion: str, form: str) -> str | None:
+    """The answer in a completion, stripped of white space; None where there is none.
 
-    form: "all" the whole completion; "final" what follows the last </think> (Qwen3's mark for the end of its
-    thinking), or the whole completion without one; "answer_tag" the last <answer>...</answer>; "boxed" the last
-    balanced \\boxed{...}, of nested ones the inner one; "last_number" the last number, its thousands separators
-    dropped ("3 + 4 = 7." gives 7), for models that were taught no form (the usual grading of GSM8K, arXiv 2110.14168).
+    An empty answer counts as none. `form` is one of
+
+    - "all": the whole completion;
+    - "final": what follows the last </think> (Qwen3's mark for the end of its thinking), or the
+      whole completion where there is no such mark;
+    - "answer_tag": the content of the last <answer>...</answer>;
+    - "boxed": the content of the last balanced \\boxed{...}, of nested ones the inner one;
+    - "last_number": the last number without its thousands separators, so that "3 + 4 = 7." gives
+      7. It is for models that were taught no form (the usual grading of GSM8K, arXiv 2110.14168).
+
+    Raises ValueError for any other form.
     """
     if form == "all":
         answer = completion
@@ -38,30 +50,51 @@ def extract(completion: str, form: str) -> str | None:
     elif form == "boxed":
         answer = _last_boxed(completion)
     elif form == "last_number":
-        numbers = _NUMBER.findall(completion)
-        answer = numbers[-1].replace(",", "").replace("\N{MINUS SIGN}", "-") if numbers else None
+        answer = _last_number(completion)
     else:
         raise ValueError(f"rewards.extract is {form!r}; it must be one of {', '.join(FORMS)}")
-    return (answer.strip() or None) if answer is not None else None
+    if answer is None:
+        return None
+    return answer.strip() or None
 
 
 def _last_tag(text: str, opening: str, closing: str) -> str | None:
-    start = text.rfind(opening, 0, max(text.rfind(closing), 0))
-    if start < 0:
+    """The text from the last opening tag that is closed up to the next closing tag."""
+    last_closing = text.rfind(closing)
+    if last_closing < 0:
         return None
-    start += len(opening)
-    return text[start : text.index(closing, start)]
+    last_opening = text.rfind(opening, 0, last_closing)
+    if last_opening < 0:
+        return None
+    start = last_opening + len(opening)
+    end = text.index(closing, start)
+    return text[start:end]
 
 
 def _last_boxed(text: str) -> str | None:
-    open_groups: list[int | None] = []  # where a box's content starts; None for other groups
-    last = None
-    for match in _BRACE.finditer(text):
+    """The content of the balanced box that opens last."""
+    # For each group that is open: where its content starts if it is a box, None if it is not one.
+    open_groups: list[int | None] = []
+    last_box = None
+    for match in _BOX_OR_BRACE.finditer(text):
         token = match.group()
-        if token.endswith("{") and token != r"\{":
-            open_groups.append(match.end() if token != "{" else None)
+        if token.startswith(r"\boxed"):
+            open_groups.append(match.end())
+        elif token == "{":
+            open_groups.append(None)
         elif token == "}" and open_groups:
             start = open_groups.pop()
-            if start is not None and (last is None or start > last.start):
-                last = slice(start, match.start())
-    return text[last] if last is not None else None
+            if start is None:
+                continue
+            if last_box is None or start > last_box.start:
+                last_box = slice(start, match.start())
+    if last_box is None:
+        return None
+    return text[last_box]
+
+
+def _last_number(text: str) -> str | None:
+    numbers = _NUMBER.findall(text)
+    if not numbers:
+        return None
+    return numbers[-1].replace(",", "").replace(_MINUS_SIGN, "-")

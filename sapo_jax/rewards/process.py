@@ -1,7 +1,8 @@
-"""The trainer's handle on one worker process (`worker.py`): start, ask with a deadline, kill, start again."""
+"""The trainer's handle on one worker (`worker.py`): start it, ask it with a deadline, kill it."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import selectors
@@ -10,79 +11,114 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Any
+from typing import IO, Any
 
-from sapo_jax.config.schema import Rewards
 from sapo_jax.errors import WorkerError
-from sapo_jax.rewards.worker import OUT_OF_MEMORY
+from sapo_jax.rewards.protocol import OUT_OF_MEMORY, WorkerSettings
 from sapo_jax.types import Verdict
 
 START_SECONDS = 120.0  # for a worker's start, and for a verifier's imports
-_TAIL = 4000  # bytes of stderr that are kept
+_TAIL = 4000  # bytes of the worker's stderr that are kept
+_CHUNK = 65536  # bytes that are read from a pipe at a time
 
 
 class _Died(Exception):
-    """The worker has closed its end of the channel."""
+    """The worker has closed its end of the pipe."""
 
 
 class WorkerProcess:
-    """One worker, started when first needed. One thread at a time may call `grade`; any may call `stop`."""
+    """One worker, which is started when it is first needed and again after its death.
 
-    def __init__(self, cfg: Rewards) -> None:
-        self._cfg = cfg
-        self._lock = (
-            threading.Lock()
-        )  # over _process and _stopped: nobody signals a process that was reaped
-        self._process: subprocess.Popen | None = None
+    One thread at a time may call `grade` and `kill`; any thread may call `stop`.
+    """
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self._settings = settings
+        # Held while _process and _stopped change, so that nobody signals a process that was reaped:
+        # its id may be another process's by then.
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
         self._stopped = False
-        self._prepared: set[str] = set()
-        self._judged = 0  # items since the start
-        self._stderr = b""
+        self._prepared: set[str] = set()  # names of verifiers
+        self._items_begun = 0  # since the worker was started
+        self._stderr = b""  # the end of what it has written
 
     def grade(self, verifier: str, item: bytes) -> Verdict:
-        """The judgement on one item (a JSON line), whatever its verifier does. Raises WorkerError.
+        """The verdict on one item (a request as a line of JSON), whatever its verifier does.
 
-        A worker that dies is started again; if it had judged other items before, one of them may have doomed it, so
-        this item gets one more trial, on the new worker.
+        A worker that dies is started again. If it had begun other items before, one of them may
+        have doomed it, so this item gets one more trial, on the new worker. Raises WorkerError
+        where a worker cannot start or cannot prepare the verifier, and after `stop`.
         """
         while True:
-            fresh = self._judged == 0
+            is_first_item = self._items_begun == 0
             try:
-                self._prepare(verifier)
-                self._judged += 1
-                reply = self._ask(item, self._cfg.deadline)
+                process = self._ready_for(verifier)
+                self._items_begun += 1
+                reply = self._ask(process, item, self._settings.deadline)
             except TimeoutError:
                 self.kill()
-                return Verdict("timeout", 0.0, f"no verdict within {self._cfg.deadline:g} s")
+                detail = f"no verdict within {self._settings.deadline:g} s"
+                return Verdict("timeout", 0.0, detail)
             except _Died:
                 cause = self.kill()
-                if fresh:
+                if is_first_item:
                     return Verdict("error", 0.0, cause)
                 continue
-            if reply.pop("retire"):
+            if reply["retire"]:
                 self.kill()
-            return Verdict(**reply)
+            return Verdict(**reply["verdict"])
 
     def stop(self) -> None:
-        """Kill the worker and start none again; a `grade` under way in another thread ends with WorkerError."""
+        """Kill the worker and start none again.
+
+        A `grade` under way in another thread ends with WorkerError.
+        """
         with self._lock:
             self._stopped = True
             if self._process is not None:
                 _kill_group(self._process)
 
-    def _prepare(self, verifier: str) -> None:
-        if self._process is None:
-            self._start()
-        if verifier not in self._prepared:
-            self._command({"prepare": verifier}, f"prepare the verifier {verifier!r}")
-            self._prepared.add(verifier)
+    def kill(self) -> str:
+        """End the worker and its process group and free what they held.
 
-    def _start(self) -> None:
+        Returns how the worker ended, or "" where none was running.
+        """
+        with self._lock:
+            process = self._process
+            self._process = None
+            self._items_begun = 0
+            if process is None:
+                return ""
+            _kill_group(process)
+            code = process.wait()
+        stdin, stdout, stderr = _pipes(process)
+        self._keep_stderr(_drain(stderr))
+        for pipe in (stdin, stdout, stderr):
+            pipe.close()
+        if code == OUT_OF_MEMORY:
+            return f"the verifier needs more than rewards.memory_mb = {self._settings.memory_mb}"
+        if code < 0:
+            return f"the worker was killed by {signal.Signals(-code).name}"
+        return f"the worker exited with code {code}"
+
+    def _ready_for(self, verifier: str) -> subprocess.Popen[bytes]:
+        """The running worker, once it has prepared the verifier."""
+        process = self._process
+        if process is None:
+            process = self._start()
+        if verifier not in self._prepared:
+            self._command(process, {"prepare": verifier}, f"prepare the verifier {verifier!r}")
+            self._prepared.add(verifier)
+        return process
+
+    def _start(self) -> subprocess.Popen[bytes]:
         with self._lock:
             if self._stopped:
                 raise WorkerError("the verifier pool is closed")
-            self._process = subprocess.Popen(
-                # -P: sys.path is the parent's (below), without the current directory in front
+            process = subprocess.Popen(
+                # -P: without the current directory in front of sys.path; _environment gives the
+                # worker the trainer's path instead.
                 [sys.executable, "-P", "-m", "sapo_jax.rewards.worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -91,112 +127,120 @@ class WorkerProcess:
                 start_new_session=True,  # a Ctrl-C is not for it, and its children die with it
                 env=_environment(),
             )
-        os.set_blocking(self._process.stdin.fileno(), False)
-        self._prepared, self._stderr = set(), b""
-        cfg = self._cfg
-        setup = {"plugins": cfg.plugins, "memory_mb": cfg.memory_mb, "deadline": cfg.deadline}
-        self._command({"setup": setup}, "start")
+            self._process = process
+        stdin, _, _ = _pipes(process)
+        os.set_blocking(stdin.fileno(), False)
+        self._prepared = set()
+        self._stderr = b""
+        self._command(process, {"setup": dataclasses.asdict(self._settings)}, "start")
+        return process
 
-    def _command(self, message: dict[str, Any], what: str) -> None:
+    def _command(
+        self, process: subprocess.Popen[bytes], request: dict[str, Any], purpose: str
+    ) -> None:
+        """Have the worker set something up. Raises WorkerError where it fails, _Died where an
+        earlier item may be the reason."""
         try:
-            reply = self._ask(json.dumps(message).encode("ascii"), START_SECONDS)
-            problem = reply.get("failed")
+            reply = self._ask(process, json.dumps(request).encode("ascii"), START_SECONDS)
+            failure = reply.get("failed")
         except TimeoutError:
-            problem = f"no answer within {START_SECONDS:g} s\n{self._tail()}"
+            failure = f"no answer within {START_SECONDS:g} s\n{self._last_words()}"
         except _Died:
-            if self._judged:  # an earlier item doomed this worker: try with a new one
+            if self._items_begun > 0:  # `grade` tries again on a new worker
                 raise
-            problem = f"{self.kill()}\n{self._tail()}"
-        if problem is not None:
+            failure = f"{self.kill()}\n{self._last_words()}"
+        if failure is not None:
             self.kill()
             raise WorkerError(
-                f"a verifier worker cannot {what} (rewards.memory_mb = {self._cfg.memory_mb}): {problem}"
+                f"a verifier worker cannot {purpose}"
+                f" (rewards.memory_mb = {self._settings.memory_mb}): {failure}"
             )
 
-    def _ask(self, line: bytes, seconds: float) -> dict[str, Any]:
-        """Send one line, receive one. Raises TimeoutError, _Died. Keeps the worker's stderr flowing meanwhile."""
-        until = time.monotonic() + seconds
-        stdin, stdout, stderr = self._process.stdin, self._process.stdout, self._process.stderr
-        unsent, received = memoryview(line + b"\n"), bytearray()
+    def _ask(self, process: subprocess.Popen[bytes], line: bytes, seconds: float) -> dict[str, Any]:
+        """Send one line and receive one, while the worker's stderr is read, so that it never fills.
+
+        Raises TimeoutError after `seconds`, _Died where the worker closes a pipe.
+        """
+        deadline = time.monotonic() + seconds
+        stdin, stdout, stderr = _pipes(process)
+        unsent = memoryview(line + b"\n")
+        received = bytearray()
         with selectors.PollSelector() as selector:
             selector.register(stdin, selectors.EVENT_WRITE)
             selector.register(stdout, selectors.EVENT_READ)
             selector.register(stderr, selectors.EVENT_READ)
             while True:
-                for key, _ in selector.select(max(0.0, until - time.monotonic())):
+                seconds_left = max(0.0, deadline - time.monotonic())
+                for key, _ in selector.select(seconds_left):
                     if key.fileobj is stdin:
                         try:
-                            unsent = unsent[os.write(key.fd, unsent) :]
+                            sent = os.write(key.fd, unsent)
                         except BrokenPipeError:
                             raise _Died from None
+                        unsent = unsent[sent:]
                         if not unsent:
                             selector.unregister(stdin)
-                        continue
-                    chunk = os.read(key.fd, 65536)
-                    if key.fileobj is stderr:
-                        self._stderr = (self._stderr + chunk)[-_TAIL:]
+                    elif key.fileobj is stderr:
+                        chunk = os.read(key.fd, _CHUNK)
+                        self._keep_stderr(chunk)
                         if not chunk:
                             selector.unregister(stderr)
-                        continue
-                    if not chunk:
-                        raise _Died
-                    received += chunk
-                    if received.endswith(b"\n"):
-                        return json.loads(received)
-                if time.monotonic() >= until:
+                    else:
+                        chunk = os.read(key.fd, _CHUNK)
+                        if not chunk:
+                            raise _Died
+                        received += chunk
+                        if received.endswith(b"\n"):
+                            return json.loads(received)
+                if time.monotonic() >= deadline:
                     raise TimeoutError
 
-    def kill(self) -> str:
-        """End the process and its group, free what it held; says how it ended. For the thread that calls `grade`."""
-        with self._lock:
-            process, self._process, self._judged = self._process, None, 0
-            if process is None:
-                return ""
-            _kill_group(process)
-            code = process.wait()
-        self._stderr = (self._stderr + _drain(process.stderr))[-_TAIL:]
-        for pipe in (process.stdin, process.stdout, process.stderr):
-            pipe.close()
-        if code == OUT_OF_MEMORY:
-            return f"the verifier needs more than rewards.memory_mb = {self._cfg.memory_mb}"
-        ending = (
-            f"was killed by {signal.Signals(-code).name}"
-            if code < 0
-            else f"exited with code {code}"
-        )
-        return f"the worker {ending}"
+    def _keep_stderr(self, chunk: bytes) -> None:
+        self._stderr = (self._stderr + chunk)[-_TAIL:]
 
-    def _tail(self) -> str:
+    def _last_words(self) -> str:
         return self._stderr.decode("utf-8", "replace").strip()
 
 
-def _kill_group(process: subprocess.Popen) -> None:
+def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes], IO[bytes]]:
+    """(stdin, stdout, stderr) of a process that was started with pipes for all three."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
+    return process.stdin, process.stdout, process.stderr
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
     try:
         os.killpg(process.pid, signal.SIGKILL)
-    except (
-        ProcessLookupError,
-        PermissionError,
-    ):  # macOS: a group of which only the dead leader is left
-        pass
+    except (ProcessLookupError, PermissionError):
+        pass  # the group is gone; macOS: only its dead leader is left of it
 
 
-def _drain(pipe: Any) -> bytes:
-    """What a dead process left in its pipe (someone else may hold it open: do not wait for its end)."""
+def _drain(pipe: IO[bytes]) -> bytes:
+    """What a dead process left in its pipe.
+
+    Another process may hold the pipe open, so this does not wait for its end.
+    """
     os.set_blocking(pipe.fileno(), False)
     try:
-        return os.read(pipe.fileno(), 65536)
+        return os.read(pipe.fileno(), _CHUNK)
     except BlockingIOError:
         return b""
 
 
 def _environment() -> dict[str, str]:
+    """The environment of a worker."""
+    # What the trainer can import, the worker can import.
+    path = os.pathsep.join(os.path.abspath(folder) for folder in sys.path)
     return {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(
-            os.path.abspath(path) for path in sys.path
-        ),  # what we can import, it can
-        "PYTHONHASHSEED": "0",  # the order of sets, hence a verdict, must not change from worker to worker
-        "OMP_NUM_THREADS": "1",  # NumPy's thread pools would eat the address space
+        "PYTHONPATH": path,
+        # The order of sets, and hence a verdict, must not change from worker to worker.
+        "PYTHONHASHSEED": "0",
+        # NumPy's thread pools would take up the address space.
+        "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
-        "JAX_PLATFORMS": "cpu",  # a plug-in that imports JAX must not take the accelerator from the trainer
+        # A plug-in that imports JAX must not take the accelerator from the trainer.
+        "JAX_PLATFORMS": "cpu",
     }

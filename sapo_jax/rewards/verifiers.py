@@ -1,7 +1,8 @@
-"""The built-in verifiers exact, numeric and reasoning_gym (`math` has its own module). What one is: `registry.py`.
+"""The built-in verifiers `exact`, `numeric` and `reasoning_gym`; `math` has a module of its own.
 
-The data row's own answer ("gold") is checked first: one that cannot be read raises ValueError (status "error", the
-sample is masked), so that "unparsable" and "wrong" always speak of the model's answer.
+`registry.py` says what a verifier is. Each of these checks the data row's own answer (the "gold"
+answer) first. A gold answer that cannot be read raises ValueError (status "error", the sample is
+masked), so that "unparsable" and "wrong" always speak of the model's answer.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import functools
 import json
 import re
 from fractions import Fraction
+from types import ModuleType
 from typing import Any
 
 from sapo_jax.rewards.allowlist import NEEDS_OPTIONS, REASONING_GYM_TASKS
@@ -18,7 +20,7 @@ from sapo_jax.rewards.registry import Unparsable, register
 
 @register("exact")
 def exact(response: str, answer: str, metadata: dict[str, Any]) -> bool:
-    """Equal as text, runs of white space counted as one space. Upper and lower case differ."""
+    """Equal as text; a run of white space counts as one space. Upper and lower case differ."""
     gold = answer.split()
     if not gold:
         raise ValueError("the gold answer is empty")
@@ -35,7 +37,8 @@ _NUMBER = re.compile(
 
 @register("numeric")
 def numeric(response: str, answer: str, metadata: dict[str, Any]) -> bool:
-    """Equal as exact numbers, nothing rounded: 1,234 = 1234.0, 3/4 = 0.75, 0.50 = .5, 1e3 = 1000. No units or words."""
+    """Equal as exact numbers, with nothing rounded: 1,234 = 1234.0, 3/4 = 0.75, 0.50 = .5,
+    1e3 = 1000. Units and words make a text no number."""
     gold = _number(answer)
     if gold is None:
         raise ValueError(f"the gold answer {answer[:80]!r} is not a number")
@@ -46,31 +49,36 @@ def numeric(response: str, answer: str, metadata: dict[str, Any]) -> bool:
 
 
 def _number(text: str) -> Fraction | None:
+    """The number that the whole text writes; None where it writes none."""
     match = _NUMBER.fullmatch(text.strip().replace("\N{MINUS SIGN}", "-"))
     if match is None:
         return None
     sign, numerator, exponent, denominator = match.groups()
     try:
-        value = Fraction(numerator.replace(",", "")) / Fraction(
-            (denominator or "1").replace(",", "")
-        )
-    except (ValueError, ZeroDivisionError):  # ValueError: thousands of digits, refused by int()
+        value = Fraction(numerator.replace(",", ""))
+        if denominator is not None:
+            value /= Fraction(denominator.replace(",", ""))
+    except (ValueError, ZeroDivisionError):  # ValueError: int() refuses thousands of digits
         return None
-    return (-value if sign == "-" else value) * Fraction(10) ** int(exponent or 0)
+    if sign == "-":
+        value = -value
+    return value * Fraction(10) ** int(exponent or 0)
 
 
 # ---------------------------------------------------------------- reasoning-gym
 
 
 @functools.cache
-def _reasoning_gym():
+def _reasoning_gym() -> ModuleType:
+    """The library, which takes seconds to import."""
     import reasoning_gym
 
     return reasoning_gym
 
 
 @functools.lru_cache(maxsize=64)
-def _generator(task: str, options: str):
+def _scorer(task: str, options: str) -> Any:
+    """A data set of this task, which scores answers; `options` is JSON, so that it can be a key."""
     return _reasoning_gym().create_dataset(task, **json.loads(options))
 
 
@@ -78,31 +86,38 @@ def _generator(task: str, options: str):
 def reasoning_gym(response: str, answer: str, metadata: dict[str, Any]) -> bool:
     """Full marks from the scorer of the task that `metadata["metadata"]["source_dataset"]` names.
 
-    metadata: the generator's entry as JSON values, as `allowlist.py` says. The scorers' partial credits mean something
-    else in each task, and many pay 0.01 to 0.5 for a well-formed wrong answer; so everything below 1 is simply wrong. A
-    scorer that raises on the response, having given the gold answer full marks, could not read it: unparsable.
+    `metadata` is the generator's entry as JSON values, as `allowlist.py` says. The scorers' partial
+    credits mean something else in each task, and many pay 0.01 to 0.5 for a well-formed wrong
+    answer; so everything below 1 is simply wrong. A scorer that raises on the response, after it
+    gave the gold answer full marks, could not read the response: that is unparsable.
+
+    Raises ValueError for a task that is not on the allow-list, for options that are missing, and
+    for a gold answer that fails its own task.
     """
     task = metadata["metadata"]["source_dataset"]
     if task not in REASONING_GYM_TASKS:
         raise ValueError(
             f"reasoning-gym task {task!r} is not on the allow-list (sapo_jax/rewards/allowlist.py)"
         )
-    if task in NEEDS_OPTIONS and "options" not in metadata:
-        raise ValueError(
-            f"the scorer of {task!r} needs metadata['options'], the options of its generator"
-        )
-    options = metadata["options"] if task in NEEDS_OPTIONS else {}
-    scorer = _generator(task, json.dumps(options, sort_keys=True))
+    options = {}
+    if task in NEEDS_OPTIONS:
+        if "options" not in metadata:
+            raise ValueError(
+                f"the scorer of {task!r} needs metadata['options'], the options of its generator"
+            )
+        options = metadata["options"]
+    scorer = _scorer(task, json.dumps(options, sort_keys=True))
     entry = {**metadata, "answer": answer}
     if scorer.score_answer(answer, entry) != 1.0:
         raise ValueError(
-            f"the gold answer {answer[:80]!r} fails its own task {task!r}: answer or metadata is damaged"
+            f"the gold answer {answer[:80]!r} fails its own task {task!r}:"
+            " answer or metadata is damaged"
         )
     try:
         return bool(scorer.score_answer(response, entry) == 1.0)
     except MemoryError:
         raise
-    except Exception as problem:
+    except Exception as error:
         raise Unparsable(
-            f"the scorer of {task!r} cannot read the answer ({type(problem).__name__})"
-        ) from problem
+            f"the scorer of {task!r} cannot read the answer ({type(error).__name__})"
+        ) from error

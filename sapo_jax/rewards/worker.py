@@ -1,13 +1,9 @@
-"""A verifier worker: `python -m sapo_jax.rewards.worker`, started by `process.py`, never by hand.
+"""A verifier worker: `python -m sapo_jax.rewards.worker`, which `process.py` starts.
 
-It speaks JSON lines on what were its stdin and stdout; verifiers find an empty stdin, and a stdout that is stderr.
+It answers the requests of `protocol.py`, on the pipes that were its stdin and stdout when it
+started. Verifiers find an empty stdin instead, and what they print goes to stderr.
 
-    {"setup": {"plugins": [...], "memory_mb": n, "deadline": s}}       -> {"ready": true}  (always the first)
-    {"prepare": name}                                                  -> {"ready": true}
-    {"verifier": name, "response": .., "answer": .., "metadata": ..}   -> {"status": .., "reward": .., "detail": ..}
-
-An item is answered before the next one is sent, so whoever sent the last one knows whose fault a death is. The worker
-ends, with all processes of its group, when its parent does.
+The worker ends, with all processes of its group, when the trainer does.
 """
 
 from __future__ import annotations
@@ -25,108 +21,132 @@ import traceback
 from typing import Any, BinaryIO
 
 from sapo_jax.rewards import registry
+from sapo_jax.rewards.protocol import OUT_OF_MEMORY, WorkerSettings
+from sapo_jax.types import Verdict
 
-OUT_OF_MEMORY = 77  # exit code
-_MAX_DETAIL = 500  # characters
-_BACKSTOP = 2.0  # seconds past the deadline
+_MAX_DETAIL = 500  # characters of a verdict's detail that are sent
+_BACKSTOP = 2.0  # seconds past the deadline after which a worker ends itself
 
 
 def main() -> None:
-    requests, replies = _take_channel()
-    threading.Thread(
+    """Answer requests until the trainer closes the pipe."""
+    requests, replies = _take_pipes()
+    watcher = threading.Thread(
         target=_end_with_parent, args=(requests.fileno(), os.getppid()), daemon=True
-    ).start()
+    )
+    watcher.start()
     worker = _Worker()
     try:
         for line in requests:
-            replies.write(json.dumps(worker.reply(json.loads(line))).encode("ascii") + b"\n")
+            reply = worker.reply(json.loads(line))
+            replies.write(json.dumps(reply).encode("ascii") + b"\n")
             replies.flush()
     except MemoryError:
         os._exit(OUT_OF_MEMORY)
-    os.killpg(os.getpid(), signal.SIGKILL)  # the channel was closed
+    _kill_own_group()
 
 
-def _take_channel() -> tuple[BinaryIO, BinaryIO]:
-    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
+def _take_pipes() -> tuple[BinaryIO, BinaryIO]:
+    """Take the pipes to the trainer, and put an empty stdin and stderr in their places."""
+    requests = os.fdopen(os.dup(0), "rb")
+    replies = os.fdopen(os.dup(1), "wb")
+    empty = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(empty, 0)
     os.dup2(2, 1)
     return requests, replies
 
 
-def _end_with_parent(channel: int, parent: int) -> None:
-    """Thread: kill the process group once the parent closes the channel or is gone, a verifier's children included."""
+def _end_with_parent(pipe: int, parent: int) -> None:
+    """Thread: once the trainer closes the pipe or is gone, end this process and what verifiers
+    have started."""
     hangup = select.poll()
-    hangup.register(channel, 0)  # no events asked for: only POLLHUP is reported
+    hangup.register(pipe, 0)  # no events are asked for, so that only POLLHUP is reported
     while not hangup.poll(1000) and os.getppid() == parent:
         pass
+    _kill_own_group()
+
+
+def _kill_own_group() -> None:
     os.killpg(os.getpid(), signal.SIGKILL)
 
 
 class _Worker:
+    """What a worker knows from one request to the next."""
+
     def __init__(self) -> None:
-        self.deadline = 0.0
+        self.deadline = 0.0  # seconds per item
         self.memory_limit = 0  # bytes
-        self.memory_at_rest = 0
+        self.memory_at_rest = 0  # bytes, after the last set-up or preparation
 
     def reply(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The answer to one request, as `protocol.py` describes both."""
         if "verifier" in request:
-            return self._judge(request)
+            return self._grade(request)
         try:
-            self._set_up(**request["setup"]) if "setup" in request else self._prepare(
-                request["prepare"]
-            )
+            if "setup" in request:
+                self._set_up(WorkerSettings(**request["setup"]))
+            else:
+                self._prepare(request["prepare"])
             self.memory_at_rest = _address_space()
             return {"ready": True}
         except Exception:
             return {"failed": traceback.format_exc()}
 
-    def _set_up(self, plugins: list[str], memory_mb: int, deadline: float) -> None:
-        self.deadline = deadline
-        self.memory_limit = memory_mb * 2**20
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        if sys.platform == "linux":  # elsewhere the kernel does not keep this limit
-            hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-            soft = (
-                self.memory_limit
-                if hard == resource.RLIM_INFINITY
-                else min(self.memory_limit, hard)
-            )
-            resource.setrlimit(resource.RLIMIT_AS, (soft, soft))
-        registry.load_plugins(plugins)
+    def _set_up(self, settings: WorkerSettings) -> None:
+        self.deadline = settings.deadline
+        self.memory_limit = settings.memory_mb * 2**20
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash writes no core file
+        if sys.platform == "linux":  # other kernels do not keep this limit
+            _, hard_limit = resource.getrlimit(resource.RLIMIT_AS)
+            limit = self.memory_limit
+            if hard_limit != resource.RLIM_INFINITY:
+                limit = min(limit, hard_limit)
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        registry.load_plugins(settings.plugins)
 
     def _prepare(self, name: str) -> None:
         prepare = registry.require(name, asker="the trainer").prepare
         if prepare is not None:
             prepare()
 
-    def _judge(self, request: dict[str, Any]) -> dict[str, Any]:
-        # The parent kills at the deadline. If it is gone, and a verifier holds the GIL so that no thread of ours gets
-        # to notice, this alarm ends the process.
+    def _grade(self, request: dict[str, Any]) -> dict[str, Any]:
+        # The trainer kills this process at the deadline. If the trainer is gone, and a verifier
+        # holds the GIL so that no thread of ours gets to notice it, this alarm ends the process.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, self.deadline + _BACKSTOP)
         verdict = registry.grade(
             request["verifier"], request["response"], request["answer"], request["metadata"]
         )
         signal.setitimer(signal.ITIMER_REAL, 0)
-        reply = dataclasses.asdict(verdict)
-        reply["detail"] = verdict.detail[:_MAX_DETAIL].encode("utf-8", "replace").decode("utf-8")
-        # An item that left half of the memory occupied must not be the reason why a later one runs out of it.
-        bloat = _address_space() - self.memory_at_rest
-        reply["retire"] = bloat > (self.memory_limit - self.memory_at_rest) / 2
-        return reply
+        return {"verdict": dataclasses.asdict(_sendable(verdict)), "retire": self._is_bloated()}
+
+    def _is_bloated(self) -> bool:
+        """Whether more than half of the free memory stayed occupied.
+
+        An item that left it so must not be the reason why a later one runs out of memory.
+        """
+        left_behind = _address_space() - self.memory_at_rest
+        return left_behind > (self.memory_limit - self.memory_at_rest) / 2
+
+
+def _sendable(verdict: Verdict) -> Verdict:
+    """The verdict with its detail cut, and free of halves of surrogate pairs."""
+    detail = verdict.detail[:_MAX_DETAIL].encode("utf-8", "replace").decode("utf-8")
+    return dataclasses.replace(verdict, detail=detail)
 
 
 def _address_space() -> int:
-    """Bytes, as RLIMIT_AS counts them; 0 where that limit is not kept."""
+    """Bytes of address space, as RLIMIT_AS counts them; 0 where that limit is not kept."""
     if sys.platform != "linux":
         return 0
-    return int(os.pread(_statm(), 64, 0).split()[0]) * resource.getpagesize()
+    pages = os.pread(_statm(), 64, 0).split()[0]
+    return int(pages) * resource.getpagesize()
 
 
 @functools.cache
 def _statm() -> int:
-    """Opened once: opening it takes as long as most verifiers do."""
+    """A descriptor of /proc/self/statm. Opening it takes as long as most verifiers do, so it is
+    opened once."""
     return os.open("/proc/self/statm", os.O_RDONLY)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sapo_jax.rewards.extract import extract
+from sapo_jax.rewards.extract import extract_answer
 
 
 @pytest.mark.parametrize(
@@ -57,12 +57,12 @@ from sapo_jax.rewards.extract import extract
     ],
 )
 def test_extract(form, completion, answer):
-    assert extract(completion, form) == answer
+    assert extract_answer(completion, form) == answer
 
 
 def test_unknown_form_is_named():
     with pytest.raises(ValueError, match="rewards.extract is 'tag'.*answer_tag"):
-        extract("5", "tag")
+        extract_answer("5", "tag")
 
 
 @pytest.mark.timeout(60)
@@ -72,4 +72,4 @@ def test_unknown_form_is_named():
 )
 def test_a_megabyte_of_one_piece_has_no_answer(form, piece):
     """It ends at all: a quadratic scan would run into the time-out."""
-    assert extract(piece * (1_000_000 // len(piece)), form) is None
+    assert extract_answer(piece * (1_000_000 // len(piece)), form) is None

@@ -1,6 +1,7 @@
 """pool.py, process.py, worker.py: verdicts in order, and nothing that one item does reaches another."""
 
 import dataclasses
+import inspect
 import json
 import os
 import signal
@@ -10,12 +11,12 @@ import time
 
 import pytest
 
-from sapo_jax.config.schema import Rewards
+from sapo_jax.config import Rewards
 from sapo_jax.errors import WorkerError
 from sapo_jax.rewards import VERIFIERS, VerifierPool, process
 from sapo_jax.types import Prompt, Verdict
 
-HOSTILE = Rewards(workers=2, deadline=5.0, memory_mb=512, plugins=("hostile_verifiers",))
+HOSTILE = {"workers": 2, "deadline": 5.0, "memory_mb": 512, "plugins": ("hostile_verifiers",)}
 RIGHT = Verdict("ok", 1.0)
 
 
@@ -29,13 +30,13 @@ def hostile(action, metadata=None):
 
 @pytest.fixture(scope="module")
 def pool():
-    with VerifierPool(HOSTILE) as pool:
+    with VerifierPool(**HOSTILE) as pool:
         yield pool
 
 
 @pytest.fixture(scope="module")
 def impatient():
-    with VerifierPool(dataclasses.replace(HOSTILE, deadline=0.5)) as pool:
+    with VerifierPool(**{**HOSTILE, "deadline": 0.5}) as pool:
         yield pool
 
 
@@ -56,6 +57,12 @@ def wait_until(condition, seconds=30):
     while not condition() and time.monotonic() < until:
         time.sleep(0.02)
     assert condition()
+
+
+def test_the_arguments_are_the_config_keys_with_their_defaults():
+    parameters = inspect.signature(VerifierPool).parameters.values()
+    defaults = {parameter.name: parameter.default for parameter in parameters}
+    assert defaults == dataclasses.asdict(Rewards())
 
 
 # ---------------------------------------------------------------- verdicts
@@ -168,7 +175,7 @@ def test_a_crash_touches_no_neighbour(pool, action):
 
 
 def test_who_inherits_a_doomed_worker_is_tried_again():
-    with VerifierPool(dataclasses.replace(HOSTILE, workers=1)) as pool:
+    with VerifierPool(**{**HOSTILE, "workers": 1}) as pool:
         assert (
             pool.verify(
                 [hostile("right"), hostile("die later"), hostile("pause"), hostile("right")]
@@ -182,12 +189,12 @@ def test_who_inherits_a_doomed_worker_is_tried_again():
 
 def test_the_deadline_leaves_out_the_start_and_the_imports():
     """math-verify takes about a second to import; the deadline is far below that."""
-    with VerifierPool(Rewards(workers=2, deadline=0.25)) as pool:
+    with VerifierPool(workers=2, deadline=0.25) as pool:
         assert pool.verify([("1/2", prompt("0.5", "math"))] * 4) == [RIGHT] * 4
 
 
 def test_verifiers_only_import_what_they_need():
-    with VerifierPool(Rewards(workers=1)) as pool:
+    with VerifierPool(workers=1) as pool:
         pool.verify([("1", prompt("1"))])
         with open(f"/proc/{pids_of(pool)[0]}/maps") as maps:
             assert not {"numpy", "jaxlib", "sympy"} & set(maps.read().replace("/", " ").split())
@@ -211,7 +218,7 @@ def test_verifiers_only_import_what_they_need():
 )
 def test_any_text_arrives_whole(text):
     seen_by_verifier = text.encode("utf-8", "replace").decode()
-    with VerifierPool(Rewards(workers=1, max_chars=2 * 10**6)) as pool:
+    with VerifierPool(workers=1, max_chars=2 * 10**6) as pool:
         golds = [f"[{seen_by_verifier}]", "[x]"]
         verdicts = pool.verify(
             [*((f"[{text}]", prompt(gold)) for gold in golds), ("y", prompt("y"))]
@@ -220,7 +227,7 @@ def test_any_text_arrives_whole(text):
 
 
 def test_too_long_a_completion_is_not_run():
-    with VerifierPool(Rewards(workers=1, max_chars=10)) as pool:
+    with VerifierPool(workers=1, max_chars=10) as pool:
         verdicts = pool.verify([("x" * 11, prompt("x" * 11)), (" " * 10**7, prompt("x"))])
         assert [v.status for v in verdicts] == ["unparsable"] * 2
         assert verdicts[0].detail == "11 characters; rewards.max_chars is 10"
@@ -247,9 +254,7 @@ def test_too_long_a_completion_is_not_run():
     ],
 )
 def test_extraction_and_format_reward(form, completion, verifier, status, reward):
-    with VerifierPool(
-        dataclasses.replace(HOSTILE, workers=1, extract=form, format_reward=0.25)
-    ) as pool:
+    with VerifierPool(**{**HOSTILE, "workers": 1, "extract": form, "format_reward": 0.25}) as pool:
         (verdict,) = pool.verify([(completion, prompt("5", verifier))])
     assert (verdict.status, verdict.reward) == (status, reward)
 
@@ -265,7 +270,7 @@ def test_reasoning_gym_through_the_pool():
     items = [(e["answer"], prompt(e["answer"], "reasoning_gym", e)) for e in entries]
     items += [("0" + e["answer"] + "1", prompt(e["answer"], "reasoning_gym", e)) for e in entries]
     items += [("__import__('os').abort()", prompt("1", "reasoning_gym", countdown))]
-    with VerifierPool(Rewards(workers=2)) as pool:
+    with VerifierPool(workers=2) as pool:
         verdicts = pool.verify(items)
     assert [v.status for v in verdicts] == ["ok"] * 8 + ["wrong"] * 8 + ["error"]
     assert [v.reward for v in verdicts] == [1.0] * 8 + [
@@ -288,12 +293,12 @@ def test_a_plugin_that_cannot_be_imported_is_named():
     with pytest.raises(
         ValueError, match="rewards.plugins: module 'no_such_plugin' cannot be imported"
     ):
-        VerifierPool(Rewards(plugins=("no_such_plugin",)))
+        VerifierPool(plugins=("no_such_plugin",))
 
 
 def test_a_verifier_that_only_the_trainer_knows(monkeypatch):
     monkeypatch.setitem(VERIFIERS, "homemade", VERIFIERS["exact"])
-    with VerifierPool(Rewards(workers=1)) as pool:
+    with VerifierPool(workers=1) as pool:
         with pytest.raises(
             WorkerError,
             match="cannot prepare the verifier 'homemade'(.|\n)*belongs in rewards.plugins",
@@ -311,7 +316,7 @@ def test_a_worker_that_cannot_start_shows_its_last_words(tmp_path, monkeypatch):
         _IN_WORKER + "    os.write(2, b'no licence')\n    os._exit(9)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    with VerifierPool(Rewards(plugins=("stillborn",))) as pool:
+    with VerifierPool(plugins=("stillborn",)) as pool:
         with pytest.raises(
             WorkerError, match="cannot start .*: the worker exited with code 9\nno licence"
         ):
@@ -322,19 +327,19 @@ def test_a_worker_that_never_gets_ready(tmp_path, monkeypatch):
     (tmp_path / "sleepy.py").write_text(_IN_WORKER + "    time.sleep(99)\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(process, "START_SECONDS", 1.0)
-    with VerifierPool(Rewards(plugins=("sleepy",))) as pool:
+    with VerifierPool(plugins=("sleepy",)) as pool:
         with pytest.raises(WorkerError, match="cannot start .*: no answer within 1 s"):
             pool.verify([("1", prompt("1"))])
 
 
 def test_too_little_memory_to_start_is_said():
-    with VerifierPool(Rewards(memory_mb=40)) as pool:
+    with VerifierPool(memory_mb=40) as pool:
         with pytest.raises(WorkerError, match=r"cannot (start|prepare).*rewards.memory_mb = 40"):
             pool.verify([("1", prompt("1", "math"))])
 
 
 def test_metadata_must_be_json():
-    with VerifierPool(Rewards(workers=1)) as pool:
+    with VerifierPool(workers=1) as pool:
         with pytest.raises(
             ValueError, match="problem 3 of task 'task': its answer or metadata is not JSON"
         ):
@@ -346,7 +351,7 @@ def test_metadata_must_be_json():
 
 def test_close_leaves_no_process(tmp_path):
     pids = tmp_path / "pids"
-    with VerifierPool(dataclasses.replace(HOSTILE, deadline=0.5)) as pool:
+    with VerifierPool(**{**HOSTILE, "deadline": 0.5}) as pool:
         pool.verify([hostile("right", {"pid_file": str(pids)})] * 8)
         assert pool.verify([hostile("spawn", {"pid_file": str(pids)})])[0].status == "timeout"
         started = {int(pid) for pid in pids.read_text().split()}
@@ -359,7 +364,6 @@ def test_close_leaves_no_process(tmp_path):
 
 _SCRIPT = """
 import signal, sys
-from sapo_jax.config.schema import Rewards
 from sapo_jax.rewards import VerifierPool
 from sapo_jax.types import Prompt
 
@@ -367,9 +371,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 
 def main():
     action, pid_file, deadline = sys.argv[1:]
-    cfg = Rewards(workers=2, deadline=float(deadline), plugins=("hostile_verifiers",))
     item = (action, Prompt(0, "t", (1,), "q", "", "hostile", "task", {"pid_file": pid_file}))
-    with VerifierPool(cfg) as pool:
+    plugins = ("hostile_verifiers",)
+    with VerifierPool(workers=2, deadline=float(deadline), plugins=plugins) as pool:
         pool.verify([item] * 2)
 
 main()

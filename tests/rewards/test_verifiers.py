@@ -143,6 +143,19 @@ def test_math_evaluates_no_text(monkeypatch):
     assert statuses.count("ok") >= 24, statuses  # they were read
 
 
+def test_the_private_names_that_are_replaced_for_that_exist():
+    """Where this fails, math-verify or latex2sympy2 has moved a name that
+    `mathematics._close_roads_to_eval` replaces. Find out what reads numbers and plain expressions
+    there now, replace that, and see that the test above still traps what reaches eval."""
+    from latex2sympy2_extended import latex2sympy2
+    from math_verify import parser
+
+    assert hasattr(parser, "parse_latex_cached")
+    assert hasattr(parser, "parse_expr_cached")
+    assert hasattr(parser, "Number") and hasattr(latex2sympy2, "Number")
+    assert hasattr(latex2sympy2._Latex2Sympy, "parse_number")
+
+
 @pytest.mark.parametrize("name", ["exact", "numeric", "math"])
 @pytest.mark.parametrize(
     "response",
@@ -176,14 +189,19 @@ def test_a_module_may_be_reloaded():
 
 
 def test_importing_the_package_is_light():
-    heavy = "jax numpy sympy math_verify reasoning_gym pydantic".split()
+    heavy = "jax numpy sympy math_verify reasoning_gym pydantic yaml sapo_jax.config".split()
     script = f"import sys, sapo_jax.rewards; print([m for m in {heavy} if m in sys.modules])"
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True
-        ).stdout.strip()
-        == "[]"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_a_worker_starts_without_a_warning():
+    """Python warns where the package has imported the module that `-m` is to run."""
+    worker = [sys.executable, "-m", "sapo_jax.rewards.worker"]
+    run = subprocess.run(
+        worker, input="", capture_output=True, text=True, start_new_session=True, timeout=60
     )
+    assert (run.stdout, run.stderr) == ("", "")
 
 
 # ---------------------------------------------------------------- reasoning-gym
