@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import grain
 import numpy as np
 
 from sapo_jax.data.common import apportion, stable_hash
 from sapo_jax.errors import DataError
 from sapo_jax.types import Prompt
 
+if TYPE_CHECKING:
+    import grain
+
 
 class PromptBatches(Iterator[list[Prompt]]):
     """An endless iterator over batches of `batch_size` prompts.
 
-    Every batch holds the same number of prompts of each task, proportional to its weight (largest remainder). Each
-    task is shuffled anew for every pass over it. A pass ends when what is left does not fill the task's share, so no
-    prompt is twice in a batch; what was left over differs from pass to pass. The order inside a batch is mixed, so
-    that mini-batches cut from it are mixed too. Batch number n is a function of (train, weights, batch_size, seed, n):
-    the state is n, and resuming costs nothing. No threads, no processes, one batch in memory.
+    Every batch holds the same number of prompts of each task, proportional to its weight (by the
+    largest-remainder method). Each task is shuffled anew for every pass over it. A pass ends when
+    what is left does not fill the task's share, so no prompt is twice in a batch; what is left over
+    differs from pass to pass. The order inside a batch is mixed, so that mini-batches that are cut
+    from it are mixed too.
 
-    Raises DataError where the tasks and weights do not match, a task's share is nothing, or it has fewer prompts than
-    its share.
+    Batch number n is a function of (train, weights, batch_size, seed, n): the state is n, and
+    resuming costs nothing. There are no threads and no processes, and one batch is in memory.
+
+    Raises DataError where the tasks and weights do not match, where a task's share is nothing, and
+    where a task has fewer prompts than its share.
     """
 
     def __init__(
@@ -36,56 +41,55 @@ class PromptBatches(Iterator[list[Prompt]]):
     ):
         if set(train) != set(weights):
             raise DataError(
-                f"the tasks {sorted(train)} and the weights {sorted(weights)} do not name the same tasks"
+                f"the tasks {sorted(train)} and the weights {sorted(weights)}"
+                " do not name the same tasks"
             )
-        # Sorted: the order in which tasks are written down means nothing.
-        counts = apportion(
-            batch_size, {name: weights[name] for name in sorted(weights)}, "the batch size"
-        )
-        self._counts = {name: count for name, count in counts.items() if count}
+        # Sorted, because the order in which tasks are written down means nothing.
+        sorted_weights = {name: weights[name] for name in sorted(weights)}
+        shares = apportion(batch_size, sorted_weights, "the batch size")
+        self._per_batch = {name: share for name, share in shares.items() if share > 0}
         self._seed = seed
-        self._next = 0
-        self._sources = {name: self._source(name, train[name]) for name in self._counts}
-        self._identity = {
-            "batch_size": batch_size,
-            "seed": seed,
-            "tasks": {
-                name: {
-                    "per_batch": count,
-                    "prompts": len(train[name]),
-                    "digest": _digest(train[name]),
-                }
-                for name, count in self._counts.items()
-            },
+        self._next = 0  # number of the next batch
+        self._sources = {
+            name: _source(name, train[name], per_batch, seed)
+            for name, per_batch in self._per_batch.items()
         }
-
-    def _source(self, name: str, prompts: Sequence[Prompt]) -> grain.MapDataset:
-        count = self._counts[name]
-        if len(prompts) < count:
-            raise DataError(
-                f"task {name} has {len(prompts)} training problems but every batch takes {count} different ones"
-            )
-        source = grain.MapDataset.source(prompts).seed(
-            stable_hash("batches", self._seed, name, bits=32)
-        )
-        return source.shuffle().batch(count, drop_remainder=True, batch_fn=list).repeat()
+        tasks = {
+            name: {
+                "per_batch": per_batch,
+                "prompts": len(train[name]),
+                "digest": _digest(train[name]),
+            }
+            for name, per_batch in self._per_batch.items()
+        }
+        self._identity = {"batch_size": batch_size, "seed": seed, "tasks": tasks}
 
     def __next__(self) -> list[Prompt]:
-        prompts = [prompt for source in self._sources.values() for prompt in source[self._next]]
+        prompts: list[Prompt] = []
+        for source in self._sources.values():
+            batch = source[self._next]
+            assert batch is not None  # grain has None for elements that are filtered out
+            prompts += batch
         order = np.random.default_rng([self._seed, self._next]).permutation(len(prompts))
         self._next += 1
         return [prompts[i] for i in order]
 
     def get_state(self) -> dict[str, Any]:
-        """JSON values: the number of batches taken, and what identifies the data they were taken from."""
+        """JSON values: the number of batches taken, and what identifies the data they are from."""
         return {"batches": self._next, **self._identity}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Continue after `state["batches"]` batches. Raises DataError where the state is of other data or settings."""
-        differing = _differences(state, self._identity)
-        if differing:
+        """Continue after `state["batches"]` batches.
+
+        Raises DataError where the state is of other data or settings.
+        """
+        # The state holds other keys beside those of the identity.
+        saved_identity = {key: state.get(key) for key in self._identity}
+        differences = _differences(saved_identity, self._identity)
+        if differences:
             raise DataError(
-                f"the saved position is of other data, it cannot be resumed: {'; '.join(differing)}"
+                "the saved position is of other data, it cannot be resumed:"
+                f" {'; '.join(differences)}"
             )
         batches = state.get("batches")
         if type(batches) is not int or batches < 0:
@@ -93,19 +97,37 @@ class PromptBatches(Iterator[list[Prompt]]):
         self._next = batches
 
 
+def _source(
+    name: str, prompts: Sequence[Prompt], per_batch: int, seed: int
+) -> grain.MapDataset[list[Prompt]]:
+    """What a task gives to each batch: source[n] are the `per_batch` prompts of batch n."""
+    # grain imports JAX, which takes seconds; the dry run imports this package and must not wait.
+    import grain
+
+    if len(prompts) < per_batch:
+        raise DataError(
+            f"task {name} has {len(prompts)} training problems"
+            f" but every batch takes {per_batch} different ones"
+        )
+    task_seed = stable_hash("batches", seed, name, bits=32)
+    shuffled = grain.MapDataset.source(prompts).seed(task_seed).shuffle()
+    return shuffled.batch(per_batch, drop_remainder=True, batch_fn=list).repeat()
+
+
 def _digest(prompts: Sequence[Prompt]) -> str:
-    """Which prompts in which order."""
-    return hashlib.sha256(np.array([p.index for p in prompts], np.int64).tobytes()).hexdigest()[:16]
+    """A hash that tells which prompts there are, in which order."""
+    indices = np.array([prompt.index for prompt in prompts], np.int64)
+    return hashlib.sha256(indices.tobytes()).hexdigest()[:16]
 
 
-def _differences(saved: Any, now: Mapping[str, Any], path: str = "") -> list[str]:
-    """What differs between the saved identity and this one, key by key."""
-    saved = saved if isinstance(saved, Mapping) else {}
-    found = []
-    for key in dict.fromkeys([*now, *(saved if path else ())]):
-        before, after = saved.get(key), now.get(key)
+def _differences(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What differs between two identities, one entry per key; `prefix` goes before the keys."""
+    differences = []
+    for key in dict.fromkeys([*now, *saved]):
+        before = saved.get(key)
+        after = now.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            found += _differences(before, after, f"{path}{key}.")
+            differences += _differences(before, after, f"{prefix}{key}.")
         elif before != after:
-            found.append(f"{path}{key} was {before}, is {after}")
-    return found
+            differences.append(f"{prefix}{key} was {before}, is {after}")
+    return differences

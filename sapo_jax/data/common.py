@@ -1,4 +1,4 @@
-"""What the data modules share: one error type, hashes that never change, largest-remainder shares."""
+"""What the data modules share: checks of text, hashes that never change, whole shares by weight."""
 
 from __future__ import annotations
 
@@ -8,52 +8,71 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from sapo_jax.config.task_rules import largest_remainder
 from sapo_jax.errors import DataError
+
+_NOT_TEXT = "holds half of a surrogate pair, which is not text"
 
 
 def text_mistake(value: Any, may_be_empty: bool = False) -> str | None:
-    """What is wrong with a value of a row that should be text, as the end of a sentence; None: nothing."""
+    """What is wrong with a value that should be text, as the end of a sentence about it.
+
+    None where nothing is wrong.
+    """
     if value is None:
         return "is missing"
     if not isinstance(value, str):
         return f"must be text, not {type(value).__name__} ({value!r:.40})"
-    if not (value.strip() or may_be_empty):
+    if not value.strip() and not may_be_empty:
         return "is empty"
     try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        return "holds half of a surrogate pair, which is not text"
+        check_text(value)
+    except ValueError:
+        return _NOT_TEXT
     return None
 
 
+def check_text(text: str) -> str:
+    """The string itself. Raises ValueError where it holds half of a surrogate pair."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{text[:80]!r} {_NOT_TEXT}") from error
+    return text
+
+
+def normalise_space(text: str) -> str:
+    """The text with every run of white space made one space, and none at its ends."""
+    return " ".join(text.split())
+
+
 def stable_hash(*parts: str | int, bits: int = 63) -> int:
-    """An integer in [0, 2**bits) that depends on `parts` only: not on the process, the platform or any version."""
+    """An integer in [0, 2**bits) that depends on `parts` alone.
+
+    It does not depend on the process, the platform or any version: splits, the numbers of problems
+    and shuffles rest on it, so changing it would change every run. `bits` is at most 64.
+    """
     digest = hashlib.sha256(json.dumps(parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> (64 - bits)
 
 
 def apportion(total: int, weights: Mapping[str, float], what: str) -> dict[str, int]:
-    """Split `total` into whole shares proportional to `weights` by the largest-remainder method (Hamilton).
+    """Split `total` into whole shares proportional to `weights`, by the largest-remainder method
+    (`config.task_rules.largest_remainder`).
 
-    The shares sum to `total` and differ from the exact ones by less than 1. A weight of 0 gives 0; a positive weight
-    that would get nothing is an error, as is a weight that is negative or not finite. `what` names the total in errors.
+    A weight of 0 gives 0. Raises DataError for a weight that is negative or not finite, and where a
+    positive weight would get nothing. `what` names the total in the message.
     """
-    bad = {name: w for name, w in weights.items() if not (math.isfinite(w) and w >= 0)}
-    if bad or not sum(weights.values()) > 0:
+    valid = [math.isfinite(weight) and weight >= 0 for weight in weights.values()]
+    if not all(valid) or not sum(weights.values()) > 0:
         raise DataError(
             f"task weights must be finite, >= 0 and not all 0, but they are {dict(weights)}"
         )
-    scale = total / sum(weights.values())
-    exact = {name: w * scale for name, w in weights.items()}
-    shares = {name: math.floor(x) for name, x in exact.items()}
-    by_remainder = sorted(
-        exact, key=lambda name: shares[name] - exact[name]
-    )  # stable: ties go to the earlier task
-    for name in by_remainder[: total - sum(shares.values())]:
-        shares[name] += 1
-    starved = [name for name, w in weights.items() if w > 0 and shares[name] == 0]
+    shares = largest_remainder(total, weights)
+    starved = [name for name, weight in weights.items() if weight > 0 and shares[name] == 0]
     if starved:
         raise DataError(
-            f"{what} = {total} leaves none for {', '.join(starved)}: raise it, or the weight (weights: {dict(weights)})"
+            f"{what} = {total} leaves none for {', '.join(starved)}:"
+            f" raise it, or the weight (weights: {dict(weights)})"
         )
     return shares

@@ -1,10 +1,12 @@
 """Tokenizers: text <-> ids, with special tokens that only trusted text can produce.
 
-A prompt is rendered as pieces `(text, trusted)`: special tokens that the template wrote are trusted, what came from
-data (questions, the system prompt, answers) is not. Special tokens are looked for inside single trusted pieces only, so
-a question that spells `<|im_end|>` becomes ordinary text tokens, even where it would complete a token together with its
-surroundings. Neighbouring ordinary text, trusted or not, is joined before it is encoded: the ids are those that Hugging
-Face gives the whole string, as long as the data spells no special token.
+A prompt is given as pieces `(text, trusted)`: the special tokens that a chat template wrote are
+trusted; what came from data (questions, the system prompt, answers) is not. Special tokens are
+looked for inside single trusted pieces only. So a question that spells `<|im_end|>` becomes
+ordinary text tokens, even where it would complete a token together with its surroundings.
+
+Neighbouring ordinary text, trusted or not, is joined before it is encoded: the ids are those that
+Hugging Face gives the whole string, as long as the data spells no special token.
 """
 
 from __future__ import annotations
@@ -17,25 +19,33 @@ from typing import Any
 
 import tokenizers
 
-Piece = tuple[str, bool]  # text, trusted
+from sapo_jax.data.common import check_text
+from sapo_jax.data.stand_ins import CUT, Piece, StandIns
 
-_MARK, _END = (
-    "\ufdd0",
-    "\ufdd1",
-)  # of stand-ins; Unicode reserves these two for the inside of programs
-_CUT = _MARK + _END
-_FORGED = re.compile(f"{_MARK}(?=[0-9]*{_END})")  # a text that spells a stand-in nevertheless
+# The special tokens that tokenizer_config.json may name, and chat templates may ask for.
+_NAMED_TOKENS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
 
 
 class Tokenizer:
     """Base of all tokenizers; a subclass gives `_encode` and `_decode`.
 
-    name: for errors. folder: where the tokenizer's files lie, None for a built-in one.
+    name: for messages.
+    folder: where the tokenizer's files lie; None for a built-in one.
     vocab_size: the largest id + 1.
-    pad_id: what fills arrays. It may equal `end_id`: masks and lengths say what is padding, never this id.
-    end_id: the end-of-turn token, appended to SFT responses. stop_ids: all ids that end a completion, it among them.
+    pad_id: what fills arrays. It may equal `end_id`: masks and lengths say what is padding, never
+        this id.
+    end_id: the end-of-turn token, which is appended to SFT responses.
+    stop_ids: all ids that end a completion, `end_id` among them.
     special_tokens: {text: id} of the tokens that only trusted text can produce.
-    template_variables: {"eos_token": text, ...} as chat templates expect them.
+    template_variables: {"eos_token": text, ...}, as chat templates expect them.
     """
 
     def __init__(
@@ -59,43 +69,54 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens)
         self.template_variables = dict(template_variables)
         self._special_ids = frozenset(special_tokens.values())
-        longest_first = sorted(special_tokens, key=len, reverse=True)
-        self._special_pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+        self._stand_ins = StandIns(special_tokens)
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Ids of `text`. Special tokens spelled in it are recognised only where `allow_special`."""
         return self.encode_pieces([(text, allow_special)])
 
     def encode_pieces(self, pieces: Iterable[Piece]) -> list[int]:
-        """Ids of the pieces put together, special tokens being recognised inside single trusted pieces only."""
-        texts, specials = [""], []  # text, special token, text, ..., text
+        """Ids of the pieces put together. Special tokens are recognised inside single trusted
+        pieces only.
+
+        Raises ValueError for a string that is not text, and where the tokenizer would turn ordinary
+        text into a special token.
+        """
+        marked = ""
         for text, trusted in pieces:
-            first, *rest = self._special_pattern.split(text) if trusted else [text]
-            texts[-1] += first
-            texts += rest[1::2]
-            specials += [self.special_tokens[token] for token in rest[::2]]
-        return self._encode(texts, specials)
+            check_text(text)
+            if trusted:
+                text = self._stand_ins.mark(text)
+            marked += text
+        return self._encode(marked)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """Text of `ids`. Bytes that are not UTF-8 become U+FFFD; ids outside the vocabulary give nothing."""
-        hidden = self._special_ids if skip_special else ()
-        return self._decode(
-            [i for i in map(int, ids) if 0 <= i < self.vocab_size and i not in hidden]
-        )
+        """Text of `ids`, without the special tokens unless `skip_special` is False.
 
-    def _encode(self, texts: list[str], specials: list[int]) -> list[int]:
-        """Ids of texts[0], specials[0], texts[1], ..., texts[-1]; those of the texts are not special."""
+        Bytes that are not UTF-8 become U+FFFD; ids outside the vocabulary give nothing, because a
+        model may have more rows than its tokenizer has ids.
+        """
+        known = [i for i in map(int, ids) if 0 <= i < self.vocab_size]
+        if skip_special:
+            known = [i for i in known if i not in self._special_ids]
+        return self._decode(known)
+
+    def _encode(self, marked: str) -> list[int]:
+        """Ids of a text in which stand-ins are the special tokens (`stand_ins.py`)."""
         raise NotImplementedError
 
     def _decode(self, ids: list[int]) -> str:
+        """Text of these ids, special tokens included; all of them are in the vocabulary."""
         raise NotImplementedError
 
 
 class ByteTokenizer(Tokenizer):
-    """UTF-8 bytes 0..255, then <|pad|>, <|im_start|>, <|im_end|>: 259 ids, for models trained from nothing."""
+    """UTF-8 bytes 0..255, then <|pad|>, <|im_start|> and <|im_end|>: 259 ids.
+
+    It is for models that are trained from nothing.
+    """
 
     def __init__(self):
-        pad, start, end = "<|pad|>", "<|im_start|>", "<|im_end|>"
         super().__init__(
             name="byte",
             folder=None,
@@ -103,32 +124,47 @@ class ByteTokenizer(Tokenizer):
             pad_id=256,
             end_id=258,
             stop_ids=(258,),
-            special_tokens={pad: 256, start: 257, end: 258},
-            template_variables={"pad_token": pad, "eos_token": end},
+            special_tokens={"<|pad|>": 256, "<|im_start|>": 257, "<|im_end|>": 258},
+            template_variables={"pad_token": "<|pad|>", "eos_token": "<|im_end|>"},
         )
-        self._bytes = [bytes([i]) for i in range(256)] + [
-            token.encode() for token in self.special_tokens
-        ]
+        self._bytes = [bytes([i]) for i in range(256)]
+        self._bytes += [token.encode() for token in self.special_tokens]
 
-    def _encode(self, texts: list[str], specials: list[int]) -> list[int]:
-        ids = list(texts[0].encode("utf-8"))
-        for special, text in zip(specials, texts[1:], strict=True):
-            ids += [special, *text.encode("utf-8")]
+    def _encode(self, marked: str) -> list[int]:
+        ids: list[int] = []
+        for text, is_special in self._stand_ins.read(marked):
+            if is_special:
+                ids.append(self.special_tokens[text])
+            else:
+                ids += text.encode("utf-8")
         return ids
 
     def _decode(self, ids: list[int]) -> str:
         return b"".join(self._bytes[i] for i in ids).decode("utf-8", errors="replace")
 
 
+# How the stand-in of the special token with id 7 is spelled for the tokenizers library: U+FDD0, 7,
+# U+FDD1; and the cut: U+FDD0, U+FDD1. Unicode reserves these two for the inside of programs.
+_OPEN = "\ufdd0"
+_CLOSE = "\ufdd1"
+_LIBRARY_CUT = _OPEN + _CLOSE
+_FORGED = re.compile(f"{_OPEN}(?=[0-9]*{_CLOSE})")  # the beginning of a text that spells one
+
+
 class FileTokenizer(Tokenizer):
-    """A Hugging Face `tokenizer.json`, with `tokenizer_config.json` and `generation_config.json` beside it.
+    """A Hugging Face `tokenizer.json`, with the tokenizer_config.json and generation_config.json
+    beside it.
 
-    end: `eos_token` of tokenizer_config.json, else the one `eos_token_id` of generation_config.json.
-    stop: the end token and every `eos_token_id`.  pad: `pad_token`, else `pad_token_id`, else the end token.
-    Special are these and the added tokens that the file marks so; other added tokens (`<think>`) are ordinary words.
+    The end token is `eos_token` of tokenizer_config.json, else the one `eos_token_id` of
+    generation_config.json. Stop ids are the end token and every `eos_token_id`. Padding is
+    `pad_token`, else `pad_token_id`, else the end token. These are special tokens, and so are the
+    added tokens that the file marks as special; other added tokens (`<think>`) are ordinary words.
 
-    The library is told to take special tokens for text. Those that are meant reach it as stand-ins: added tokens of the
-    same manners that no text spells. So it sees each text in its place, as it does in Hugging Face's hands.
+    The library is told to take special tokens for the text that they are. Those that are meant
+    reach it as their stand-ins, which are added tokens that swallow white space as the special
+    tokens do. So the library sees each text in its place between special tokens, as it does in
+    Hugging Face's hands, and gives the same ids. It takes UTF-8, which has no halves of surrogate
+    pairs; for it each stand-in is spelled in characters that UTF-8 has (`_library_ids`).
     """
 
     def __init__(self, path: Path):
@@ -140,15 +176,13 @@ class FileTokenizer(Tokenizer):
         self._backend.encode_special_tokens = True  # encode them as the text that they are
         self._backend.no_truncation()
         self._backend.no_padding()
-        named = self._named_tokens()
-        end_id, stop_ids, pad_id = self._control_ids(named)
-        added = {
+        named_tokens = self._named_tokens()
+        end_id, stop_ids, pad_id = self._control_ids(named_tokens)
+        added_tokens = {
             token["content"]: token for token in spec.get("added_tokens") or [] if token["content"]
         }
-        control = [self._backend.id_to_token(i) for i in (*stop_ids, pad_id)]
-        special = dict.fromkeys(
-            [*(text for text, token in added.items() if token["special"]), *control]
-        )
+        special = [text for text, token in added_tokens.items() if token["special"]]
+        special += [self._backend.id_to_token(i) for i in (*stop_ids, pad_id)]
         super().__init__(
             name=str(path),
             folder=path.parent,
@@ -156,56 +190,58 @@ class FileTokenizer(Tokenizer):
             pad_id=pad_id,
             end_id=end_id,
             stop_ids=stop_ids,
-            special_tokens={token: self._backend.token_to_id(token) for token in special},
-            template_variables=named,
+            special_tokens={token: self._id_of(token) for token in special},
+            template_variables=named_tokens,
         )
-        # What text may not become. (Some models have a special token for text that they do not know.)
-        self._forbidden = self._special_ids - ({_unknown_id(spec["model"])} - {*stop_ids, pad_id})
-        self._look_alike = re.compile(f"(?=(?:{'|'.join(map(re.escape, special))}))(?s:.)")
-        self._add_stand_ins(added)
+        # The ids that text may not become. Some models have a special token for text that they do
+        # not know; that one text may become, unless it also ends a turn or pads.
+        self._forbidden = set(self._special_ids)
+        unknown_id = _unknown_id(spec["model"])
+        if unknown_id not in (*stop_ids, pad_id):
+            self._forbidden.discard(unknown_id)
+        self._add_stand_ins(added_tokens)
 
-    def _add_stand_ins(self, added: Mapping[str, dict[str, Any]]) -> None:
-        """One for each special token, and one that stands for nothing, which cuts the text."""
-        self._stand_ins = {i: f"{_MARK}{i}{_END}" for i in self._special_ids}
-        tokens = [tokenizers.AddedToken(_CUT, special=False, normalized=False)]
-        for text, i in self.special_tokens.items():
-            manners = (
-                {key: added[text][key] for key in ("lstrip", "rstrip")} if text in added else {}
+    def _add_stand_ins(self, added_tokens: Mapping[str, dict[str, Any]]) -> None:
+        """Add the stand-ins of all special tokens to the library's vocabulary, and the cut."""
+        stand_ins = [tokenizers.AddedToken(_LIBRARY_CUT, special=False, normalized=False)]
+        for token, token_id in self.special_tokens.items():
+            swallows = {"lstrip": False, "rstrip": False}  # white space to its left and right
+            if token in added_tokens:
+                if added_tokens[token]["single_word"]:
+                    raise ValueError(
+                        f"{self.path}: the special token {token!r} is `single_word`,"
+                        " which is not supported"
+                    )
+                swallows = {side: added_tokens[token][side] for side in swallows}
+            stand_in = _library_stand_in(token_id)
+            stand_ins.append(
+                tokenizers.AddedToken(stand_in, special=False, normalized=False, **swallows)
             )
-            if text in added and added[text]["single_word"]:
-                raise ValueError(
-                    f"{self.path}: the special token {text!r} is `single_word`, which is not supported"
-                )
-            tokens.append(
-                tokenizers.AddedToken(
-                    self._stand_ins[i], special=False, normalized=False, **manners
-                )
-            )
-        self._backend.add_tokens(tokens)
-        self._cut_id = self._backend.token_to_id(_CUT)
-        self._stands_for = {
-            self._backend.token_to_id(text): i for i, text in self._stand_ins.items()
+        self._backend.add_tokens(stand_ins)
+        self._cut_id = self._id_of(_LIBRARY_CUT)
+        self._special_id_of_stand_in = {
+            self._id_of(_library_stand_in(i)): i for i in self._special_ids
         }
-        if min(self._cut_id, *self._stands_for) < self.vocab_size:
+        if min(self._cut_id, *self._special_id_of_stand_in) < self.vocab_size:
             raise ValueError(
                 f"{self.path}: its vocabulary cannot be added to, because its ids leave gaps"
             )
 
+    def _id_of(self, token: str) -> int:
+        """The id of a token that is known to be in the vocabulary."""
+        token_id = self._backend.token_to_id(token)
+        assert token_id is not None, token
+        return token_id
+
     def _named_tokens(self) -> dict[str, str]:
-        """{"eos_token": text, ...} of tokenizer_config.json, where a token is a string or an object."""
+        """{"eos_token": text, ...} of tokenizer_config.json, where a token is a string or an object
+        that has the string as its `content`."""
         config = _read_json(self._config_path, missing_ok=True)
         named = {}
-        for key in (
-            "bos_token",
-            "eos_token",
-            "unk_token",
-            "sep_token",
-            "pad_token",
-            "cls_token",
-            "mask_token",
-        ):
+        for key in _NAMED_TOKENS:
             token = config.get(key)
-            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, dict):
+                token = token.get("content")
             if token is None:
                 continue
             if not isinstance(token, str) or self._backend.token_to_id(token) is None:
@@ -213,68 +249,78 @@ class FileTokenizer(Tokenizer):
             named[key] = token
         return named
 
-    def _control_ids(self, named: dict[str, str]) -> tuple[int, tuple[int, ...], int]:
-        """(end id, stop ids, pad id), as the class docstring derives them."""
+    def _control_ids(self, named_tokens: dict[str, str]) -> tuple[int, tuple[int, ...], int]:
+        """(end id, stop ids, pad id), as the class's docstring derives them."""
         generation = _read_json(self._generation_path, missing_ok=True)
         eos_ids = generation.get("eos_token_id")
-        eos_ids = [] if eos_ids is None else eos_ids if isinstance(eos_ids, list) else [eos_ids]
+        if eos_ids is None:
+            eos_ids = []
+        elif not isinstance(eos_ids, list):
+            eos_ids = [eos_ids]
         pad_id = generation.get("pad_token_id")
-        for i in [*eos_ids, *([] if pad_id is None else [pad_id])]:
+        given_ids = list(eos_ids)
+        if pad_id is not None:
+            given_ids.append(pad_id)
+        for i in given_ids:
             if not isinstance(i, int) or i < 0 or self._backend.id_to_token(i) is None:
                 raise ValueError(
                     f"{self._generation_path}: no token of {self.path} has the id {i!r}"
                 )
-        if "eos_token" in named:
-            end_id = self._backend.token_to_id(named["eos_token"])
+        if "eos_token" in named_tokens:
+            end_id = self._id_of(named_tokens["eos_token"])
         elif len(set(eos_ids)) == 1:
             end_id = eos_ids[0]
         else:
-            found = (
-                f"{self._generation_path.name} names several ({eos_ids})"
-                if eos_ids
-                else "no file beside it names one"
-            )
+            reason = "no file beside it names one"
+            if eos_ids:
+                reason = f"{self._generation_path.name} names several ({eos_ids})"
             raise ValueError(
-                f'{self.path}: which token ends a turn? {found}. Put {{"eos_token": "..."}} into {self._config_path}'
+                f"{self.path}: which token ends a turn? {reason}."
+                f' Put {{"eos_token": "..."}} into {self._config_path}'
             )
-        if "pad_token" in named:
-            pad_id = self._backend.token_to_id(named["pad_token"])
-        return (
-            end_id,
-            tuple(dict.fromkeys([end_id, *eos_ids])),
-            end_id if pad_id is None else pad_id,
-        )
+        if "pad_token" in named_tokens:
+            pad_id = self._id_of(named_tokens["pad_token"])
+        if pad_id is None:
+            pad_id = end_id
+        stop_ids = tuple(dict.fromkeys([end_id, *eos_ids]))
+        return end_id, stop_ids, pad_id
 
-    def _encode(self, texts: list[str], specials: list[int]) -> list[int]:
-        texts = [_FORGED.sub(_MARK + _CUT, text) for text in texts]
-        ids = self._ids(texts, specials)
+    def _encode(self, marked: str) -> list[int]:
+        ids = self._library_ids(marked)
         if not self._forbidden.isdisjoint(ids):
-            # Unigram and word-level vocabularies have special tokens among their words, and end tokens need not be
-            # marked as special: look-alikes are cut after their first character.
-            texts = [self._look_alike.sub(lambda first: first[0] + _CUT, text) for text in texts]
-            ids = self._ids(texts, specials)
+            # Unigram and word-level vocabularies have special tokens among their words, and end
+            # tokens need not be marked as special. Then what spells them has to be cut.
+            marked = self._stand_ins.cut(marked)
+            ids = self._library_ids(marked)
         if not self._forbidden.isdisjoint(ids):
-            text = "".join(texts)[:200]
+            text = "".join(part for part, _ in self._stand_ins.read(marked)).replace(CUT, "")
             raise ValueError(
-                f"{self.path}: it normalises part of this text into a special token: {text!r}"
+                f"{self.path}: it normalises part of this text into a special token: {text[:200]!r}"
             )
-        return [self._stands_for.get(i, i) for i in ids if i != self._cut_id]
+        return [self._special_id_of_stand_in.get(i, i) for i in ids if i != self._cut_id]
 
-    def _ids(self, texts: list[str], specials: list[int]) -> list[int]:
-        text = texts[0] + "".join(
-            self._stand_ins[i] + text for i, text in zip(specials, texts[1:], strict=True)
-        )
-        try:
-            return self._backend.encode(text, add_special_tokens=False).ids
-        except TypeError as error:  # how the library takes halves of surrogate pairs
-            raise ValueError(f"this is not Unicode text: {text[:200]!r}") from error
+    def _library_ids(self, marked: str) -> list[int]:
+        """The ids of a marked text, those of stand-ins and cuts included."""
+        text = ""
+        for part, is_special in self._stand_ins.read(marked):
+            if is_special:
+                text += _library_stand_in(self.special_tokens[part])
+            else:
+                # A text that spells a stand-in, or the cut, in the library's characters is cut too.
+                part = _FORGED.sub(_OPEN + CUT, part)
+                text += part.replace(CUT, _LIBRARY_CUT)
+        return self._backend.encode(text, add_special_tokens=False).ids
 
     def _decode(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=False)
 
 
+def _library_stand_in(token_id: int) -> str:
+    return f"{_OPEN}{token_id}{_CLOSE}"
+
+
 def _unknown_id(model: dict[str, Any]) -> int | None:
-    """The id that a model of the `tokenizers` library gives to what is not in its vocabulary."""
+    """The id that a model of the library gives to what is not in its vocabulary."""
     if model.get("unk_token") is not None:
         return model["vocab"].get(model["unk_token"])
     return model.get("unk_id")
@@ -300,9 +346,11 @@ def _load_backend(path: Path, spec: dict[str, Any]) -> tokenizers.Tokenizer:
 
 
 def load_tokenizer(name_or_path: str) -> Tokenizer:
-    """The tokenizer called "byte", or that of a tokenizer.json, given by its path or that of its directory.
+    """The tokenizer called "byte", or that of a tokenizer.json, given by its path or that of its
+    directory.
 
-    Raises FileNotFoundError where there is none, ValueError where it is malformed or its end token cannot be told.
+    Raises FileNotFoundError where there is none, ValueError where it is malformed or its end token
+    cannot be told.
     """
     if name_or_path == "byte":
         return ByteTokenizer()

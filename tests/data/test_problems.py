@@ -5,7 +5,7 @@ import pytest
 
 from sapo_jax.config import Data, FileTask, ReasoningGymTask
 from sapo_jax.data import load_problems, load_tokenizer
-from sapo_jax.data.problems import question_key
+from sapo_jax.data.common import normalise_space
 from sapo_jax.errors import DataError
 
 BYTE = load_tokenizer("byte")
@@ -21,7 +21,7 @@ def load(*tasks, held_out=32, **data):
 
 
 def questions(prompts):
-    return {question_key(p.question) for p in prompts}
+    return {normalise_space(p.question) for p in prompts}
 
 
 def everything(problems):
@@ -315,7 +315,7 @@ def test_template_variables_and_tools_reach_the_template(tmp_path):
         i = prompt.question[-1]
         assert prompt.text == f'<|im_end|>:[{{"n": {i}}}]q {i}'
         assert prompt.ids[0] == BYTE.end_id  # the config is trusted
-    with pytest.raises(ValueError, match=r"chat\.jinja has no variable moood; did you mean mood"):
+    with pytest.raises(ValueError, match=r"chat\.jinja has no variable moood; did you mean 'mood'"):
         load(task, held_out=2, chat_template=template, chat_template_kwargs={"moood": "x"})
     with pytest.raises(
         DataError,
