@@ -1,38 +1,44 @@
-"""Top-k mixture of experts: a softmax router and dropless SwiGLU experts, as in Qwen3-MoE (arXiv 2505.09388).
+"""Top-k mixture of experts: a softmax router and dropless SwiGLU experts, as in Qwen3-MoE.
 
-Routing replay: the k experts of a token may be given instead of chosen. Only their ids are; the gate weights come from
-the router's own probabilities, so that it still learns.
+Source: arXiv 2505.09388. Routing replay: the k experts of a token may be given instead of chosen.
+Only their ids are given; the gate weights come from the router's own probabilities, so that the
+router still learns.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
 
-from sapo_jax.batch import Array
 from sapo_jax.config.schema import Model
 from sapo_jax.distributed.sharding import constrain_if_divisible
 from sapo_jax.models.layers import parameter
-from sapo_jax.ops.expert_parallel import decoding_experts, moe_ffn, to_all
+from sapo_jax.ops.expert_parallel import DecodeMoeFfn, gather_few_tokens, moe_ffn
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """What the router chose, also where other routes were taken: replay holds a token's experts fixed, but balancing
-    is about the router as it is now. Sums over the real (not padding) tokens, so that micro-batches add up; leading
-    dims of a stack of layers come before these."""
+    """What the router chose, also where other routes were taken.
 
-    expert_ids_BTk: (
-        Array  # best first; the smallest unsigned integer dtype that holds E, which is no expert
-    )
+    Replay holds a token's experts fixed, but balancing is about the router as it is now. The sums
+    go over the real tokens (not padding), so that those of micro-batches can be added. In the
+    Routing of a stack of layers, leading dims for the layers come before the dims given here.
+    """
+
+    # The experts, best first. The dtype is the smallest unsigned integer that holds E, which stands
+    # for "no expert".
+    expert_ids_BTk: Array
     tokens: Array  # int32 scalar, how many
-    routes_E: Array  # int32, their routes to each expert: k tokens in all
+    routes_E: Array  # int32, their routes to each expert: k for each token
     prob_E: Array  # float32, the sum of their probabilities
     replay: Replay | None = None
 
@@ -44,40 +50,54 @@ class Routing:
 
     @property
     def aux_loss(self) -> Array:
-        """E * sum_e load_e * mean prob_e: 1 when balanced, 0 without a token (arXiv 2101.03961, Eq. 4)."""
+        """E * sum_e load_e * mean prob_e (arXiv 2101.03961, Eq. 4).
+
+        It is 1 when the load is balanced, and 0 without a token.
+        """
         xp = self.prob_E.__array_namespace__()
         mean_prob_E = self.prob_E / xp.maximum(self.tokens, 1)[..., None]
         return self.prob_E.shape[-1] * (self.load_E * mean_prob_E).sum(axis=-1)
 
     @property
     def expert_ids_BTLk(self) -> Array:
-        """Of a stack of layers."""
+        """The experts of a stack of layers, with the layers' dim where batches have it."""
         return jnp.moveaxis(self.expert_ids_BTk, 0, 2)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Replay:
-    """How far the routes taken are from those the router would have chosen. Sums, so that micro-batches add up."""
+    """How far the routes taken are from those the router would have chosen.
+
+    Sums, so that those of micro-batches can be added.
+    """
 
     tokens: Array  # int32 scalar, the real tokens whose experts were given
-    difference: Array  # float32 scalar, over them: the share of the k chosen experts that are not among those given
+    # float32 scalar, summed over those tokens: the share of the k experts that the router chose
+    # which are not among those given
+    difference: Array
+
+
+class _Routes(NamedTuple):
+    prob_BTE: Array  # the router's probabilities, float32
+    chosen_BTk: Array  # the experts that the router chooses, best first
+    taken_BTk: Array  # the experts that the tokens are sent to
+    gate_BTk: Array  # their weights in the sum, float32
 
 
 class MoE(nnx.Module):
-    """y = sum over k experts of gate_e * SwiGLU_e(x); gate = softmax(x Wr)_e, over all E in float32.
+    """y = sum over k experts of gate_e * SwiGLU_e(x), where gate_e = softmax(x Wr)_e.
 
-    The k experts are the most probable ones, or those of replay_BTk (any integer dtype); a token whose ids there are
-    all E has none recorded and keeps the most probable ones. With norm_topk_prob the gates of the k sum to 1.
+    The softmax goes over all E experts, in float32. The k experts are the most probable ones, or
+    those of replay_BTk (any integer dtype). A token whose ids there are all E has none recorded,
+    and keeps the most probable ones. With norm_topk_prob the gates of the k experts sum to 1.
     """
 
     def __init__(self, cfg: Model, *, rngs: nnx.Rngs):
-        D, E, F, std = (
-            cfg.hidden_size,
-            cfg.num_experts,
-            cfg.moe_intermediate_size,
-            cfg.initializer_range,
-        )
+        D = cfg.hidden_size
+        E = cfg.num_experts
+        F = cfg.moe_intermediate_size
+        std = cfg.initializer_range
         self.router = parameter(rngs, (D, E), ("embed", None), std)
         self.gate = parameter(rngs, (E, D, F), ("experts", "embed", "mlp"), std)
         self.up = parameter(rngs, (E, D, F), ("experts", "embed", "mlp"), std)
@@ -88,67 +108,98 @@ class MoE(nnx.Module):
     def __call__(
         self, x_BTD: Array, segment_ids_BT: Array, replay_BTk: Array | None = None
     ) -> tuple[Array, Routing]:
+        """Returns y BTD, and what the router chose."""
+        dtype = x_BTD.dtype
+        with jax.named_scope("router"):
+            routes = self._route(x_BTD, self.router[...].astype(dtype), replay_BTk)
+        with jax.named_scope("experts"):
+            y_BTD = moe_ffn(
+                x_BTD,
+                routes.taken_BTk,
+                routes.gate_BTk.astype(dtype),
+                self.gate[...].astype(dtype),
+                self.up[...].astype(dtype),
+                self.down[...].astype(dtype),
+            )
+        with jax.named_scope("routing_statistics"):
+            routing = _routing_statistics(
+                routes.chosen_BTk, routes.prob_BTE, segment_ids_BT > 0, replay_BTk
+            )
+        return y_BTD, routing
+
+    def decoder(self, dtype: DTypeLike) -> Callable[[Array], tuple[Array, Array]]:
+        """`__call__` for one token per row, x_BD -> (y_BD, expert_ids_Bk), in a decode loop.
+
+        The weights are cast and laid out here, once.
+        """
         E = self.router.shape[1]
-        router_DE = self.router[...].astype(x_BTD.dtype)
-        prob_BTE, chosen_BTk, ids_BTk, gate_BTk = self._route(x_BTD, router_DE, replay_BTk)
-        weights = (p[...].astype(x_BTD.dtype) for p in (self.gate, self.up, self.down))
-        y_BTD = moe_ffn(x_BTD, ids_BTk, gate_BTk.astype(x_BTD.dtype), *weights)
-        return y_BTD, _routing(chosen_BTk, prob_BTE, segment_ids_BT > 0, E, replay_BTk)
-
-    def decoder(self, dtype) -> Callable:
-        """`__call__` for one token per row, x_BD -> (y_BD, expert_ids_Bk); weights are cast once, here."""
-        id_dtype = np.min_scalar_type(self.router.shape[1])
         router_DE = constrain_if_divisible(self.router[...].astype(dtype), None, None)
-        experts = decoding_experts(*(p[...].astype(dtype) for p in (self.gate, self.up, self.down)))
+        decode_moe_ffn = DecodeMoeFfn(
+            self.gate[...].astype(dtype),
+            self.up[...].astype(dtype),
+            self.down[...].astype(dtype),
+        )
 
-        def mlp(x_BD: Array) -> tuple[Array, Array]:
-            if to_all(
-                len(x_BD), self.router.shape[1]
-            ):  # gathered before they are routed: one collective, not three
-                x_BD = constrain_if_divisible(x_BD, None, None)
-            _, _, ids_B1k, gate_B1k = self._route(x_BD[:, None], router_DE)
-            ids_Bk, gate_Bk = ids_B1k[:, 0], gate_B1k[:, 0].astype(dtype)
-            return experts(x_BD, ids_Bk, gate_Bk), ids_Bk.astype(id_dtype)
+        def decode_moe(x_BD: Array) -> tuple[Array, Array]:
+            x_BD = gather_few_tokens(x_BD, E)
+            routes = self._route(x_BD[:, None], router_DE)
+            ids_Bk = routes.taken_BTk[:, 0]
+            gate_Bk = routes.gate_BTk[:, 0].astype(dtype)
+            y_BD = decode_moe_ffn(x_BD, ids_Bk, gate_Bk)
+            return y_BD, ids_Bk.astype(_expert_id_dtype(E))
 
-        return mlp
+        return decode_moe
 
-    def _route(
-        self, x_BTD: Array, router_DE: Array, replay_BTk: Array | None = None
-    ) -> tuple[Array, ...]:
-        """The probabilities BTE, the experts that the router chooses, those that are taken, and their gates, BTk."""
+    def _route(self, x_BTD: Array, router_DE: Array, replay_BTk: Array | None = None) -> _Routes:
         E = router_DE.shape[1]
         logits_BTE = jnp.einsum("btd,de->bte", x_BTD, router_DE, preferred_element_type=jnp.float32)
         prob_BTE = jax.nn.softmax(logits_BTE, axis=-1)
         _, chosen_BTk = jax.lax.top_k(prob_BTE, self.k)
-        ids_BTk = (
-            chosen_BTk if replay_BTk is None else jnp.where(replay_BTk < E, replay_BTk, chosen_BTk)
-        )
-        if (
-            self.normalize
-        ):  # the same as dividing by their sum, which replayed experts may all underflow to 0
-            gate_BTk = jax.nn.softmax(jnp.take_along_axis(logits_BTE, ids_BTk, axis=-1), axis=-1)
+        taken_BTk = chosen_BTk
+        if replay_BTk is not None:
+            taken_BTk = jnp.where(replay_BTk < E, replay_BTk, chosen_BTk)
+        if self.normalize:
+            # A softmax over the k logits is the same as dividing the k probabilities by their sum.
+            # But replayed experts may have probabilities that all underflow to 0.
+            logits_BTk = jnp.take_along_axis(logits_BTE, taken_BTk, axis=-1)
+            gate_BTk = jax.nn.softmax(logits_BTk, axis=-1)
         else:
-            gate_BTk = jnp.take_along_axis(prob_BTE, ids_BTk, axis=-1)
-        return prob_BTE, chosen_BTk, ids_BTk, gate_BTk
+            gate_BTk = jnp.take_along_axis(prob_BTE, taken_BTk, axis=-1)
+        return _Routes(prob_BTE, chosen_BTk, taken_BTk, gate_BTk)
 
 
-def _routing(
-    ids_BTk: Array, prob_BTE: Array, real_BT: Array, E: int, replay_BTk: Array | None = None
+def _expert_id_dtype(E: int) -> np.dtype:
+    """The smallest unsigned integer dtype that holds the ids of E experts, and E itself."""
+    return np.min_scalar_type(E)
+
+
+def _routing_statistics(
+    chosen_BTk: Array, prob_BTE: Array, is_token_BT: Array, replay_BTk: Array | None = None
 ) -> Routing:
-    real = real_BT.astype(jnp.float32)
-    chosen_BTE = jax.nn.one_hot(ids_BTk, E, dtype=jnp.float32).sum(axis=2)
-    routes_E = jnp.einsum("bte,bt->e", chosen_BTE, real).astype(jnp.int32)
-    prob_E = jnp.einsum("bte,bt->e", prob_BTE, real)
-    ids_BTk = ids_BTk.astype(np.min_scalar_type(E))
-    replay = (
-        None
-        if replay_BTk is None
-        else _replay(ids_BTk, replay_BTk, real_BT & (replay_BTk[..., 0] < E))
+    """is_token_BT: False on padding."""
+    E = prob_BTE.shape[-1]
+    is_token_f32_BT = is_token_BT.astype(jnp.float32)
+    is_chosen_BTE = jax.nn.one_hot(chosen_BTk, E, dtype=jnp.float32).sum(axis=2)
+    routes_E = jnp.einsum("bte,bt->e", is_chosen_BTE, is_token_f32_BT).astype(jnp.int32)
+    prob_E = jnp.einsum("bte,bt->e", prob_BTE, is_token_f32_BT)
+    expert_ids_BTk = chosen_BTk.astype(_expert_id_dtype(E))
+    replay = None
+    if replay_BTk is not None:
+        has_replay_BT = is_token_BT & (replay_BTk[..., 0] < E)
+        replay = _replay_statistics(expert_ids_BTk, replay_BTk, has_replay_BT)
+    return Routing(
+        expert_ids_BTk=expert_ids_BTk,
+        tokens=is_token_BT.sum(dtype=jnp.int32),
+        routes_E=routes_E,
+        prob_E=prob_E,
+        replay=replay,
     )
-    return Routing(ids_BTk, real_BT.sum(dtype=jnp.int32), routes_E, prob_E, replay)
 
 
-def _replay(chosen_BTk: Array, given_BTk: Array, counted_BT: Array) -> Replay:
-    kept_BTk = (chosen_BTk[..., :, None] == given_BTk[..., None, :]).any(axis=-1)
-    difference_BT = 1 - kept_BTk.mean(axis=-1, dtype=jnp.float32)
-    return Replay(counted_BT.sum(dtype=jnp.int32), jnp.where(counted_BT, difference_BT, 0).sum())
+def _replay_statistics(chosen_BTk: Array, given_BTk: Array, has_replay_BT: Array) -> Replay:
+    is_given_BTk = (chosen_BTk[..., :, None] == given_BTk[..., None, :]).any(axis=-1)
+    difference_BT = 1 - is_given_BTk.mean(axis=-1, dtype=jnp.float32)
+    return Replay(
+        tokens=has_replay_BT.sum(dtype=jnp.int32),
+        difference=jnp.where(has_replay_BT, difference_BT, 0).sum(),
+    )

@@ -1,103 +1,95 @@
-"""Attention, and products of few rows: plain XLA here; `kernels_tpu` on TPU (see `attention`).
+"""Attention of whole rows and of a decode step; writing to the KV cache. Chooses the backend.
 
-All functions are exact (no dropped token, no approximation) and are the numerical reference for any faster kernel.
+On TPU the Pallas kernels of `attention_tpu` run, elsewhere the plain XLA of `attention_xla`. Both
+are exact (no approximation); the XLA functions are the numerical reference for the kernels.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
 
-from sapo_jax.batch import Array
 from sapo_jax.distributed.sharding import on_tpu
-from sapo_jax.ops.attention_xla import Keys, Queries, blocked_attention, visible
-from sapo_jax.ops.tiles import LANES, PAGE, SHORT
-
-MASK_VALUE = (
-    -1e30
-)  # finite, so that a row with nothing to attend to (padding) gives finite, ignored numbers
+from sapo_jax.ops import attention_xla
+from sapo_jax.ops.tiles import LANES, PAGE
 
 
-def attention(q_BTHh, k_BTKh, v_BTKh, positions_BT, segment_ids_BT, prefix_ids_BT=None) -> Array:
-    """Grouped-query attention: softmax(q k^T / sqrt(h)) v over keys of the same segment at positions <= the query's.
+def attention(
+    q_BTHh: Array,
+    k_BTKh: Array,
+    v_BTKh: Array,
+    positions_BT: Array,
+    segment_ids_BT: Array,
+    prefix_ids_BT: Array | None = None,
+) -> Array:
+    """Grouped-query attention: softmax(q k^T / sqrt(h)) v over the keys that a query sees.
 
-    With prefix_ids_BT also over keys of that segment: the prompt that several completions of a row share.
-    H is a multiple of K; query head i reads key/value head i // (H / K). Segment 0 is padding and is never attended
-    to. Scores and softmax are float32. Returns BTHh in q's dtype; 0 for a query with nothing to attend to.
+    A query sees the keys of its own segment at positions up to its own. With `prefix_ids_BT` it
+    also sees the keys of that segment: the prompt that several completions of a row share.
+    H is a multiple of K; query head i reads key/value head i // (H / K). Segment 0 is padding,
+    which nothing attends to. Scores and softmax are float32. Returns BTHh in q's dtype, which is 0
+    for a query that sees nothing.
+
+    On TPU, columns stand in for positions, and the rows must be laid out as in `batch.Batch`.
     """
     if on_tpu():
-        from sapo_jax.ops.attention_tpu import sharded_attention  # here: takes long to import
+        from sapo_jax.ops import attention_tpu  # not at the top: importing Pallas takes long
 
-        return sharded_attention(q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, prefix_ids_BT)
-    prefixes_BT = segment_ids_BT if prefix_ids_BT is None else prefix_ids_BT
-    queries, keys = (
-        Queries(positions_BT, segment_ids_BT, prefixes_BT),
-        Keys(positions_BT, segment_ids_BT),
+        return attention_tpu.sharded_attention(
+            q_BTHh, k_BTKh, v_BTKh, segment_ids_BT, prefix_ids_BT
+        )
+    return attention_xla.attention(
+        q_BTHh, k_BTKh, v_BTKh, positions_BT, segment_ids_BT, prefix_ids_BT
     )
-    attend = _whole if q_BTHh.shape[1] <= SHORT else blocked_attention
-    return attend(q_BTHh, k_BTKh, v_BTKh, queries, keys)
 
 
-def _whole(q_BTHh: Array, k_BSKh: Array, v_BSKh: Array, queries: Queries, keys: Keys) -> Array:
-    """All scores at once, where they are few."""
-    B, T, H, h = q_BTHh.shape
-    K = k_BSKh.shape[2]
-    q = q_BTHh.reshape(B, T, K, H // K, h)
-    scores = (
-        jnp.einsum("btkgh,bskh->bkgts", q, k_BSKh, preferred_element_type=jnp.float32) * h**-0.5
-    )
-    visible_B11TS = visible(queries, keys)[:, None, None]
-    probs = jnp.where(
-        visible_B11TS, jax.nn.softmax(jnp.where(visible_B11TS, scores, MASK_VALUE), axis=-1), 0
-    )
-    return jnp.einsum("bkgts,bskh->btkgh", probs.astype(v_BSKh.dtype), v_BSKh).reshape(B, T, H, h)
+def cache_page_size(head_dim: int, dtype: DTypeLike) -> int:
+    """Rows of a KV cache start at multiples of this many columns, a page.
 
-
-def page(h: int, dtype) -> int:
-    """Rows of a cache of heads of size h start at multiples of this: so many columns decoding fetches at a time.
-
-    1 where the kernel of decoding is not used: it wants whole registers, and computes in bfloat16.
+    A page is what decoding fetches at a time. It is 1 where the TPU kernel of decoding is not used:
+    that kernel wants heads that fill whole registers, and computes in bfloat16.
     """
-    return PAGE if on_tpu() and h % LANES == 0 and dtype == jnp.bfloat16 else 1
+    if on_tpu() and head_dim % LANES == 0 and dtype == jnp.bfloat16:
+        return PAGE
+    return 1
 
 
 def write_column(
-    cache: Array, new: Array, column, page_offset_B: Array | None, *, axis: int, window: int
+    cache: Array, new: Array, column: Array, page_offset_B: Array | None, *, axis: int, page: int
 ) -> Array:
-    """The cache, B ..., with the column `new` at `column` of `axis`; that of row b page_offset_B[b] < window before it."""
+    """The cache, B ..., with the keys or values `new` of one token per row written into it.
+
+    They go to `column` of dim `axis`; with `page_offset_B`, row b's go page_offset_B[b] < page
+    columns before it. All rows then write within one window of `page` columns, so that the window
+    is read, changed and written back, and no scatter is needed.
+    """
     if page_offset_B is None:
         return jax.lax.dynamic_update_slice_in_dim(cache, new, column, axis)
-    first = column - (
-        window - 1
-    )  # all rows have their column between here and `column`: no scatter
-    there = jax.lax.dynamic_slice_in_dim(cache, first, window, axis)
-    here_Bw = jnp.arange(window) == window - 1 - page_offset_B[:, None]
-    here = here_Bw.reshape(
-        len(here_Bw), *(window if dim == axis else 1 for dim in range(1, cache.ndim))
-    )
-    return jax.lax.dynamic_update_slice_in_dim(cache, jnp.where(here, new, there), first, axis)
+    window_start = column - (page - 1)
+    window = jax.lax.dynamic_slice_in_dim(cache, window_start, page, axis)
+    is_written_Bp = jnp.arange(page) == page - 1 - page_offset_B[:, None]
+    mask_shape = [len(is_written_Bp)] + [1] * (cache.ndim - 1)
+    mask_shape[axis] = page
+    is_written = is_written_Bp.reshape(mask_shape)
+    window = jnp.where(is_written, new, window)
+    return jax.lax.dynamic_update_slice_in_dim(cache, window, window_start, axis)
 
 
-def decode_attention(q_BKGh, k_BKhT, v_BKTh, first_B, last, live_B) -> Array:
-    """`attention` of one query per row and head, over the columns first_B <= t <= last of a cache. Returns BKGh.
+def decode_attention(
+    q_BKGh: Array, k_BKhT: Array, v_BKTh: Array, start_B: Array, last: Array, live_B: Array
+) -> Array:
+    """`attention` of one query per row and head over the columns start_B <= t <= last of a cache.
 
-    last: a number, or one for each row. The G query heads of a key head stand together. Scores and softmax are float32.
-    A row that is not live gives anything finite. On TPU, where rows start at pages, only pages are read that hold keys
-    of a live row.
+    last: a scalar, or one column for each row. The G = H / K query heads of a key head stand
+    together. Scores and softmax are float32. Returns BKGh; in a row that is not live it may hold
+    anything finite. On TPU, where rows start at pages, only pages are read that hold keys of a live
+    row.
     """
-    h, column_T = q_BKGh.shape[-1], jnp.arange(k_BKhT.shape[-1])
-    if on_tpu() and page(h, v_BKTh.dtype) > 1:
-        from sapo_jax.ops.attention_tpu import (
-            sharded_decode_attention,
-        )  # here: takes long to import
+    if on_tpu() and cache_page_size(q_BKGh.shape[-1], v_BKTh.dtype) > 1:
+        from sapo_jax.ops import attention_tpu  # not at the top: importing Pallas takes long
 
-        return sharded_decode_attention(
-            q_BKGh, k_BKhT, v_BKTh, first_B, jnp.where(live_B, last, first_B - 1)
-        )
-    last = jnp.reshape(last, (-1, 1))
-    scores = (
-        jnp.einsum("bkgh,bkht->bkgt", q_BKGh, k_BKhT, preferred_element_type=jnp.float32) * h**-0.5
-    )
-    live_BT = (column_T >= first_B[:, None]) & (column_T <= last)
-    probs = jax.nn.softmax(jnp.where(live_BT[:, None, None], scores, MASK_VALUE), axis=-1)
-    return jnp.einsum("bkgt,bkth->bkgh", probs.astype(v_BKTh.dtype), v_BKTh)
+        last_B = jnp.where(live_B, last, start_B - 1)  # a dead row has no column to read
+        return attention_tpu.sharded_decode_attention(q_BKGh, k_BKhT, v_BKTh, start_B, last_B)
+    return attention_xla.decode_attention(q_BKGh, k_BKhT, v_BKTh, start_B, last)

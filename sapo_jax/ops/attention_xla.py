@@ -1,11 +1,15 @@
-"""Exact attention that never holds more than one block of scores, and skips the blocks in which no query sees a key.
+"""Exact attention in plain XLA, for processors other than TPUs.
 
-FlashAttention's recurrence (Dao et al., arXiv 2205.14135) in plain XLA: a running maximum m, sum of exp(score - m) and
-weighted values, over blocks of queries and keys; backward recomputes each block from the queries' log-sum-exp. Packed
-rows are mostly blocks that nobody sees (another completion, a later token), so time grows with what is visible, and
-memory with T. On CPU, where a block's scores stay in the cache: 5 to 10 times the speed of scores kept whole.
+`blocked_attention` never holds more than one block of scores, and skips the blocks in which no
+query sees a key. It is FlashAttention's recurrence (Dao et al., arXiv 2205.14135): a running
+maximum m, the running sum of exp(score - m) and the running sum of weighted values, over blocks of
+queries and keys. Its backward pass recomputes each block from the queries' log-sum-exp. Packed rows
+consist mostly of blocks that nobody sees (another completion, a later token), so time grows with
+what is visible, and memory with T. On CPU, where a block's scores stay in the processor's cache,
+this is 5 to 10 times as fast as keeping all scores.
 
-Shapes: I blocks of t queries, J blocks of s keys; r = t * G rows of a block, G = H / K query heads for each key head.
+Shapes: I blocks of t queries, and J blocks of s keys. The G = H / K query heads of a key head are
+put into the rows of a block, so that it has r = t * G rows.
 """
 
 from __future__ import annotations
@@ -14,156 +18,323 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from sapo_jax.batch import Array
+from sapo_jax.ops.tiles import SHORT
 
 BLOCK = 64  # most tokens of a block; on CPU faster than 32 and 128 for heads of 32 to 128
-MASK_VALUE = -1e30  # score of a key that is not seen
-LOWEST = -1e29  # the running maximum starts here, far above it: exp(MASK_VALUE - LOWEST) = 0, also where nothing is seen
-ATTENTION = "attention"  # name of attention's output and normaliser, for `jax.checkpoint` policies that keep them
-EMPTY = 1e-30  # least sum of weights: a query that sees nothing gets 0
+
+# The score of a key that a query does not see. It is finite, so that a query that sees nothing
+# (padding) gives finite numbers, which are then ignored.
+MASK_VALUE = -1e30
+# The running maximum starts here, far above MASK_VALUE: exp(MASK_VALUE - START_OF_MAXIMUM) = 0, so
+# that hidden keys weigh nothing also for a query that sees none.
+START_OF_MAXIMUM = -1e29
+LEAST_SUM_OF_WEIGHTS = 1e-30  # instead of 0, which is the sum of a query that sees nothing
+
+# Name of attention's output and log-sum-exp, for `jax.checkpoint` policies that keep them.
+SAVED_ATTENTION = "attention"
 
 
-class Queries(NamedTuple):
-    """Who asks; block by block, IBt. Segments and prefixes: see types.Batch."""
+class QueryTokens(NamedTuple):
+    """What decides which keys a query sees: BT each, or IBt in blocks. See `batch.Batch`."""
 
     positions: Array
     segments: Array
     prefixes: Array
 
 
-class Keys(NamedTuple):
-    """Who is asked; block by block, JBs."""
+class KeyTokens(NamedTuple):
+    """What decides which queries see a key: BT each, or JBs in blocks."""
 
     positions: Array
     segments: Array
 
 
-def visible(q: Queries, k: Keys) -> Array:
-    """Which keys each query sees, [..., t, s]: those of its segment or prefix that do not come after it."""
-    segment_s = k.segments[..., None, :]
-    mine = (q.segments[..., None] == segment_s) | (q.prefixes[..., None] == segment_s)
-    return mine & (segment_s > 0) & (q.positions[..., None] >= k.positions[..., None, :])
+def attention(
+    q_BTHh: Array,
+    k_BTKh: Array,
+    v_BTKh: Array,
+    positions_BT: Array,
+    segment_ids_BT: Array,
+    prefix_ids_BT: Array | None = None,
+) -> Array:
+    """See `ops.attention.attention`. Short rows take all scores at once, longer ones blocks."""
+    if prefix_ids_BT is None:
+        prefix_ids_BT = segment_ids_BT
+    queries = QueryTokens(positions_BT, segment_ids_BT, prefix_ids_BT)
+    keys = KeyTokens(positions_BT, segment_ids_BT)
+    T = q_BTHh.shape[1]
+    if T <= SHORT:
+        return unblocked_attention(q_BTHh, k_BTKh, v_BTKh, queries, keys)
+    return blocked_attention(q_BTHh, k_BTKh, v_BTKh, queries, keys)
+
+
+def visible(queries: QueryTokens, keys: KeyTokens) -> Array:
+    """Which keys each query sees, [..., t, s].
+
+    These are the keys of its segment or its prefix that do not come after it.
+    """
+    key_segment = keys.segments[..., None, :]
+    same_segment = queries.segments[..., None] == key_segment
+    in_prefix = queries.prefixes[..., None] == key_segment
+    is_token = key_segment > 0
+    not_later = queries.positions[..., None] >= keys.positions[..., None, :]
+    return (same_segment | in_prefix) & is_token & not_later
+
+
+def unblocked_attention(
+    q_BTHh: Array, k_BSKh: Array, v_BSKh: Array, queries: QueryTokens, keys: KeyTokens
+) -> Array:
+    """`blocked_attention` with all scores at once, for rows with few of them."""
+    B, T, H, h = q_BTHh.shape
+    K = k_BSKh.shape[2]
+    q_BTKGh = q_BTHh.reshape(B, T, K, H // K, h)
+    scores_BKGTS = jnp.einsum(
+        "btkgh,bskh->bkgts", q_BTKGh, k_BSKh, preferred_element_type=jnp.float32
+    )
+    scores_BKGTS = scores_BKGTS * h**-0.5
+    visible_B11TS = visible(queries, keys)[:, None, None]
+    weights_BKGTS = jax.nn.softmax(jnp.where(visible_B11TS, scores_BKGTS, MASK_VALUE), axis=-1)
+    weights_BKGTS = jnp.where(visible_B11TS, weights_BKGTS, 0)
+    out_BTKGh = jnp.einsum("bkgts,bskh->btkgh", weights_BKGTS.astype(v_BSKh.dtype), v_BSKh)
+    return out_BTKGh.reshape(B, T, H, h)
+
+
+def decode_attention(
+    q_BKGh: Array, k_BKhT: Array, v_BKTh: Array, start_B: Array, last: Array
+) -> Array:
+    """See `ops.attention.decode_attention`. Rows that are not live are computed like all others."""
+    h = q_BKGh.shape[-1]
+    column_T = jnp.arange(k_BKhT.shape[-1])
+    last = jnp.reshape(last, (-1, 1))
+    scores_BKGT = jnp.einsum("bkgh,bkht->bkgt", q_BKGh, k_BKhT, preferred_element_type=jnp.float32)
+    scores_BKGT = scores_BKGT * h**-0.5
+    visible_BT = (column_T >= start_B[:, None]) & (column_T <= last)
+    weights_BKGT = jax.nn.softmax(
+        jnp.where(visible_BT[:, None, None], scores_BKGT, MASK_VALUE), axis=-1
+    )
+    return jnp.einsum("bkgt,bkth->bkgh", weights_BKGT.astype(v_BKTh.dtype), v_BKTh)
+
+
+# ---------------------------------------------------------------- attention in blocks
 
 
 def blocked_attention(
-    q_BTHh: Array, k_BSKh: Array, v_BSKh: Array, queries: Queries, keys: Keys
+    q_BTHh: Array, k_BSKh: Array, v_BSKh: Array, queries: QueryTokens, keys: KeyTokens
 ) -> Array:
-    """softmax(q k^T / sqrt(h)) v over the keys that are visible, BTHh; 0 for a query that sees none.
+    """softmax(q k^T / sqrt(h)) v over the visible keys, BTHh; 0 for a query that sees none.
 
     `queries` and `keys` hold BT and BS. Scores, softmax and sums are float32.
     """
     B, T, H, h = q_BTHh.shape
     K = k_BSKh.shape[2]
-    q, k, v = _blocks(q_BTHh.reshape(B, T, K, H // K, h)), _blocks(k_BSKh), _blocks(v_BSKh)
-    q_IBKrh = jnp.moveaxis(q, 3, 2).reshape(len(q), B, K, -1, h)
-    k_JBKsh, v_JBKsh = jnp.moveaxis(k, 3, 2), jnp.moveaxis(v, 3, 2)
-    o_IBKrh = _attention(
-        q_IBKrh, k_JBKsh, v_JBKsh, *(jax.tree.map(_blocks, places) for places in (queries, keys))
-    )
-    o = o_IBKrh.reshape(len(q), B, K, -1, H // K, h)
-    return o.transpose(1, 0, 3, 2, 4, 5).reshape(B, -1, H, h)[:, :T]
+    G = H // K
+    q_IBtKGh = _split_into_blocks(q_BTHh.reshape(B, T, K, G, h))
+    k_JBsKh = _split_into_blocks(k_BSKh)
+    v_JBsKh = _split_into_blocks(v_BSKh)
+    num_query_blocks = len(q_IBtKGh)
+    q_IBKrh = jnp.moveaxis(q_IBtKGh, 3, 2).reshape(num_query_blocks, B, K, -1, h)
+    k_JBKsh = jnp.moveaxis(k_JBsKh, 3, 2)
+    v_JBKsh = jnp.moveaxis(v_JBsKh, 3, 2)
+    query_blocks = jax.tree.map(_split_into_blocks, queries)
+    key_blocks = jax.tree.map(_split_into_blocks, keys)
+    out_IBKrh = _attention_of_blocks(q_IBKrh, k_JBKsh, v_JBKsh, query_blocks, key_blocks)
+    out_IBKtGh = out_IBKrh.reshape(num_query_blocks, B, K, -1, G, h)
+    out_BItKGh = out_IBKtGh.transpose(1, 0, 3, 2, 4, 5)
+    return out_BItKGh.reshape(B, -1, H, h)[:, :T]
 
 
-def _blocks(x_BT: Array) -> Array:
-    """BT... -> [blocks, B, block, ...], padded with 0 at the end (a segment of 0 is padding)."""
+def _split_into_blocks(x_BT: Array) -> Array:
+    """BT... -> [blocks, B, tokens of a block, ...].
+
+    The blocks are equally large, a multiple of 8 tokens if there are several. The last one is
+    padded with 0 (and a segment of 0 is padding).
+    """
     B, T = x_BT.shape[:2]
-    n = -(-T // BLOCK)
-    size = -(-T // n)
-    size = -(-size // 8) * 8 if n > 1 else size
-    x_BT = jnp.pad(x_BT, [(0, 0), (0, n * size - T)] + [(0, 0)] * (x_BT.ndim - 2))
-    return jnp.moveaxis(x_BT.reshape(B, n, size, *x_BT.shape[2:]), 1, 0)
+    num_blocks = -(-T // BLOCK)
+    block_tokens = -(-T // num_blocks)
+    if num_blocks > 1:
+        block_tokens = -(-block_tokens // 8) * 8
+    padding = num_blocks * block_tokens - T
+    x_BT = jnp.pad(x_BT, [(0, 0), (0, padding)] + [(0, 0)] * (x_BT.ndim - 2))
+    return jnp.moveaxis(x_BT.reshape(B, num_blocks, block_tokens, *x_BT.shape[2:]), 1, 0)
 
 
-def _plan(queries: Queries, keys: Keys) -> tuple[Array, Array]:
-    """For each block of queries the blocks of keys, those that any of its queries sees first, IJ; and how many, I."""
-    seen_J = lambda q: jax.vmap(lambda k: visible(q, k).any())(keys)
-    seen_IJ = jax.lax.map(seen_J, queries)  # not all T x T pairs at once
-    return jnp.argsort(~seen_IJ, axis=1, stable=True), seen_IJ.sum(axis=1)
+def _visible_blocks(queries: QueryTokens, keys: KeyTokens) -> tuple[Array, Array]:
+    """The blocks of keys that each block of queries must be compared with.
+
+    Returns order_IJ, for each block of queries all blocks of keys, first those that any of its
+    queries sees; and count_I, how many those are.
+    """
+
+    def visible_key_blocks(query_block: QueryTokens) -> Array:
+        def is_visible(key_block: KeyTokens) -> Array:
+            return visible(query_block, key_block).any()
+
+        return jax.vmap(is_visible)(keys)
+
+    # A map over the blocks of queries, so that not all T x T pairs are compared at once.
+    is_visible_IJ = jax.lax.map(visible_key_blocks, queries)
+    order_IJ = jnp.argsort(~is_visible_IJ, axis=1, stable=True)
+    count_I = is_visible_IJ.sum(axis=1)
+    return order_IJ, count_I
 
 
-def _scores(q_BKrh: Array, k_BKsh: Array, visible_Bts: Array) -> Array:
-    """BKrs, float32."""
+def _masked_scores(q_BKrh: Array, k_BKsh: Array, visible_Bts: Array) -> Array:
+    """Scores of a block, BKrs, float32; MASK_VALUE where a query does not see a key."""
     B, K, r, h = q_BKrh.shape
-    scores = (
-        jnp.einsum("bkrh,bksh->bkrs", q_BKrh, k_BKsh, preferred_element_type=jnp.float32) * h**-0.5
-    )
     t, s = visible_Bts.shape[1:]
-    scores = jnp.where(visible_Bts[:, None, :, None], scores.reshape(B, K, t, -1, s), MASK_VALUE)
-    return scores.reshape(B, K, r, s)
+    scores_BKrs = jnp.einsum("bkrh,bksh->bkrs", q_BKrh, k_BKsh, preferred_element_type=jnp.float32)
+    scores_BKrs = scores_BKrs * h**-0.5
+    scores_BKtGs = scores_BKrs.reshape(B, K, t, -1, s)
+    scores_BKtGs = jnp.where(visible_Bts[:, None, :, None], scores_BKtGs, MASK_VALUE)
+    return scores_BKtGs.reshape(B, K, r, s)
+
+
+class _Softmax(NamedTuple):
+    """What a block of queries knows of its softmax after some blocks of keys; float32."""
+
+    max_BKr: Array  # largest score
+    sum_BKr: Array  # sum of exp(score - max)
+    out_BKrh: Array  # sum of exp(score - max) v
+
+
+class _KeyBlock(NamedTuple):
+    k_BKsh: Array
+    v_BKsh: Array
+    tokens: KeyTokens
+
+
+def _key_block(k_JBKsh: Array, v_JBKsh: Array, keys: KeyTokens, j: Array) -> _KeyBlock:
+    tokens = KeyTokens(keys.positions[j], keys.segments[j])
+    return _KeyBlock(k_JBKsh[j], v_JBKsh[j], tokens)
 
 
 @jax.custom_vjp
-def _attention(q_IBKrh, k_JBKsh, v_JBKsh, queries: Queries, keys: Keys) -> Array:
-    return _forward(q_IBKrh, k_JBKsh, v_JBKsh, queries, keys)[0]
+def _attention_of_blocks(
+    q_IBKrh: Array, k_JBKsh: Array, v_JBKsh: Array, queries: QueryTokens, keys: KeyTokens
+) -> Array:
+    out_IBKrh, _ = _forward(q_IBKrh, k_JBKsh, v_JBKsh, queries, keys)
+    return out_IBKrh
 
 
-def _forward(q_IBKrh, k_JBKsh, v_JBKsh, queries, keys):
-    order_IJ, count_I = _plan(queries, keys)
+def _forward(
+    q_IBKrh: Array, k_JBKsh: Array, v_JBKsh: Array, queries: QueryTokens, keys: KeyTokens
+) -> tuple[Array, tuple]:
+    order_IJ, count_I = _visible_blocks(queries, keys)
 
-    def one(block):
-        q_BKrh, places, order_J, count = block
+    def attend_query_block(query_block):
+        q_BKrh, query_tokens, order_J, count = query_block
 
-        def add(n, sums):
-            max_BKr, sum_BKr, o_BKrh = sums
-            k_BKsh, v_BKsh, k_places = jax.tree.map(
-                lambda x: x[order_J[n]], (k_JBKsh, v_JBKsh, keys)
-            )
-            scores = _scores(q_BKrh, k_BKsh, visible(places, k_places))
-            new_max = jnp.maximum(max_BKr, scores.max(axis=-1))
-            p, shrink = jnp.exp(scores - new_max[..., None]), jnp.exp(max_BKr - new_max)
-            o = jnp.einsum(
+        def add_key_block(n: Array, softmax: _Softmax) -> _Softmax:
+            k_BKsh, v_BKsh, key_tokens = _key_block(k_JBKsh, v_JBKsh, keys, order_J[n])
+            scores_BKrs = _masked_scores(q_BKrh, k_BKsh, visible(query_tokens, key_tokens))
+            max_BKr = jnp.maximum(softmax.max_BKr, scores_BKrs.max(axis=-1))
+            weights_BKrs = jnp.exp(scores_BKrs - max_BKr[..., None])
+            rescale_BKr = jnp.exp(softmax.max_BKr - max_BKr)
+            block_out_BKrh = jnp.einsum(
                 "bkrs,bksh->bkrh",
-                p.astype(v_BKsh.dtype),
+                weights_BKrs.astype(v_BKsh.dtype),
                 v_BKsh,
                 preferred_element_type=jnp.float32,
             )
-            return new_max, sum_BKr * shrink + p.sum(axis=-1), o_BKrh * shrink[..., None] + o
+            return _Softmax(
+                max_BKr=max_BKr,
+                sum_BKr=softmax.sum_BKr * rescale_BKr + weights_BKrs.sum(axis=-1),
+                out_BKrh=softmax.out_BKrh * rescale_BKr[..., None] + block_out_BKrh,
+            )
 
-        zeros = jnp.zeros(q_BKrh.shape, jnp.float32)
-        start = (zeros[..., 0] + LOWEST, zeros[..., 0], zeros)
-        max_BKr, sum_BKr, o_BKrh = jax.lax.fori_loop(0, count, add, start)
-        sum_BKr = jnp.maximum(sum_BKr, EMPTY)
-        return (o_BKrh / sum_BKr[..., None]).astype(q_BKrh.dtype), max_BKr + jnp.log(sum_BKr)
-
-    results = jax.lax.map(one, (q_IBKrh, queries, order_IJ, count_I))
-    o_IBKrh, log_sum_IBKr = (checkpoint_name(x, ATTENTION) for x in results)
-    return o_IBKrh, (q_IBKrh, k_JBKsh, v_JBKsh, queries, keys, o_IBKrh, log_sum_IBKr)
-
-
-def _backward(kept, do_IBKrh):
-    """With p = exp(score - log_sum): dv = p^T do, and ds = p (do v^T - do . o) goes on to q and k."""
-    q_IBKrh, k_JBKsh, v_JBKsh, queries, keys, o_IBKrh, log_sum_IBKr = kept
-    order_IJ, count_I = _plan(queries, keys)
-    dot_IBKr = jnp.sum(do_IBKrh.astype(jnp.float32) * o_IBKrh, axis=-1)
-    product = lambda spec, a, b: jnp.einsum(
-        spec, a.astype(b.dtype), b, preferred_element_type=jnp.float32
-    )
-
-    def one(sums, block):
-        q_BKrh, do_BKrh, dot_BKr, log_sum_BKr, places, order_J, count = block
-
-        def add(n, sums):
-            dq_BKrh, dk_JBKsh, dv_JBKsh = sums
-            j = order_J[n]
-            k_BKsh, v_BKsh, k_places = jax.tree.map(lambda x: x[j], (k_JBKsh, v_JBKsh, keys))
-            p = jnp.exp(_scores(q_BKrh, k_BKsh, visible(places, k_places)) - log_sum_BKr[..., None])
-            ds = p * (product("bkrh,bksh->bkrs", do_BKrh, v_BKsh) - dot_BKr[..., None])
-            ds *= q_BKrh.shape[-1] ** -0.5
-            dq_BKrh += product("bkrs,bksh->bkrh", ds, k_BKsh)
-            dk_JBKsh = dk_JBKsh.at[j].add(product("bkrs,bkrh->bksh", ds, q_BKrh))
-            return dq_BKrh, dk_JBKsh, dv_JBKsh.at[j].add(product("bkrs,bkrh->bksh", p, do_BKrh))
-
-        dq_BKrh, *sums = jax.lax.fori_loop(
-            0, count, add, (jnp.zeros(q_BKrh.shape, jnp.float32), *sums)
+        zeros_BKrh = jnp.zeros(q_BKrh.shape, jnp.float32)
+        start = _Softmax(
+            max_BKr=zeros_BKrh[..., 0] + START_OF_MAXIMUM,
+            sum_BKr=zeros_BKrh[..., 0],
+            out_BKrh=zeros_BKrh,
         )
-        return tuple(sums), dq_BKrh.astype(q_BKrh.dtype)
+        softmax = jax.lax.fori_loop(0, count, add_key_block, start)
+        sum_BKr = jnp.maximum(softmax.sum_BKr, LEAST_SUM_OF_WEIGHTS)
+        out_BKrh = (softmax.out_BKrh / sum_BKr[..., None]).astype(q_BKrh.dtype)
+        log_sum_BKr = softmax.max_BKr + jnp.log(sum_BKr)
+        return out_BKrh, log_sum_BKr
 
-    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k_JBKsh, v_JBKsh))
-    blocks = (q_IBKrh, do_IBKrh, dot_IBKr, log_sum_IBKr, queries, order_IJ, count_I)
-    (dk_JBKsh, dv_JBKsh), dq_IBKrh = jax.lax.scan(one, zeros, blocks)
-    return dq_IBKrh, dk_JBKsh.astype(k_JBKsh.dtype), dv_JBKsh.astype(v_JBKsh.dtype), None, None
+    query_blocks = (q_IBKrh, queries, order_IJ, count_I)
+    out_IBKrh, log_sum_IBKr = jax.lax.map(attend_query_block, query_blocks)
+    out_IBKrh = checkpoint_name(out_IBKrh, SAVED_ATTENTION)
+    log_sum_IBKr = checkpoint_name(log_sum_IBKr, SAVED_ATTENTION)
+    return out_IBKrh, (q_IBKrh, k_JBKsh, v_JBKsh, queries, keys, out_IBKrh, log_sum_IBKr)
 
 
-_attention.defvjp(_forward, _backward)
+def _backward(saved: tuple, d_out_IBKrh: Array) -> tuple:
+    """The gradients of q, k and v; block by block, with the weights computed again.
+
+    With score = q k^T / sqrt(h), log_sum = log of the sum of exp(score) over the keys, and
+    out = weights v:
+
+        weights   = exp(score - log_sum)
+        d_v       = weights^T d_out
+        d_weights = d_out v^T
+        d_score   = weights (d_weights - d_out . out)     since sum(weights d_weights) = d_out . out
+        d_q       = d_score k / sqrt(h)
+        d_k       = d_score^T q / sqrt(h)
+    """
+    q_IBKrh, k_JBKsh, v_JBKsh, queries, keys, out_IBKrh, log_sum_IBKr = saved
+    order_IJ, count_I = _visible_blocks(queries, keys)
+    d_out_dot_out_IBKr = jnp.sum(d_out_IBKrh.astype(jnp.float32) * out_IBKrh, axis=-1)
+    scale = q_IBKrh.shape[-1] ** -0.5
+
+    def attend_query_block(d_keys, query_block):
+        q_BKrh, d_out_BKrh, d_out_dot_out_BKr, log_sum_BKr, query_tokens, order_J, count = (
+            query_block
+        )
+
+        def add_key_block(n, gradients):
+            d_q_BKrh, d_k_JBKsh, d_v_JBKsh = gradients
+            j = order_J[n]
+            k_BKsh, v_BKsh, key_tokens = _key_block(k_JBKsh, v_JBKsh, keys, j)
+            scores_BKrs = _masked_scores(q_BKrh, k_BKsh, visible(query_tokens, key_tokens))
+            weights_BKrs = jnp.exp(scores_BKrs - log_sum_BKr[..., None])
+            d_weights_BKrs = _einsum_f32("bkrh,bksh->bkrs", d_out_BKrh, v_BKsh)
+            d_scores_BKrs = weights_BKrs * (d_weights_BKrs - d_out_dot_out_BKr[..., None])
+            d_scores_BKrs = d_scores_BKrs * scale
+            d_q_BKrh = d_q_BKrh + _einsum_f32("bkrs,bksh->bkrh", d_scores_BKrs, k_BKsh)
+            d_k_BKsh = _einsum_f32("bkrs,bkrh->bksh", d_scores_BKrs, q_BKrh)
+            d_k_JBKsh = d_k_JBKsh.at[j].add(d_k_BKsh)
+            d_v_BKsh = _einsum_f32("bkrs,bkrh->bksh", weights_BKrs, d_out_BKrh)
+            d_v_JBKsh = d_v_JBKsh.at[j].add(d_v_BKsh)
+            return d_q_BKrh, d_k_JBKsh, d_v_JBKsh
+
+        d_k_JBKsh, d_v_JBKsh = d_keys
+        d_q_BKrh = jnp.zeros(q_BKrh.shape, jnp.float32)
+        d_q_BKrh, d_k_JBKsh, d_v_JBKsh = jax.lax.fori_loop(
+            0, count, add_key_block, (d_q_BKrh, d_k_JBKsh, d_v_JBKsh)
+        )
+        return (d_k_JBKsh, d_v_JBKsh), d_q_BKrh.astype(q_BKrh.dtype)
+
+    d_k_JBKsh = jnp.zeros(k_JBKsh.shape, jnp.float32)
+    d_v_JBKsh = jnp.zeros(v_JBKsh.shape, jnp.float32)
+    query_blocks = (
+        q_IBKrh,
+        d_out_IBKrh,
+        d_out_dot_out_IBKr,
+        log_sum_IBKr,
+        queries,
+        order_IJ,
+        count_I,
+    )
+    (d_k_JBKsh, d_v_JBKsh), d_q_IBKrh = jax.lax.scan(
+        attend_query_block, (d_k_JBKsh, d_v_JBKsh), query_blocks
+    )
+    d_k_JBKsh = d_k_JBKsh.astype(k_JBKsh.dtype)
+    d_v_JBKsh = d_v_JBKsh.astype(v_JBKsh.dtype)
+    d_queries = None  # integers have no gradient
+    d_keys = None
+    return d_q_IBKrh, d_k_JBKsh, d_v_JBKsh, d_queries, d_keys
+
+
+def _einsum_f32(spec: str, a: Array, b: Array) -> Array:
+    """The einsum in b's dtype, summed and returned in float32."""
+    return jnp.einsum(spec, a.astype(b.dtype), b, preferred_element_type=jnp.float32)
+
+
+_attention_of_blocks.defvjp(_forward, _backward)

@@ -1,4 +1,4 @@
-"""Experts on TPU, by the grouped matmul megablox of jax.experimental."""
+"""A mixture of experts on TPU, by the grouped matmul megablox of jax.experimental."""
 
 from __future__ import annotations
 
@@ -6,53 +6,85 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.experimental.pallas.ops.tpu.megablox import ops as megablox
 
-from sapo_jax.batch import Array
+# Rows of a tile of the grouped matmul. Smaller tiles waste less at the borders between experts,
+# larger ones are faster.
+ROWS = 256
+MOST_TILE_WIDTH = 1024  # most columns of a tile, of both matrices of a product
 
-ROWS = 256  # of a tile of the grouped matmul; smaller tiles waste less at the borders of experts, larger ones are faster
 
+def local_moe_ffn(
+    x_ND: Array,
+    ids_Nk: Array,
+    gate_Nk: Array,
+    gate_EDF: Array,
+    up_EDF: Array,
+    down_EFD: Array,
+    *,
+    some_ids_are_remote: bool,
+    interpret: bool = False,
+) -> Array:
+    """sum over k of gate_k * SwiGLU_{ids_k}(x), ND, on one device. Dropless.
 
-def mix_experts(
-    x_ND, ids_Nk, gate_Nk, gate_EDF, up_EDF, down_EFD, *, strangers: bool, interpret: bool = False
-):
-    """sum over k of gate_k * SwiGLU_{ids_k}(x), ND. Dropless: a copy of each row for each of its experts, sorted by
-    expert, passes three grouped matmuls over ragged groups.
-
-    strangers: some ids are E, an expert that is not among these, which adds nothing. Such copies, and the padding to
-    whole tiles, come last and are not computed. Gates multiply the hidden units, which are fewer than the outputs.
+    A copy of each row for each of its experts, sorted by expert, passes three grouped matmuls over
+    ragged groups. some_ids_are_remote: some ids are E, an expert of another device, which adds
+    nothing here. Such copies, and the padding to whole tiles, come last and are not computed. The
+    gates multiply the hidden units, which are fewer than the outputs.
     """
-    (N, k), E = ids_Nk.shape, len(gate_EDF)
+    N, k = ids_Nk.shape
+    E = len(gate_EDF)
+    id_M = ids_Nk.ravel()  # M = N k copies
     padding = -N * k % ROWS
-    order = jnp.argsort(ids_Nk.ravel(), stable=True)
-    # Ends of the groups: a binary search each in the sorted ids
-    bound_E = jnp.searchsorted(ids_Nk.ravel()[order], jnp.arange(E + 1), side="right").astype(
-        jnp.int32
-    )
-    count = jnp.diff(bound_E, prepend=0).at[-1].add(padding)
-    count = count if strangers or padding else count[:-1]
-    pad = lambda rows: jnp.pad(rows, [(0, padding)] + [(0, 0)] * (rows.ndim - 1))
+    order_M = jnp.argsort(id_M, stable=True)
+    # Where each group ends: a binary search in the sorted ids for each of the E + 1 of them.
+    sorted_id_M = id_M[order_M]
+    group_end = jnp.searchsorted(sorted_id_M, jnp.arange(E + 1), side="right").astype(jnp.int32)
+    group_size = jnp.diff(group_end, prepend=0).at[-1].add(padding)
+    there_is_a_rest = some_ids_are_remote or padding > 0
+    if not there_is_a_rest:
+        group_size = group_size[:-1]
 
-    def matmul(rows, w_EDF):  # rows of a group beyond E, which has no weights, come out as 0
-        tiling = ROWS, min(1024, w_EDF.shape[1]), min(1024, w_EDF.shape[2])
-        return megablox.gmm(rows, w_EDF, count, rows.dtype, tiling, interpret=interpret)
+    def padded(rows: Array) -> Array:
+        return jnp.pad(rows, [(0, padding)] + [(0, 0)] * (rows.ndim - 1))
 
-    rows, gates = pad(copies(x_ND, order, k)), pad(copies(gate_Nk.ravel(), order, 1))
-    hidden = jax.nn.silu(matmul(rows, gate_EDF)) * matmul(rows, up_EDF) * gates[:, None]
-    y = copies(matmul(hidden, down_EFD)[: N * k], jnp.argsort(order), 1)
-    return y.reshape(N, k, -1).sum(axis=1)
+    def grouped_matmul(rows: Array, w_EDF: Array) -> Array:
+        """Rows of the group beyond E, which has no weights, come out as 0."""
+        _, D, F = w_EDF.shape
+        tiling = (ROWS, min(MOST_TILE_WIDTH, D), min(MOST_TILE_WIDTH, F))
+        return megablox.gmm(rows, w_EDF, group_size, rows.dtype, tiling, interpret=interpret)
+
+    x_MD = padded(repeat_and_permute(x_ND, order_M, k))
+    gate_M = padded(repeat_and_permute(gate_Nk.ravel(), order_M, 1))
+    silu_MF = jax.nn.silu(grouped_matmul(x_MD, gate_EDF))
+    hidden_MF = silu_MF * grouped_matmul(x_MD, up_EDF) * gate_M[:, None]
+    y_MD = grouped_matmul(hidden_MF, down_EFD)[: N * k]
+    place_M = jnp.argsort(order_M)  # where each copy went: the inverse permutation
+    y_MD = repeat_and_permute(y_MD, place_M, 1)
+    return y_MD.reshape(N, k, -1).sum(axis=1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def copies(x, order, k: int) -> Array:
-    """Every row of x k times, then in that order, a permutation of the copies. Its gradient is a gather and a sum of k
-    as well: a scatter is slow on TPU."""
+def repeat_and_permute(x: Array, order: Array, k: int) -> Array:
+    """Every row of x k times, then in `order`, a permutation of these copies.
+
+    Its gradient is a gather and a sum over k as well. Autodiff would make it a scatter, which is
+    slow on TPU.
+    """
     return x.at[order // k].get(mode="promise_in_bounds")
 
 
-def _copies_bwd(k: int, order, g):
-    g = copies(g, jnp.argsort(order), 1)
-    return (g if k == 1 else g.reshape(-1, k, *g.shape[1:]).sum(axis=1)), None
+def _repeat_and_permute_forward(x: Array, order: Array, k: int) -> tuple[Array, Array]:
+    return repeat_and_permute(x, order, k), order
 
 
-copies.defvjp(lambda x, order, k: (copies(x, order, k), order), _copies_bwd)
+def _repeat_and_permute_backward(k: int, order: Array, d_out: Array) -> tuple[Array, None]:
+    d_copies = repeat_and_permute(d_out, jnp.argsort(order), 1)
+    if k == 1:
+        return d_copies, None
+    d_x = d_copies.reshape(-1, k, *d_copies.shape[1:]).sum(axis=1)
+    return d_x, None
+
+
+repeat_and_permute.defvjp(_repeat_and_permute_forward, _repeat_and_permute_backward)

@@ -1,167 +1,247 @@
-"""A mixture of experts over sorted blocks of tokens, in plain XLA: exact, for processors other than TPUs.
+"""A mixture of experts over sorted blocks of tokens, in plain XLA; for processors other than TPUs.
 
-The numerical reference for `kernels_tpu.mix_experts`, which does the same by a grouped matmul.
+It is exact, and the numerical reference for `moe_tpu.local_moe_ffn`, which does the same by a
+grouped matmul.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from sapo_jax.batch import Array
+# Rows of one matmul, least and most. Larger blocks waste more at the borders between experts,
+# smaller ones are slower.
+LEAST_BLOCK = 16
+MOST_BLOCK = 128
 
-BLOCKS = (
-    16,
-    128,
-)  # rows of a matmul, least and most: large ones waste more at the borders of experts, small are slower
-SORTED = "sorted"  # name of the Blocks, for `jax.checkpoint` policies that keep them: integers, long to sort anew
+# Name of `SortedCopies`, for `jax.checkpoint` policies that keep them: they are integers, which
+# take little memory and a long time to sort anew.
+SAVED_ROUTES = "sorted"
 
 
-class Blocks(NamedTuple):
-    """The copies of tokens that go to experts, sorted by expert into n blocks of b, each of one expert; the last block
-    of an expert is filled up. m = N k stands for no copy, and n b for no place."""
+class SortedCopies(NamedTuple):
+    """The copies of tokens that go to experts, sorted by expert into n blocks of b places.
 
-    copy_nb: Array  # which copy: token * k + choice
-    place_Nk: Array  # where it is among the n b
+    A token has a copy for each of its k experts, m = N k copies in all. All copies in a block are
+    of one expert; the last block of an expert is filled up with empty places.
+    """
+
+    copy_nb: Array  # the copy at each place: token * k + choice, or m where the place is empty
+    place_Nk: Array  # the place of each copy among the n b, or n b where it has none
     start_e: Array  # expert i has the blocks from start[i] to start[i + 1]; e = E + 1
 
 
-def sort_into_blocks(ids_Nk: Array, E: int, block: int) -> Blocks:
-    """A copy with the id E belongs to none of these experts and gets no place (on a mesh: it is another device's)."""
+def sort_into_blocks(ids_Nk: Array, E: int, block: int) -> SortedCopies:
+    """Sorts the copies of tokens by expert into blocks of `block` places.
+
+    A copy with the id E belongs to none of these experts (on a mesh: to another device's) and gets
+    no place.
+    """
     id_m = jnp.ravel(ids_Nk)
-    m, order_m = id_m.size, jnp.argsort(id_m, stable=True)
+    m = id_m.size
+    order_m = jnp.argsort(id_m, stable=True)
     sorted_id_m = id_m[order_m]
-    bound_E = jnp.searchsorted(sorted_id_m, jnp.arange(E + 1))
-    padded_E = -(-jnp.diff(bound_E) // block) * block
-    end_E = jnp.cumsum(padded_E)
+    bound_E = jnp.searchsorted(sorted_id_m, jnp.arange(E + 1))  # E + 1 bounds of E experts
+    padded_count_E = -(-jnp.diff(bound_E) // block) * block
+    end_E = jnp.cumsum(padded_count_E)
     n = -(-m // block) + min(E, m)  # each expert in use fills up one block at most
-    shift_E = end_E - padded_E - bound_E[:-1]
-    here_m = sorted_id_m < E
-    place_m = jnp.where(here_m, jnp.arange(m) + shift_E[jnp.minimum(sorted_id_m, E - 1)], n * block)
-    return Blocks(
-        copy_nb=jnp.full(n * block, m).at[place_m].set(order_m, mode="drop").reshape(n, block),
-        place_Nk=jnp.zeros(m, place_m.dtype)
-        .at[order_m]
-        .set(place_m, unique_indices=True)
-        .reshape(ids_Nk.shape),
+    num_places = n * block
+    # A copy's place is its index in the sorted order, moved by the empty places before its expert.
+    shift_E = end_E - padded_count_E - bound_E[:-1]
+    has_expert_m = sorted_id_m < E
+    place_m = jnp.arange(m) + shift_E[jnp.minimum(sorted_id_m, E - 1)]
+    place_m = jnp.where(has_expert_m, place_m, num_places)
+    copy_of_place = jnp.full(num_places, m).at[place_m].set(order_m, mode="drop")
+    place_of_copy = jnp.zeros(m, place_m.dtype).at[order_m].set(place_m, unique_indices=True)
+    return SortedCopies(
+        copy_nb=copy_of_place.reshape(n, block),
+        place_Nk=place_of_copy.reshape(ids_Nk.shape),
         start_e=jnp.pad(end_E // block, (1, 0)),
     )
 
 
-def mix_experts(x_ND, ids_Nk, gate_Nk, gate_EDF, up_EDF, down_EFD, *, block: int = 0) -> Array:
-    """sum over k of gate_k * SwiGLU_{ids_k}(x), ND; SwiGLU_e(x) = (silu(x Wg_e) * (x Wu_e)) Wd_e. Dropless.
+def local_moe_ffn(
+    x_ND: Array,
+    ids_Nk: Array,
+    gate_Nk: Array,
+    gate_EDF: Array,
+    up_EDF: Array,
+    down_EFD: Array,
+    *,
+    block: int | None = None,
+) -> Array:
+    """sum over k of gate_k * SwiGLU_{ids_k}(x), ND, on one device. Dropless.
 
-    An id of E is an expert that is not among these and adds nothing. One block of rows is one small matmul: measured
-    10x faster than `jax.lax.ragged_dot` on CPU, which is dense over experts. Rows are fetched block by block.
-    block: rows of one; 0: about as many as an expert gets on average.
+    SwiGLU_e(x) = (silu(x Wg_e) * (x Wu_e)) Wd_e. An id of E is an expert that is not among these
+    and adds nothing. One block of rows is one small matmul, and its rows are fetched when their
+    block's turn comes: measured 10x as fast as `jax.lax.ragged_dot` on CPU, which is dense over
+    experts. block: rows of a block; by default about as many as an expert gets on average.
     """
-    E, (least, most) = len(gate_EDF), BLOCKS
-    block = block or min(most, max(least, 1 << (ids_Nk.size // E).bit_length()))
-    blocks = checkpoint_name(sort_into_blocks(ids_Nk, E, block), SORTED)
-    return _mix_blocks(x_ND, gate_Nk, gate_EDF, up_EDF, down_EFD, blocks)
+    E = len(gate_EDF)
+    if block is None:
+        copies_per_expert = ids_Nk.size // E
+        power_of_two = 1 << copies_per_expert.bit_length()
+        block = min(MOST_BLOCK, max(LEAST_BLOCK, power_of_two))
+    copies = checkpoint_name(sort_into_blocks(ids_Nk, E, block), SAVED_ROUTES)
+    return _moe_ffn_of_blocks(x_ND, gate_Nk, gate_EDF, up_EDF, down_EFD, copies)
 
 
-@jax.custom_vjp
-def _mix_blocks(x_ND, gate_Nk, gate_EDF, up_EDF, down_EFD, blocks: Blocks) -> Array:
-    """Differentiated by hand: JAX would keep its expert's weights for each block. Hidden units are computed again: as
-    fast as keeping them, which for all layers is more than a processor's cache holds."""
-    return _mix_blocks_fwd(x_ND, gate_Nk, gate_EDF, up_EDF, down_EFD, blocks)[0]
-
-
-def _rows(x_ND: Array, copy_b: Array, k: int) -> Array:
+def _rows_of_block(x_ND: Array, copy_b: Array, k: int) -> Array:
+    """The tokens' rows for the copies of a block, b ...; 0 at empty places."""
     return jnp.take(x_ND, copy_b // k, axis=0, mode="fill", fill_value=0)
 
 
-def _put(array: Array, part: Array, i: Array) -> Array:
-    return jax.lax.dynamic_update_index_in_dim(array, part, i, 0)
+def _gates_of_places(gate_Nk: Array, copies: SortedCopies) -> Array:
+    """The gate of the copy at each place, nb; 0 at empty places."""
+    return gate_Nk.ravel().at[copies.copy_nb].get(mode="fill", fill_value=0)
 
 
-def _back(y_nbD: Array, place_Nk: Array) -> Array:
-    """Each copy's part, N k ..., from where it was."""
-    return jnp.take(
-        y_nbD.reshape(-1, *y_nbD.shape[2:]), place_Nk, axis=0, mode="fill", fill_value=0
-    )
+def _by_copy(at_places_nb: Array, place_Nk: Array) -> Array:
+    """What stands at the place of each copy, nb ... -> N k ...; 0 for a copy without a place."""
+    flat = at_places_nb.reshape(-1, *at_places_nb.shape[2:])
+    return jnp.take(flat, place_Nk, axis=0, mode="fill", fill_value=0)
 
 
-def _gates(gate_Nk: Array, blocks: Blocks) -> Array:
-    return gate_Nk.ravel().at[blocks.copy_nb].get(mode="fill", fill_value=0)
+def _with_block(array: Array, block: Array, i: Array) -> Array:
+    return jax.lax.dynamic_update_index_in_dim(array, block, i, 0)
 
 
-def _mix_blocks_fwd(x_ND, gate_Nk, gate_EDF, up_EDF, down_EFD, blocks: Blocks):
-    gate_nb, k = _gates(gate_Nk, blocks), gate_Nk.shape[1]
+@jax.custom_vjp
+def _moe_ffn_of_blocks(
+    x_ND: Array,
+    gate_Nk: Array,
+    gate_EDF: Array,
+    up_EDF: Array,
+    down_EFD: Array,
+    copies: SortedCopies,
+) -> Array:
+    """The mixture over sorted copies, with a gradient rule by hand.
 
-    def one_expert(y_nbD, expert):
-        gate_DF, up_DF, down_FD, start, end = expert
-        both_Df = jnp.concatenate([gate_DF, up_DF], axis=-1)  # f = 2F
+    Autodiff would keep, for each block, its expert's weights. The rule computes the hidden units
+    again: that is as fast as keeping them, which for all layers are more than a processor's cache
+    holds.
+    """
+    y_ND, _ = _forward(x_ND, gate_Nk, gate_EDF, up_EDF, down_EFD, copies)
+    return y_ND
 
-        def one_block(i, y_nbD):
-            gate_bF, up_bF = jnp.split(_rows(x_ND, blocks.copy_nb[i], k) @ both_Df, 2, axis=-1)
-            return _put(y_nbD, (jax.nn.silu(gate_bF) * up_bF * gate_nb[i][:, None]) @ down_FD, i)
 
-        return jax.lax.fori_loop(start, end, one_block, y_nbD), None
+def _forward(
+    x_ND: Array,
+    gate_Nk: Array,
+    gate_EDF: Array,
+    up_EDF: Array,
+    down_EFD: Array,
+    copies: SortedCopies,
+) -> tuple[Array, tuple]:
+    k = gate_Nk.shape[1]
+    gate_nb = _gates_of_places(gate_Nk, copies)
+
+    def add_expert(y_nbD, expert):
+        gate_DF, up_DF, down_FD, first_block, end_block = expert
+        gate_up_Df = jnp.concatenate([gate_DF, up_DF], axis=-1)  # f = 2F
+
+        def add_block(i, y_nbD):
+            x_bD = _rows_of_block(x_ND, copies.copy_nb[i], k)
+            a_bF, u_bF = jnp.split(x_bD @ gate_up_Df, 2, axis=-1)
+            hidden_bF = jax.nn.silu(a_bF) * u_bF * gate_nb[i][:, None]
+            return _with_block(y_nbD, hidden_bF @ down_FD, i)
+
+        return jax.lax.fori_loop(first_block, end_block, add_block, y_nbD), None
 
     y_nbD = jnp.zeros((*gate_nb.shape, x_ND.shape[1]), x_ND.dtype)
-    experts = gate_EDF, up_EDF, down_EFD, blocks.start_e[:-1], blocks.start_e[1:]
-    y_nbD, _ = jax.lax.scan(one_expert, y_nbD, experts)
-    return _back(y_nbD, blocks.place_Nk).sum(axis=1), (
-        x_ND,
-        gate_Nk,
-        gate_EDF,
-        up_EDF,
-        down_EFD,
-        blocks,
-    )
+    experts = (gate_EDF, up_EDF, down_EFD, copies.start_e[:-1], copies.start_e[1:])
+    y_nbD, _ = jax.lax.scan(add_expert, y_nbD, experts)
+    y_ND = _by_copy(y_nbD, copies.place_Nk).sum(axis=1)
+    return y_ND, (x_ND, gate_Nk, gate_EDF, up_EDF, down_EFD, copies)
 
 
-def _mix_blocks_bwd(saved, dy_ND):
-    x_ND, gate_Nk, gate_EDF, up_EDF, down_EFD, blocks = saved
-    gate_nb, k = _gates(gate_Nk, blocks), gate_Nk.shape[1]
-    product = functools.partial(
-        jnp.matmul, preferred_element_type=jnp.float32
-    )  # summed over blocks
+def _backward(saved: tuple, d_y_ND: Array) -> tuple:
+    """The gradients of a block, from those of its outputs.
 
-    def one_expert(written, expert):
-        gate_DF, up_DF, down_FD, start, end = expert
-        both_Df = jnp.concatenate([gate_DF, up_DF], axis=-1)
+    For the copies of one block, of an expert with weights Wg, Wu and Wd, a column of gates g, and *
+    for products of elements:
 
-        def one_block(i, sums):
-            dx_nbD, d_gate_nb, d_both_Df, d_down_FD = sums
-            copy_b, g_b1 = blocks.copy_nb[i], gate_nb[i][:, None]
-            x_bD, dy_bD = _rows(x_ND, copy_b, k), _rows(dy_ND, copy_b, k)
-            gate_bF, up_bF = jnp.split(x_bD @ both_Df, 2, axis=-1)
-            sigmoid_bF = jax.nn.sigmoid(gate_bF)
-            mixed_bF = gate_bF * sigmoid_bF * up_bF
-            d_gated_bF = dy_bD @ down_FD.T
-            d_mixed_bF = d_gated_bF * g_b1
-            d_gate_bF = d_mixed_bF * up_bF * sigmoid_bF * (1 + gate_bF * (1 - sigmoid_bF))
-            d_hidden_bf = jnp.concatenate([d_gate_bF, d_mixed_bF * gate_bF * sigmoid_bF], axis=-1)
-            return (
-                _put(dx_nbD, d_hidden_bf @ both_Df.T, i),
-                _put(d_gate_nb, (d_gated_bF * mixed_bF).sum(axis=-1), i),
-                d_both_Df + product(x_bD.T, d_hidden_bf),
-                d_down_FD + product((mixed_bF * g_b1).T, dy_bD),
-            )
+        a = x Wg          u = x Wu          s = sigmoid(a)
+        swish = a * s     (silu(a))
+        h = swish * u
+        y = (g * h) Wd
 
-        of_weights = (jnp.zeros(w.shape, jnp.float32) for w in (both_Df, down_FD))
-        *written, d_both_Df, d_down_FD = jax.lax.fori_loop(
-            start, end, one_block, (*written, *of_weights)
+    By the chain rule, with d_y Wd^T the gradient of g * h:
+
+        d_gh = d_y Wd^T
+        d_g  = sum over F of d_gh * h
+        d_h  = g * d_gh
+        d_a  = d_h * u * swish'(a),   swish'(a) = s + a s (1 - s) = s (1 + a (1 - s))
+        d_u  = d_h * swish
+        d_x  = d_a Wg^T + d_u Wu^T
+        d_Wg = x^T d_a      d_Wu = x^T d_u      d_Wd = (g * h)^T d_y
+
+    Wg and Wu stand side by side, as one matrix D x 2F, so that each pair of products is one. The
+    gradients of the weights are sums over the blocks of an expert, in float32.
+    """
+    x_ND, gate_Nk, gate_EDF, up_EDF, down_EFD, copies = saved
+    k = gate_Nk.shape[1]
+    gate_nb = _gates_of_places(gate_Nk, copies)
+
+    def add_expert(by_place, expert):
+        gate_DF, up_DF, down_FD, first_block, end_block = expert
+        gate_up_Df = jnp.concatenate([gate_DF, up_DF], axis=-1)
+
+        def add_block(i, gradients):
+            d_x_nbD, d_gate_nb, d_gate_up_Df, d_down_FD = gradients
+            copy_b = copies.copy_nb[i]
+            g_b1 = gate_nb[i][:, None]
+            x_bD = _rows_of_block(x_ND, copy_b, k)
+            d_y_bD = _rows_of_block(d_y_ND, copy_b, k)
+
+            a_bF, u_bF = jnp.split(x_bD @ gate_up_Df, 2, axis=-1)
+            s_bF = jax.nn.sigmoid(a_bF)
+            h_bF = a_bF * s_bF * u_bF
+
+            d_gh_bF = d_y_bD @ down_FD.T
+            d_h_bF = d_gh_bF * g_b1
+            d_a_bF = d_h_bF * u_bF * s_bF * (1 + a_bF * (1 - s_bF))
+            d_u_bF = d_h_bF * a_bF * s_bF
+            d_au_bf = jnp.concatenate([d_a_bF, d_u_bF], axis=-1)
+
+            d_x_bD = d_au_bf @ gate_up_Df.T
+            d_x_nbD = _with_block(d_x_nbD, d_x_bD, i)
+            d_g_b = (d_gh_bF * h_bF).sum(axis=-1)
+            d_gate_nb = _with_block(d_gate_nb, d_g_b, i)
+            d_gate_up_Df = d_gate_up_Df + _matmul_f32(x_bD.T, d_au_bf)
+            d_down_FD = d_down_FD + _matmul_f32((h_bF * g_b1).T, d_y_bD)
+            return d_x_nbD, d_gate_nb, d_gate_up_Df, d_down_FD
+
+        d_x_nbD, d_gate_nb = by_place
+        d_gate_up_Df = jnp.zeros(gate_up_Df.shape, jnp.float32)
+        d_down_FD = jnp.zeros(down_FD.shape, jnp.float32)
+        d_x_nbD, d_gate_nb, d_gate_up_Df, d_down_FD = jax.lax.fori_loop(
+            first_block, end_block, add_block, (d_x_nbD, d_gate_nb, d_gate_up_Df, d_down_FD)
         )
-        d_weights = *jnp.split(d_both_Df, 2, axis=-1), d_down_FD
-        return tuple(written), tuple(d.astype(down_FD.dtype) for d in d_weights)
+        d_gate_DF, d_up_DF = jnp.split(d_gate_up_Df, 2, axis=-1)
+        dtype = down_FD.dtype
+        d_weights = (d_gate_DF.astype(dtype), d_up_DF.astype(dtype), d_down_FD.astype(dtype))
+        return (d_x_nbD, d_gate_nb), d_weights
 
-    nothing = jnp.zeros((*gate_nb.shape, x_ND.shape[1]), x_ND.dtype), jnp.zeros_like(gate_nb)
-    experts = gate_EDF, up_EDF, down_EFD, blocks.start_e[:-1], blocks.start_e[1:]
-    (dx_nbD, d_gate_nb), d_weights = jax.lax.scan(one_expert, nothing, experts)
-    return (
-        _back(dx_nbD, blocks.place_Nk).sum(axis=1),
-        _back(d_gate_nb, blocks.place_Nk),
-        *d_weights,
-        None,
+    d_x_nbD = jnp.zeros((*gate_nb.shape, x_ND.shape[1]), x_ND.dtype)
+    d_gate_nb = jnp.zeros_like(gate_nb)
+    experts = (gate_EDF, up_EDF, down_EFD, copies.start_e[:-1], copies.start_e[1:])
+    (d_x_nbD, d_gate_nb), (d_gate_EDF, d_up_EDF, d_down_EFD) = jax.lax.scan(
+        add_expert, (d_x_nbD, d_gate_nb), experts
     )
+    d_x_ND = _by_copy(d_x_nbD, copies.place_Nk).sum(axis=1)
+    d_gate_Nk = _by_copy(d_gate_nb, copies.place_Nk)
+    d_copies = None  # integers have no gradient
+    return d_x_ND, d_gate_Nk, d_gate_EDF, d_up_EDF, d_down_EFD, d_copies
 
 
-_mix_blocks.defvjp(_mix_blocks_fwd, _mix_blocks_bwd)
+def _matmul_f32(a: Array, b: Array) -> Array:
+    """a b in float32, which is then summed over blocks."""
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+_moe_ffn_of_blocks.defvjp(_forward, _backward)

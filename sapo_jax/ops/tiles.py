@@ -1,10 +1,15 @@
-"""Columns of the sampler's KV cache: arithmetic for the decode loop, the dry run and the plan; and which rows are short
-for attention. Imports no JAX."""
+"""Sizes of the tiles of attention that the plan and the dry run compute with, too.
+
+This module imports no JAX, because the dry run must start without it.
+"""
 
 from __future__ import annotations
 
-PAGE, LANES = (
-    64,
-    128,
-)  # columns that decoding on TPU fetches at a time, for heads whose size is a multiple of LANES
-SHORT = 32  # tokens of a row whose attention is not worth blocks: forward and backward then take half the time on CPU
+# Decoding on TPU fetches so many columns (tokens) of the KV cache at a time. It does so for heads
+# whose size is a multiple of LANES, the width of a TPU's vector registers.
+PAGE = 64
+LANES = 128
+
+# Rows of at most so many tokens are not worth cutting into blocks for attention: with all scores at
+# once, forward and backward take half the time on CPU.
+SHORT = 32

@@ -1,4 +1,5 @@
-"""Against Hugging Face on whole sequences: left and right padding, packed rows, greedy generation. float32."""
+"""Against Hugging Face on whole sequences, in float32: left and right padding, packed rows, greedy
+generation."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ def sequences() -> list[np.ndarray]:
 
 @functools.cache
 @torch.no_grad()
-def alone(name: str) -> list[np.ndarray]:
+def separate_logits(name: str) -> list[np.ndarray]:
     """Hugging Face's logits [T, V] of each sequence by itself."""
     return [hugging_face(name)(torch.tensor(ids)[None]).logits[0].numpy() for ids in sequences()]
 
@@ -45,21 +46,23 @@ def forward(name: str):
     return functools.partial(quick_jit(logits), params)
 
 
-def laid_out(side: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[tuple[int, slice]]]:
+Place = tuple[int, slice]  # row and columns of a sequence
+
+
+def arrange_sequences(side: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Place]]:
     """tokens, positions, segments; and where each sequence is."""
     shape = (1, 48) if side == "packed" else (3, 20)
-    tokens, positions, segments = (
-        np.full(shape, PAD, np.int32),
-        np.zeros(shape, np.int32),
-        np.zeros(shape, np.int32),
-    )
+    tokens = np.full(shape, PAD, np.int32)
+    positions = np.zeros(shape, np.int32)
+    segments = np.zeros(shape, np.int32)
     places = {
         "left": [(b, slice(20 - n, 20)) for b, n in enumerate(LENGTHS)],
         "right": [(b, slice(0, n)) for b, n in enumerate(LENGTHS)],
         "packed": [(0, slice(0, 13)), (0, slice(15, 31)), (0, slice(31, 40))],
     }[side]
     for i, ((row, columns), ids) in enumerate(zip(places, sequences(), strict=True)):
-        tokens[row, columns], positions[row, columns] = ids, np.arange(len(ids))
+        tokens[row, columns] = ids
+        positions[row, columns] = np.arange(len(ids))
         segments[row, columns] = i + 1 if side == "packed" else 1
     return tokens, positions, segments, places
 
@@ -67,9 +70,9 @@ def laid_out(side: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[tuple[
 @each_case
 @pytest.mark.parametrize("side", ["left", "right", "packed"])
 def test_padding_and_packing(name, side):
-    *arrays, places = laid_out(side)
+    *arrays, places = arrange_sequences(side)
     logits_BTV = np.asarray(forward(name)(*arrays))
-    for place, expected in zip(places, alone(name), strict=True):
+    for place, expected in zip(places, separate_logits(name), strict=True):
         np.testing.assert_allclose(logits_BTV[place], expected, atol=1e-5)
 
 
@@ -77,7 +80,7 @@ def test_padding_and_packing(name, side):
 @torch.no_grad()
 def test_their_left_padded_batch(name):
     """The same batch through Hugging Face, its mask and positions given."""
-    tokens, positions, segments, places = laid_out("left")
+    tokens, positions, segments, places = arrange_sequences("left")
     theirs = hugging_face(name)(
         torch.tensor(tokens),
         attention_mask=torch.tensor(segments),

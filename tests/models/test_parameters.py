@@ -1,8 +1,11 @@
-"""What a policy is made of: shapes, logical dims, initial values."""
+"""What a policy is made of: shapes, logical axes, initial values; and what can be imported without
+JAX."""
 
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 
 import chex
 import jax
@@ -61,24 +64,26 @@ def test_presets_can_be_traced_without_memory(preset):
 def test_every_dim_of_every_parameter_has_a_name(name):
     policy = make_policy(MODELS[name])
     known = {*sharding.RULES, "layers", None}
-    flat_dims = jax.tree.leaves_with_path(
+    flat_axes = jax.tree.leaves_with_path(
         policy.logical_axes, is_leaf=lambda x: isinstance(x, tuple)
     )
-    for (path, dims), (same_path, x) in zip(
-        flat_dims, jax.tree.leaves_with_path(policy.shapes), strict=True
-    ):
-        assert path == same_path and len(dims) == x.ndim and set(dims) <= known, (
-            jax.tree_util.keystr(path)
-        )
-        assert (dims[0] == "layers") == ("layers" in jax.tree_util.keystr(path))
+    flat_shapes = jax.tree.leaves_with_path(policy.shapes)
+    for (path, axes), (same_path, x) in zip(flat_axes, flat_shapes, strict=True):
+        key = jax.tree_util.keystr(path)
+        assert path == same_path and len(axes) == x.ndim and set(axes) <= known, key
+        assert (axes[0] == "layers") == ("layers" in key)
 
 
 def test_initial_values():
     """float32; N(0, initializer_range^2), other numbers in every layer; norms are 1; the key decides."""
     cfg = dataclasses.replace(
-        MODELS["moe-untied"], hidden_size=64, initializer_range=0.05, num_hidden_layers=4, mlp_only_layers=(0,),
+        MODELS["moe-untied"],
+        hidden_size=64,
+        initializer_range=0.05,
+        num_hidden_layers=4,
+        mlp_only_layers=(0,),
         attention_bias=True,
-    )  # fmt: skip
+    )
     policy = make_policy(cfg)
     init = tiny.quick_jit(policy.init)
     params = init(jax.random.key(3))
@@ -108,7 +113,8 @@ def test_bind_gives_the_arrays_back_and_leaves_the_template_alone(name):
         lambda x: np.random.default_rng(x.size).standard_normal(x.shape, np.float32), policy.shapes
     )
     other = jax.tree.map(lambda x: x + 1, params)
-    model, second = policy.bind(params), policy.bind(other)
+    model = policy.bind(params)
+    second = policy.bind(other)
     np.testing.assert_array_equal(
         model.layers[0].attention.q[...], params["layers"][0]["attention"]["q"]
     )
@@ -120,3 +126,9 @@ def test_bind_gives_the_arrays_back_and_leaves_the_template_alone(name):
 def test_a_policy_needs_a_vocabulary():
     with pytest.raises(ValueError, match="model.vocab_size is 0"):
         make_policy(Model())
+
+
+def test_sizes_need_no_jax():
+    """The dry run starts without JAX: the names of `sapo_jax.models` are imported when used."""
+    program = "import sys, sapo_jax.models.size; sys.exit('jax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -21,9 +21,17 @@ PAD = 0
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 # initializer_range: wide, so that the tokens to come depend strongly on all that came before
 DENSE = Model(
-    vocab_size=37, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-    intermediate_size=40, rope_theta=1e4, initializer_range=0.3, vocab_chunk=16,
-)  # fmt: skip
+    vocab_size=37,
+    hidden_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    intermediate_size=40,
+    rope_theta=1e4,
+    initializer_range=0.3,
+    vocab_chunk=16,
+)
 MOE = dataclasses.replace(DENSE, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=16)
 MODELS = {"dense": DENSE, "moe": MOE}
 
@@ -39,20 +47,17 @@ def params(cfg: Model = DENSE) -> Params:
     rng = np.random.default_rng(8)
 
     def shake(path, x):
-        return (
-            x * (1 + 0.3 * rng.standard_normal(x.shape, np.float32))
-            if path[-1].key == "scale"
-            else x
-        )
+        if path[-1].key != "scale":
+            return x
+        return x * (1 + 0.3 * rng.standard_normal(x.shape, np.float32))
 
     return jax.tree.map_with_path(shake, quick_jit(policy(cfg).init)(jax.random.key(7)))
 
 
 def prompt(index: int, length: int) -> Prompt:
     """A prompt of random tokens; it depends on nothing but its arguments."""
-    ids = tuple(
-        int(i) for i in np.random.default_rng((index, length)).integers(1, DENSE.vocab_size, length)
-    )
+    rng = np.random.default_rng((index, length))
+    ids = tuple(rng.integers(1, DENSE.vocab_size, length).tolist())
     return Prompt(index, "", ids, "", "", "exact", "none")
 
 
@@ -79,17 +84,19 @@ def batch(
     completion: int = 5,
     signs: int = 2,
 ) -> Batch:
-    """Rows of random tokens; the last `completion` of each row, one fewer in each further row (but one), are trained
-    on. Advantages are of both signs (signs=2) or all negative (signs=1); old log-probs are not set."""
+    """Rows of random tokens, with a prompt and a completion each.
+
+    The completion of the first row has `completion` tokens, that of each further row one fewer, but
+    at least one. Advantages are of both signs (signs=2) or all negative (signs=1). Old log-probs
+    are not set.
+    """
     rng = np.random.default_rng(seed)
-    n_prompt = [n - max(1, completion - i) for i, n in enumerate(lengths)]
-    rows = pad_sequences(
-        [
-            (rng.integers(1, DENSE.vocab_size, n).tolist(), p)
-            for n, p in zip(lengths, n_prompt, strict=True)
-        ],
-        PAD,
-    )
+    sequences = []
+    for i, length in enumerate(lengths):
+        prompt_length = length - max(1, completion - i)
+        tokens = rng.integers(1, DENSE.vocab_size, length).tolist()
+        sequences.append((tokens, prompt_length))
+    rows = pad_sequences(sequences, PAD)
     weight_BT = token_weights(rows["mask_BT"], rows["segment_ids_BT"], "sequence_mean", completion)
     adv_B = rng.uniform(0.5, 1.5, len(lengths)) * np.where(np.arange(len(lengths)) % signs, 1, -1)
     adv_BT = np.broadcast_to(adv_B[:, None], weight_BT.shape).astype(np.float32)
