@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sapo_jax.ops.expert_parallel import (
     MOST_TOKENS_THROUGH_ALL_EXPERTS,
@@ -19,6 +21,7 @@ from sapo_jax.ops.moe_xla import local_moe_ffn, sort_into_blocks
 from tests.models.tiny import quick_jit
 
 D, F, E = 6, 10, 5
+compiled_sort = quick_jit(sort_into_blocks, static_argnums=(1, 2))
 FEW = MOST_TOKENS_THROUGH_ALL_EXPERTS["cpu"]
 ROUTES = {  # the experts of each token; those of one shape share a compiled program
     "mixed": lambda rng: rng.integers(0, E, (70, 1)),
@@ -99,22 +102,35 @@ def test_values_and_gradients(route, block):
     assert not any(np.any(np.asarray(g)[idle]) for g in gradients[2:])
 
 
-@pytest.mark.parametrize("route", ["mixed", "two-each", "remote", "remote-alone", "one-row"])
-def test_sort_into_blocks(route):
+def assert_sorted_into_blocks(ids_Nk: np.ndarray, block: int) -> None:
     """Every copy is in one place, in a block of its expert, and knows it; other places are empty."""
-    ids_Nk, _, _ = example(route)
-    sort = quick_jit(sort_into_blocks, static_argnums=(1, 2))
-    copies = jax.tree.map(np.asarray, sort(ids_Nk, E, 4))
+    copies = jax.tree.map(np.asarray, compiled_sort(ids_Nk, E, block))
     has_expert_m = ids_Nk.ravel() < E
     placed = np.flatnonzero(has_expert_m)
     place_m = copies.place_Nk.ravel()
     np.testing.assert_array_equal(np.sort(copies.copy_nb[copies.copy_nb < ids_Nk.size]), placed)
     np.testing.assert_array_equal(copies.copy_nb.ravel()[place_m[placed]], placed)
-    expert_of_placed = np.searchsorted(copies.start_e, place_m[placed] // 4, side="right") - 1
+    expert_of_placed = np.searchsorted(copies.start_e, place_m[placed] // block, side="right") - 1
     np.testing.assert_array_equal(expert_of_placed, ids_Nk.ravel()[placed])
     assert np.all(place_m[~has_expert_m] == copies.copy_nb.size)
-    blocks_of_expert = [-(-np.sum(ids_Nk == e) // 4) for e in range(E)]
+    blocks_of_expert = [-(-np.sum(ids_Nk == e) // block) for e in range(E)]
     np.testing.assert_array_equal(np.diff(copies.start_e), blocks_of_expert)
+
+
+@pytest.mark.parametrize("route", ["mixed", "two-each", "remote", "remote-alone", "one-row"])
+def test_sort_into_blocks(route):
+    ids_Nk, _, _ = example(route)
+    assert_sorted_into_blocks(ids_Nk, block=4)
+
+
+# Few shapes, so that there are few programs to compile; any ids, so also those of other devices.
+ids_of_12_copies = st.lists(st.integers(0, E), min_size=12, max_size=12).map(np.array)
+
+
+@settings(deadline=None, derandomize=True)
+@given(ids_of_12_copies, st.sampled_from([1, 2, 3]), st.sampled_from([1, 5]))
+def test_any_ids_are_sorted_into_blocks(id_m, k, block):
+    assert_sorted_into_blocks(id_m.reshape(-1, k).astype(np.int32), block)
 
 
 def test_tokens_come_back_in_order():
