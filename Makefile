@@ -32,9 +32,10 @@ test-all: $(VENV)/.installed-test $(SMOLLM2)/model  ## all tests; fetches SmolLM
 	$(BIN)/python tests/fetch_tokenizers.py
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/.installed-test
+lint: $(VENV)/.installed-test           ## style, layout and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
 
 notebooks: $(VENV)/.installed           ## run the notebooks and store their outputs
 	$(PIP) -e '.[notebooks]'

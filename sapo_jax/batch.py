@@ -9,9 +9,7 @@ import jax
 import numpy as np
 
 Array = jax.Array | np.ndarray
-
-
-Params = dict[str, Any]  # nested dict of arrays
+Params = dict[str, Any]  # a nested dict of arrays
 
 
 @jax.tree_util.register_dataclass
@@ -19,29 +17,36 @@ Params = dict[str, Any]  # nested dict of arrays
 class Rollout:
     """What the sampler returns for P prompts and G completions each, B = P * G."""
 
-    tokens_BC: (
-        Array  # int32 completion ids as sampled, the stop token included; pad id after the end
-    )
-    logp_BC: Array  # float32 log-probabilities under the sampling distribution; 0 after the end
+    tokens_BC: Array  # int32 completion ids as sampled, stop token included; then the pad id
+    logp_BC: Array  # float32 log-probs under the sampling distribution; 0 after the end
     length_B: Array  # int32 number of completion tokens, the stop token included
     finish_B: Array  # int32 index into FINISH_REASONS
-    # Where asked for, the experts of every token that passed the model: T = S left-padded prompt slots, then C.
-    # Elsewhere E, "not recorded": on padding, and on a completion's last token, which nothing is sampled from.
+    # Where it was asked for: the experts of every token that passed the model, T = S left-padded
+    # prompt slots, then C. A token that did not pass it has E, "not recorded": padding, and a
+    # completion's last token, which nothing is sampled from.
     expert_ids_BTLk: Array | None = None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Token rows for the scorer and the learner. A row holds prompts and completions, one of each or several.
+    """Token rows for the scorer and the learner.
 
-    segment_ids_BT is 0 on padding and 1, 2, ... on the prompts and completions of a row. A token attends to the tokens
-    before it in its own segment and to those of the segment prefix_ids_BT: a completion's prompt, which it shares with
-    the others of its group (its own segment again, where there is none). positions_BT goes on from prompt to
-    completion. mask_BT is True on the completion tokens that are trained on. picked_BM lists the columns of a row's
-    completion tokens (T where there is none), source_BM where the token before each of them stands: the hidden state
-    there predicts it. weight_BT is made for the WHOLE optimiser batch, so that loss = -sum(weight_BT * surrogate_BT)
-    however the rows are split into micro-batches, packed or sharded.
+    A row holds a prompt and its completion, or several prompts and completions (packed).
+
+    Segments: segment_ids_BT is 0 on padding and 1, 2, ... on the prompts and completions of a row.
+    A token attends to the tokens before it in its own segment, and to those of the segment
+    prefix_ids_BT. For a completion that is its prompt, which it shares with the others of its
+    group; where there is none, it is the token's own segment again. positions_BT goes on from
+    prompt to completion.
+
+    Completion tokens: mask_BT is True on those that are trained on. picked_BM lists the columns of
+    a row's completion tokens (T where there is none). source_BM lists where the token before each
+    of them stands: the hidden state there predicts it.
+
+    Weights: weight_BT is made for the WHOLE optimiser batch, so that the loss is
+    -sum(weight_BT * surrogate_BT), however the rows are split into micro-batches, packed or
+    sharded.
     """
 
     tokens_BT: Array  # int32
@@ -53,21 +58,19 @@ class Batch:
     source_BM: Array  # int32
     adv_BT: Array  # float32, the sequence's advantage on each of its tokens
     weight_BT: Array  # float32, 0 where masked
-    old_logp_BT: Array | None = (
-        None  # float32, under the policy that sampled (the denominator of the ratio)
-    )
+    # float32, log-probs under the policy that sampled: the denominator of the ratio
+    old_logp_BT: Array | None = None
     ref_logp_BT: Array | None = None  # float32, under the KL reference policy
-    correction_BT: Array | None = None  # float32, sampler-trainer importance weight (constant)
-    expert_ids_BTLk: Array | None = (
-        None  # the experts that tokens are sent to (see moe.MoE); None: those of the router
-    )
+    correction_BT: Array | None = None  # float32, sampler-trainer importance weight (a constant)
+    # The experts that tokens are sent to (see models.moe); None: those that the router chooses.
+    expert_ids_BTLk: Array | None = None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that an update changes. `step` counts optimiser steps that were tried (int32 scalar)."""
+    """All that an update changes."""
 
-    step: Array
+    step: Array  # int32 scalar, optimiser steps that were tried
     params: Params
     opt_state: Any

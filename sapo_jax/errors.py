@@ -1,7 +1,8 @@
 """The exceptions whose message is written for people, and the exit codes of the command line.
 
-A `UserError` says what is wrong and what to do about it, so the command line prints its message alone, without a
-traceback. Everything else that is raised is a bug and keeps its traceback. Imports nothing of this package.
+A `UserError` says what is wrong and what to do about it, so the command line prints its message
+alone, without a traceback. Everything else that is raised is a bug and keeps its traceback.
+Imports nothing of this package.
 """
 
 from __future__ import annotations
@@ -55,7 +56,10 @@ class PlanError(UserError, ValueError):
 
 
 class ModelDirError(UserError, ValueError):
-    """A model directory cannot be used. `problems` holds all that is wrong with it; the text lists them."""
+    """A model directory cannot be used.
+
+    `problems` holds all that is wrong with it; the text lists them.
+    """
 
     def __init__(self, folder: str | Path, problems: list[str]):
         self.problems = problems
@@ -63,7 +67,10 @@ class ModelDirError(UserError, ValueError):
 
 
 class GGUFError(UserError, ValueError):
-    """A file cannot be converted. `problems` holds all that was found; the text lists them under `source`."""
+    """A GGUF file cannot be converted.
+
+    `problems` holds all that was found; the text lists them under `source`.
+    """
 
     def __init__(self, source: Any, problems: list[str]):
         self.problems = tuple(problems)
@@ -80,7 +87,10 @@ SHOWN = 20  # mistakes listed in one message
 
 
 class DataError(UserError, ValueError):
-    """Data or its settings cannot be used. `mistakes` holds all of them; the message shows the first 20."""
+    """Data or its settings cannot be used.
+
+    `mistakes` holds all of them; the message shows the first 20.
+    """
 
     def __init__(self, *mistakes: str):
         self.mistakes = list(mistakes)

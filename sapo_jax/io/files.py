@@ -1,4 +1,8 @@
-"""Small files: atomic writes, CSV, JSON lines."""
+"""Small files: text replaced at once, CSV, and JSON lines. Imports no JAX.
+
+A JSON-lines file of a run holds one row per line. JSON has no NaN: non-finite floats are the
+strings "NaN", "Infinity", "-Infinity" (as in protobuf's JSON), which float() reads.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +17,19 @@ from typing import Any
 
 import numpy as np
 
+# The files of a run's folder.
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
 DIAGNOSTICS = "diagnostics.jsonl"
+SUMMARY = "summary.json"
+EVALUATIONS = "evaluations.jsonl"
+
+FIRST_BLOCK = 1 << 16  # bytes from the end of a file that are searched for its last line
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces the file at once: a reader, or a run killed here, sees the old text or the new one."""
+    """Replace the file at once: a reader, or a run killed here, sees the old or the new text."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -27,68 +39,95 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Columns are the keys of the first row; floats have 6 significant digits. Replaces the file at once."""
+    """Write the rows, replacing the file at once.
+
+    The columns are the keys of the first row. Floats get 6 significant digits.
+    """
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(
-        {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
-    )
+    for row in rows:
+        writer.writerow({key: _csv_cell(value) for key, value in row.items()})
     write_atomically(path, text.getvalue())
     return path
 
 
-def _plain(value: Any) -> Any:
-    """numpy and jax values as Python ones, non-finite floats by name."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if hasattr(value, "__array__"):
-        return _plain(np.asarray(value).tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+def _csv_cell(value: Any) -> Any:
+    if isinstance(value, float):
+        return f"{value:.6g}"
     return value
 
 
-def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(_plain(row), allow_nan=False) + "\n"
+def plain_json(value: Any) -> Any:
+    """The value with numpy and jax arrays as Python lists, and non-finite floats as strings."""
+    if isinstance(value, Mapping):
+        return {str(key): plain_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_json(item) for item in value]
+    if hasattr(value, "__array__"):
+        return plain_json(np.asarray(value).tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return _name_of_nonfinite(value)
+    return value
+
+
+def _name_of_nonfinite(value: float) -> str:
+    if math.isnan(value):
+        return "NaN"
+    if value > 0:
+        return "Infinity"
+    return "-Infinity"
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    """The row as one line of a JSON-lines file."""
+    return json.dumps(plain_json(row), allow_nan=False) + "\n"
+
+
+def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append JSON lines; all of them are made before any is written."""
+    text = "".join(json_line(row) for row in rows)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file, without a last line torn by a kill; [] where there is no file."""
+    """The rows of a log of a run, each with its `stage` and `step`; [] where there is no file.
+
+    What follows the last newline was torn by a kill, and is left out. Raises ValueError that names
+    the line which is no row.
+    """
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")
+    whole_lines = path.read_bytes().split(b"\n")[:-1]
     rows = []
-    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is torn, or empty
+    for number, line in enumerate(whole_lines, start=1):
         try:
             row = json.loads(line)
-            rows.append(row | {"stage": str(row["stage"]), "step": int(row["step"])})
+            row["stage"] = str(row["stage"])
+            row["step"] = int(row["step"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path}, line {number} is not a row of this log ({error}). Remove that line."
             ) from error
+        rows.append(row)
     return rows
 
 
 def last_row(path: Path) -> dict[str, Any]:
-    """The last whole row of a JSON-lines file, without reading the others; {} where there is none."""
+    """The last whole row of a JSON-lines file, {} where there is none; the others are not read."""
     if not path.exists():
         return {}
     with path.open("rb") as file:
-        size, block = file.seek(0, os.SEEK_END), 1 << 16
+        size = file.seek(0, os.SEEK_END)
+        block = FIRST_BLOCK
         while True:
             file.seek(max(0, size - block))
-            *lines, _torn = file.read().split(b"\n")
-            if len(lines) > 1 or block >= size:  # the last of several is whole
+            whole_lines = file.read().split(b"\n")[:-1]
+            # Where there are several whole lines, the last of them is complete.
+            if len(whole_lines) > 1 or block >= size:
                 break
             block *= 2
-    return json.loads(lines[-1]) if lines else {}
-
-
-def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Appends JSON lines; all of them are made before any is written."""
-    text = "".join(map(_line, rows))
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
+    if not whole_lines:
+        return {}
+    return json.loads(whole_lines[-1])

@@ -1,4 +1,4 @@
-"""Locks on folders, held by a process for as long as it lives."""
+"""Locks on folders. A lock goes with the process that holds it, however it ends."""
 
 from __future__ import annotations
 
@@ -12,14 +12,21 @@ from sapo_jax.errors import FolderError
 
 @contextlib.contextmanager
 def claimed(folder: Path, name: str = ".lock", *, wait: bool = False) -> Iterator[None]:
-    """The lock goes with the process, however it ends. Held by another one: wait for it, or raise FolderError."""
+    """Hold the lock `name` in the folder, which is made where it is not there.
+
+    Where another process holds it: with `wait`, wait for it, else raise FolderError.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    operation = fcntl.LOCK_EX
+    if not wait:
+        operation |= fcntl.LOCK_NB
     with open(folder / name, "w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(lock, operation)
         except BlockingIOError:
-            text = f"another process is working in {folder}; wait for it, or set another run_dir"
-            raise FolderError(text) from None
+            raise FolderError(
+                f"another process is working in {folder}; wait for it, or set another run_dir"
+            ) from None
         except OSError as error:  # a file system without locks
             raise FolderError(
                 f"{folder / name} cannot be locked: {error.strerror}; set another run_dir"

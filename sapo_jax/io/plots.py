@@ -1,4 +1,4 @@
-"""One picture of a run: reward and held-out accuracy per RL step, and below it what explains them."""
+"""One picture of a run: reward and held-out accuracy per RL step, and what explains them below."""
 
 from __future__ import annotations
 
@@ -60,17 +60,24 @@ def smooth(y: np.ndarray) -> np.ndarray:
 
 
 def series(rows: list[dict[str, Any]], metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and finite values of a metric, from the rows that hold it (by sign of A: that have such tokens)."""
-    sign = next((sign for sign in ("pos", "neg") if f"/{sign}_" in metric), None)
-    points = [
-        (row["step"], float(row[metric]))
-        for row in rows
-        if metric in row and row.get(f"tokens/{sign}_count", 1) > 0
-    ]
-    finite = [point for point in points if np.isfinite(point[1])]
-    return np.array([step for step, _ in finite], int), np.array(
-        [value for _, value in finite], float
-    )
+    """Steps and finite values of a metric, from the rows that hold it.
+
+    Of a metric by sign of A (`gate/pos_mean`), only rows that have tokens of that sign.
+    """
+    sign_count = ""
+    for sign in ("pos", "neg"):
+        if f"/{sign}_" in metric:
+            sign_count = f"tokens/{sign}_count"
+    steps = []
+    values = []
+    for row in rows:
+        if metric not in row or row.get(sign_count, 1) <= 0:
+            continue
+        value = float(row[metric])
+        if np.isfinite(value):
+            steps.append(row["step"])
+            values.append(value)
+    return np.array(steps, int), np.array(values, float)
 
 
 def _curve(axes: Axes, rows: list[dict[str, Any]], metric: str, label: str, colour: str) -> bool:
@@ -84,6 +91,7 @@ def _curve(axes: Axes, rows: list[dict[str, Any]], metric: str, label: str, colo
 
 
 def finish_panel(axes: Axes, title: str, step_name: str, percent: bool = False) -> None:
+    """The look that all panels over training share: title, labels, grid, whole steps."""
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axes.set_xlabel(step_name, color=GREY)
     left, right = axes.get_xlim()
@@ -124,21 +132,21 @@ def _main(axes: Axes, rows: list[dict[str, Any]]) -> None:
 def draw(rows: list[dict[str, Any]], title: str) -> Figure:
     """The figure of the rows of a metrics.jsonl.
 
-    Panels without data, or with zeros only, are left out, so it serves for every objective, at any time of a run, with
-    or without a cold start.
+    Panels without data, or with zeros only, are left out. So it serves for every objective, at any
+    time of a run, with or without a cold start.
     """
-    by_stage = {
-        stage: [row for row in rows if row["stage"] == stage] for stage in ("cold_start", "rl")
-    }
-    panels = [
-        p
-        for p in _PANELS
-        if any(series(by_stage[p.stage], name)[1].any() for name, _, _ in p.curves)
-    ]
+    by_stage: dict[str, list[dict[str, Any]]] = {"cold_start": [], "rl": []}
+    for row in rows:
+        by_stage[row["stage"]].append(row)
+    panels = []
+    for panel in _PANELS:
+        curves = [series(by_stage[panel.stage], metric) for metric, _, _ in panel.curves]
+        if any(values.any() for _, values in curves):
+            panels.append(panel)
     panels = panels[: 2 * _COLUMNS]
     lines = -(-len(panels) // _COLUMNS)
-    figure = Figure(figsize=(12, 4.4 + 2.9 * lines), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    figure = Figure(figsize=(12, 4.4 + 2.9 * lines))
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)
     figure.suptitle(title, fontsize=14, fontweight="bold", parse_math=False)
     grid = figure.add_gridspec(1 + lines, _COLUMNS, height_ratios=[1.5] + [1.0] * lines)
     _main(figure.add_subplot(grid[0, :]), by_stage["rl"])
@@ -147,9 +155,10 @@ def draw(rows: list[dict[str, Any]], title: str) -> Figure:
         drawn = [_curve(axes, by_stage[panel.stage], *curve) for curve in panel.curves]
         if sum(drawn) > 1:
             axes.legend(frameon=False, loc="best", fontsize=9)
-        finish_panel(
-            axes, panel.title, "RL step" if panel.stage == "rl" else "optimiser step", panel.percent
-        )
+        step_name = "RL step"
+        if panel.stage == "cold_start":
+            step_name = "optimiser step"
+        finish_panel(axes, panel.title, step_name, panel.percent)
     return figure
 
 

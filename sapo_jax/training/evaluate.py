@@ -1,4 +1,4 @@
-"""avg@k and pass@k on held-out problems."""
+"""avg@k and pass@k on held-out problems; `sapo-jax eval` and `sapo-jax sample`."""
 
 from __future__ import annotations
 
@@ -11,128 +11,198 @@ import jax
 import numpy as np
 
 from sapo_jax.batch import Params
-from sapo_jax.config import Config
-from sapo_jax.data import Problem, PromptMaker
+from sapo_jax.config import Config, Data
+from sapo_jax.data import Problem, PromptMaker, Tokenizer
 from sapo_jax.diagnostics.bootstrap import bootstrap_interval
-from sapo_jax.distributed import processes
+from sapo_jax.distributed.processes import ProcessShard, is_first
+from sapo_jax.distributed.sharding import num_shards
 from sapo_jax.errors import RunError
 from sapo_jax.io.display import Display
 from sapo_jax.io.files import append_rows
-from sapo_jax.rollout import SamplingParams
-from sapo_jax.training.experience import gathered, judge, judge_own, sample_rows
-from sapo_jax.training.run import EVALUATE, Run, open_run
+from sapo_jax.rewards import VerifierPool
+from sapo_jax.rollout import Sampler, SamplingParams
+from sapo_jax.training.experience import LocalPrompts, grade, make_sampler
+from sapo_jax.training.random_streams import Stream, random_key
+from sapo_jax.training.run import Run, open_run
+from sapo_jax.training.step import num_shown
+from sapo_jax.training.step_metrics import mean_by_task, sample_rows
 from sapo_jax.types import Prompt
 
 
-def evaluate(
-    run: Run, params: Params, key: jax.Array, prompts: Sequence[Prompt] | None = None
-) -> tuple[dict, list[dict]]:
-    """Metrics of k = evaluate.samples completions for every held-out problem, and sample rows of the first ones.
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The result of an evaluation."""
 
-    avg@k: mean correctness over problems and samples. pass@k: share of problems with at least one correct sample.
-    stderr: of avg@k, over problems (the k samples of one problem are not independent); ci_low, ci_high: its 95 %
-    interval, by the percentile bootstrap over problems. Completions whose verifier failed count as wrong here, and
-    their number is reported: a failing verifier must not improve a score.
-    """
-    cfg, share, prompts = (
-        run.cfg.evaluate,
-        run.share,
-        run.problems.held_out if prompts is None else prompts,
-    )
-    size = min(cfg.batch_prompts, len(prompts))  # of a batch
-    correct, lengths, failures = [], [], 0
-    rows: list[dict[str, Any]] = []
-    for start in range(0, len(prompts), cfg.batch_prompts):
-        batch = prompts[start : start + cfg.batch_prompts]
-        own = [i for i in share.local_indices(size) if i < len(batch)]
-        rollout = run.eval_sampler(params, [batch[i] for i in own], key, size // share.teams)
-        judged = judge_own(run.pool, run.tokenizer, share, batch, own, rollout)
-        judged = gathered(judged, share, batch, own, run.shown)
-        correct.append(judged.correct_PG & judged.valid_PG)
-        lengths.append(judged.length_B)
-        failures += int((~judged.valid_PG).sum())
-        rows += sample_rows(judged, limit=run.shown - len(rows))
-    correct_PG = np.concatenate(correct)
-    per_problem = correct_PG.mean(axis=1)
-    low, high = bootstrap_interval(per_problem)
-    metrics = {
-        "held_out/avg": float(per_problem.mean()),
-        "held_out/pass": float(correct_PG.any(axis=1).mean()),
-        "held_out/stderr": float(per_problem.std(ddof=1) / math.sqrt(len(per_problem)))
-        if len(per_problem) > 1
-        else 0.0,
-        "held_out/ci_low": low,
-        "held_out/ci_high": high,
-        "held_out/problems": len(correct_PG),
-        "held_out/samples": int(correct_PG.size),
-        "held_out/verifier_failures": failures,
-        "held_out/length_mean": float(np.concatenate(lengths).mean()),
-    }
-    tasks = np.array([p.task for p in prompts])
-    if len(set(tasks)) > 1:
-        metrics |= {
-            f"held_out/avg/{task}": float(per_problem[tasks == task].mean())
-            for task in sorted(set(tasks))
+    metrics: dict[str, Any]  # `held_out/...`, one number each
+    samples: list[dict[str, Any]]  # rows for samples.jsonl: the first completions
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """Samples k = evaluate.samples completions of every problem, and grades them."""
+
+    cfg: Config
+    sampler: Sampler
+    tokenizer: Tokenizer
+    verifiers: VerifierPool
+    shard: ProcessShard
+    key: jax.Array  # the same for every evaluation: they differ in the parameters alone
+
+    @classmethod
+    def of(cls, run: Run) -> Evaluator:
+        cfg = run.cfg
+        return cls(
+            cfg=cfg,
+            sampler=make_sampler(
+                cfg,
+                run.policy,
+                run.tokenizer,
+                SamplingParams(cfg.evaluate.temperature),
+                cfg.evaluate.samples,
+            ),
+            tokenizer=run.tokenizer,
+            verifiers=run.verifiers,
+            shard=run.shard,
+            key=random_key(cfg.train.seed, Stream.EVALUATE),
+        )
+
+    def __call__(self, params: Params, prompts: Sequence[Prompt]) -> Evaluation:
+        """Metrics over these problems, and sample rows of the first completions.
+
+        avg@k is the mean correctness over problems and samples; pass@k the share of problems with
+        at least one correct sample. `stderr` is that of avg@k over problems (the k samples of one
+        problem are not independent); `ci_low`, `ci_high` are its 95 % interval, by the percentile
+        bootstrap over problems. A completion whose verifier failed counts as wrong here, and their
+        number is reported: a failing verifier must not improve a score.
+        """
+        batch_size = min(self.cfg.evaluate.batch_prompts, len(prompts))
+        max_samples = num_shown(self.cfg)
+        correct = []
+        lengths = []
+        verifier_failures = 0
+        samples: list[dict[str, Any]] = []
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            # The last batch is padded to the size of the others, so that it runs their program.
+            padded_indices = self.shard.local_indices(batch_size)
+            local = LocalPrompts(batch, [i for i in padded_indices if i < len(batch)], self.shard)
+            rollout = self.sampler(params, local.prompts, self.key, len(padded_indices))
+            graded = local.grade(self.verifiers, self.tokenizer, rollout)
+            graded = local.all_gather_graded(graded, max_samples)
+            correct.append(graded.correct_PG & graded.valid_PG)
+            lengths.append(graded.length_B)
+            verifier_failures += int((~graded.valid_PG).sum())
+            samples += sample_rows(graded, limit=max_samples - len(samples))
+        correct_PG = np.concatenate(correct)
+        accuracy_P = correct_PG.mean(axis=1)
+        ci_low, ci_high = bootstrap_interval(accuracy_P)
+        metrics = {
+            "held_out/avg": float(accuracy_P.mean()),
+            "held_out/pass": float(correct_PG.any(axis=1).mean()),
+            "held_out/stderr": standard_error(accuracy_P),
+            "held_out/ci_low": ci_low,
+            "held_out/ci_high": ci_high,
+            "held_out/problems": len(correct_PG),
+            "held_out/samples": int(correct_PG.size),
+            "held_out/verifier_failures": verifier_failures,
+            "held_out/length_mean": float(np.concatenate(lengths).mean()),
+            **mean_by_task("held_out/avg", [prompt.task for prompt in prompts], accuracy_P),
         }
-    return metrics, rows
+        return Evaluation(metrics, samples)
+
+
+def standard_error(value_N: np.ndarray) -> float:
+    """Of the mean of N values; 0 for a single one, which tells nothing of it."""
+    if len(value_N) < 2:
+        return 0.0
+    return float(value_N.std(ddof=1) / math.sqrt(len(value_N)))
 
 
 def describe(metrics: dict[str, Any], k: int) -> str:
-    """One line for people."""
+    """The result in one line, for people."""
     return (
         f"avg@{k} {metrics['held_out/avg']:.1%} (95 % interval {metrics['held_out/ci_low']:.1%} to "
-        f"{metrics['held_out/ci_high']:.1%}), "
-        f"pass@{k} {metrics['held_out/pass']:.1%}, {metrics['held_out/problems']} held-out problems, "
-        f"{metrics['held_out/samples']} samples"
+        f"{metrics['held_out/ci_high']:.1%}), pass@{k} {metrics['held_out/pass']:.1%}, "
+        f"{metrics['held_out/problems']} held-out problems, {metrics['held_out/samples']} samples"
     )
 
 
+# ---------------------------------------------------------------- commands
+
+
 def evaluate_run(cfg: Config, step: int | None) -> None:
-    """`sapo-jax eval`: evaluate a checkpoint of a run; the result is printed and appended to evaluations.jsonl."""
+    """`sapo-jax eval`: evaluate a checkpoint of a run.
+
+    The result is printed, and appended to evaluations.jsonl in the run's folder.
+    """
     with open_run(cfg, write=False) as run:
-        stage, step, params = run.trained_params(step)
-        metrics, _ = evaluate(run, params, run.key(EVALUATE))
-        settings = {"samples": cfg.evaluate.samples, "temperature": cfg.evaluate.temperature}
-        if processes.is_first():
-            append_rows(
-                run.folder.logs / "evaluations.jsonl",
-                [{"stage": stage, "step": step, **settings, **metrics}],
-            )
-            print(f"{stage} step {step}: {describe(metrics, cfg.evaluate.samples)}")
+        trained = run.trained_params(step)
+        evaluation = Evaluator.of(run)(trained.params, run.problems.held_out)
+        if is_first():
+            row = {
+                "stage": trained.stage,
+                "step": trained.step,
+                "samples": cfg.evaluate.samples,
+                "temperature": cfg.evaluate.temperature,
+                **evaluation.metrics,
+            }
+            append_rows(run.folder.logs / "evaluations.jsonl", [row])
+            result = describe(evaluation.metrics, cfg.evaluate.samples)
+            print(f"{trained.stage} step {trained.step}: {result}")
 
 
 def show_samples(
     cfg: Config, step: int | None, questions: Sequence[str] | None, n: int, greedy: bool
 ) -> None:
-    """`sapo-jax sample`: completions of the given questions, or of held-out problems with their verdicts."""
-    rule = SamplingParams(0.0 if greedy else cfg.evaluate.temperature)
+    """`sapo-jax sample`: completions of the given questions, or of held-out problems with verdicts.
+
+    n: completions of each prompt, and how many held-out problems are shown. greedy: the most
+    probable tokens, one completion of each prompt.
+    """
+    sampling = SamplingParams(cfg.evaluate.temperature)
+    group_size = n
+    if greedy:
+        sampling = SamplingParams(temperature=0.0)
+        group_size = 1
     with open_run(cfg, write=False) as run, Display() as display:
-        stage, step, params = run.trained_params(step)
-        print(f"{stage} step {step}:")
-        prompts = run.problems.held_out[:n]
+        trained = run.trained_params(step)
+        print(f"{trained.stage} step {trained.step}:")
         if questions:
-            prompts = [_prompt(run, question, i) for i, question in enumerate(questions)]
-        filled = (
-            -(-len(prompts) // run.batch_shards) * run.batch_shards
-        )  # the mesh splits whole batches alone
-        rollout = run.sampler(rule, 1 if greedy else n)(
-            params, prompts, run.key(EVALUATE, 1), filled
-        )
+            prompts = []
+            for i, question in enumerate(questions):
+                prompts.append(prompt_of(run.cfg.data, run.tokenizer, question, i))
+        else:
+            prompts = run.problems.held_out[:n]
+        sampler = make_sampler(run.cfg, run.policy, run.tokenizer, sampling, group_size)
+        key = random_key(cfg.train.seed, Stream.EVALUATE, step=1)
+        padded = padded_batch_size(len(prompts), run.mesh)
+        rollout = sampler(trained.params, prompts, key, padded)
         if not questions:
-            display.samples(sample_rows(judge(run.pool, run.tokenizer, prompts, rollout)))
+            graded = grade(run.verifiers, run.tokenizer, prompts, rollout)
+            display.samples(sample_rows(graded))
             return
-        G = len(rollout.length_B) // len(prompts)
-        for b, (ids, length) in enumerate(zip(rollout.tokens_BC, rollout.length_B, strict=True)):
-            text = run.tokenizer.decode(ids[:length])
-            display.samples(
-                [{"question": questions[b // G], "completion": text, "status": "sample"}]
-            )
+        for b, (token_ids, length) in enumerate(
+            zip(rollout.tokens_BC, rollout.length_B, strict=True)
+        ):
+            question = questions[b // group_size]
+            text = run.tokenizer.decode(token_ids[:length])
+            display.samples([{"question": question, "completion": text, "status": "sample"}])
 
 
-def _prompt(run: Run, question: str, index: int) -> Prompt:
+def padded_batch_size(num_prompts: int, mesh: jax.sharding.Mesh) -> int:
+    """The next number of prompts that the mesh can split evenly."""
+    shards = num_shards("batch", mesh)
+    return -(-num_prompts // shards) * shards
+
+
+def prompt_of(data: Data, tokenizer: Tokenizer, question: str, index: int = 0) -> Prompt:
+    """A question of the user's as a prompt, rendered like those of the run. Raises RunError.
+
+    index: different indices draw different random numbers.
+    """
     problem = Problem(question, answer="", verifier="exact", metadata={}, where="--prompt")
     try:
-        prompt = PromptMaker(run.cfg.data, run.tokenizer)(problem, "")
+        prompt = PromptMaker(data, tokenizer)(problem, "")
     except ValueError as error:
         raise RunError(str(error)) from error
     if prompt is None:

@@ -13,9 +13,9 @@ from sapo_jax.training.run import open_run
 def export_run(cfg: Config, folder: str | Path, step: int | None, dtype: str) -> None:
     """Write the newest checkpoint of a run, or that of RL step `step`. Raises RunError."""
     with open_run(cfg, write=False) as run:
-        stage, step, params = run.trained_params(step)
+        trained = run.trained_params(step)
         try:
-            write_model(folder, params, run.cfg, run.tokenizer, dtype)
+            write_model(folder, trained.params, run.cfg, run.tokenizer, dtype)
         except (OSError, ValueError) as error:
             raise RunError(f"export: {error}") from error
-        print(f"{stage} step {step} of {run.dir}, {dtype} -> {folder}")
+        print(f"{trained.stage} step {trained.step} of {run.dir}, {dtype} -> {folder}")

@@ -2,10 +2,10 @@
 
     prompts -> rollout -> rewards -> advantages -> scoring -> update x N -> metrics, checkpoint
 
-One step: take P prompts; sample G completions of each; verify them; advantages within each group; score the tokens
-under the policy that sampled them; split the rollout into N mini-batches and take one optimiser step on each, so that
-the ratio drifts from 1 and the gate has something to do. A resumed run repeats nothing and skips nothing: all random
-numbers come from (seed, step), the data iterator is in the checkpoint, and the logs are cut back to it.
+One step: take P prompts; sample G completions of each; verify them; advantages within each group;
+score the tokens under the policy that sampled them; split the rollout into N mini-batches and take
+one optimiser step on each, so that the ratio drifts from 1 and the gate has something to do. The
+step itself is `step.RLStep`; how a stage resumes, stops and saves is `stage.Stage`.
 """
 
 from __future__ import annotations
@@ -14,115 +14,139 @@ from typing import Any
 
 from sapo_jax.batch import TrainState
 from sapo_jax.config import Config
-from sapo_jax.data import PromptBatches
 from sapo_jax.distributed.processes import broadcast_from_first, is_first
-from sapo_jax.errors import RunError, Stopped
-from sapo_jax.io.checkpoint import Checkpoints
+from sapo_jax.errors import RunError
 from sapo_jax.io.display import Display, open_display
 from sapo_jax.io.plots import plot_run
-from sapo_jax.io.run_log import RunLog, open_log
-from sapo_jax.training.evaluate import evaluate
+from sapo_jax.io.run_log import Log, open_log
+from sapo_jax.learner.state import abstract_state, fresh_state
+from sapo_jax.training.clock import Clock
+from sapo_jax.training.evaluate import Evaluator
 from sapo_jax.training.profile import Trace
-from sapo_jax.training.run import EVALUATE, ROLLOUT, Run, open_run
-from sapo_jax.training.sft import cold_start, nonfinite_message, reference_params
-from sapo_jax.training.step import Clock, make_trainer
+from sapo_jax.training.random_streams import Stream
+from sapo_jax.training.run import Run, open_run
+from sapo_jax.training.sft import cold_start, reference_params
+from sapo_jax.training.stage import Stage
+from sapo_jax.training.step import RLStep
 
 STAGE = "rl"
-
-
-def reinforce(run: Run, log: RunLog, display: Display, traced: int) -> None:
-    """The RL stage: start from the cold start or resume, and run to train.steps. Raises RunError, Stopped."""
-    cfg = run.cfg
-    batches = run.batches(ROLLOUT, cfg.rollout.prompts_per_step)
-    with run.checkpoints(STAGE) as checkpoints, Trace(run.folder.logs / "trace", traced) as trace:
-        saved = broadcast_from_first(checkpoints.steps())
-        fresh = not saved
-        trace.check(cfg.train.steps - (0 if fresh else saved[-1]))
-        start = cold_start(run, log, display) if fresh else None
-        trainer, tx = make_trainer(run, reference_params(run) if cfg.loss.kl_coef > 0 else None)
-        if fresh:
-            log.rewind(STAGE, -1)
-            state, step = run.fresh_state(tx, start), 0
-            log_evaluation(run, log, state, step, {})
-            save(checkpoints, run, state, step, batches)
-        else:
-            step, state, extras = checkpoints.restore(run.abstract_state(tx))
-            batches.set_state(extras["data"])
-            log.rewind(STAGE, step)
-        saving: dict[str, float] = {}
-        while step < cfg.train.steps:
-            if run.told_to_stop():
-                save(checkpoints, run, state, step, batches)
-                raise Stopped
-            trace.next()
-            clock = Clock()
-            state, metrics, samples, diagnosis = trainer.step(state, next(batches), step)
-            step += 1
-            clock.lap("step")
-            if metrics["nonfinite/in_row"] >= cfg.train.max_nonfinite:
-                raise RunError(nonfinite_message(STAGE, step, cfg.train.max_nonfinite))
-            metrics |= clock.laps | saving
-            log.samples(
-                STAGE, step, ({"split": "train", **row} for row in samples[: cfg.train.log_samples])
-            )
-            if diagnosis:
-                log.diagnostics(STAGE, step, diagnosis)
-            if step == cfg.train.steps or (cfg.evaluate.every and step % cfg.evaluate.every == 0):
-                log_evaluation(run, log, state, step, metrics)
-            else:
-                log.write(STAGE, step, metrics)
-            display.step(STAGE, step, cfg.train.steps, metrics)
-            if cfg.train.print_samples_every and step % cfg.train.print_samples_every == 0:
-                display.samples(samples[:3])
-            if step % cfg.checkpoint.every == 0 or step == cfg.train.steps:
-                saving = save(
-                    checkpoints, run, state, step, batches
-                )  # seconds; they go into the next step's row
-            else:
-                saving = {}
-
-
-def log_evaluation(run: Run, log: RunLog, state: TrainState, step: int, metrics: dict) -> None:
-    """Evaluate on the held-out problems and write the step's row with the result in it."""
-    clock = Clock()
-    found, rows = evaluate(run, state.params, run.key(EVALUATE))
-    clock.lap("eval")
-    metrics |= found | clock.laps
-    log.samples(
-        STAGE, step, ({"split": "held_out", **row} for row in rows[: run.cfg.train.log_samples])
-    )
-    log.write(STAGE, step, metrics)
-
-
-def save(
-    checkpoints: Checkpoints, run: Run, state: TrainState, step: int, batches: PromptBatches
-) -> dict[str, float]:
-    """Start saving; the seconds that took (writing goes on in the background)."""
-    clock = Clock()
-    run.folder.publish()
-    checkpoints.save(step, state, run.extras(batches))
-    clock.lap("checkpoint")
-    return clock.laps
+PRINTED_SAMPLES = 3
 
 
 def train(cfg: Config, *, traced: int = 0) -> dict[str, Any]:
-    """The whole run: cold start, RL, summary, plot. Resumes what is there. Raises run.Stopped when told to stop.
+    """The whole run: cold start, RL, summary, plot. It resumes what is there. Returns the summary.
 
-    traced: RL steps of which to leave a profiler's trace in the run's folder (see `trace`).
+    traced: RL steps of which to leave a profiler's trace in the run's folder (see `profile`).
+    Raises Stopped when told to stop.
     """
     with open_run(cfg) as run, open_log(run.folder) as log, open_display() as display:
         reinforce(run, log, display, traced)
+        summary = {}
         if is_first():
             summary = summarize(log, run.cfg)
             log.summary(summary)
-            display.summary(summary, run.dir, plot_run(run.folder.logs))
-        return broadcast_from_first(summary if is_first() else {})
+            display.summary(summary, str(run.dir), plot_run(run.folder.logs))
+        return broadcast_from_first(summary)
 
 
-def summarize(log: RunLog, cfg: Config) -> dict[str, Any]:
-    """The figures of the finished run, from its log: so they are those of the whole run, resumed or not."""
+def reinforce(run: Run, log: Log, display: Display, traced: int) -> None:
+    """The RL stage: start from the cold start, or resume, and run to train.steps.
+
+    Raises RunError, Stopped.
+    """
+    cfg = run.cfg
+    batches = run.batches(Stream.ROLLOUT, cfg.rollout.prompts_per_step)
+    evaluator = Evaluator.of(run)
+    with (
+        Stage(run, log, STAGE, cfg.train.steps, batches) as stage,
+        Trace(run.folder.logs / "trace", traced) as trace,
+    ):
+        saved_steps = stage.saved_steps()
+        if saved_steps:
+            trace.check(cfg.train.steps - saved_steps[-1])
+            rl_step = build_step(run)
+            restored = stage.restore(abstract_state(run.policy, rl_step.optimizer, run.mesh))
+            if restored is None:
+                raise RunError(f"the checkpoints of {run.dir} are gone: was the folder removed?")
+            state = restored
+        else:
+            trace.check(cfg.train.steps)
+            params = cold_start(run, log, display)
+            rl_step = build_step(run)
+            state = fresh_state(run.policy, rl_step.optimizer, run.mesh, params)
+            log.rewind(STAGE, -1)
+            log.write(STAGE, 0, evaluate_and_log(run, evaluator, log, state, 0))
+            stage.save(state)
+
+        save_seconds = {}  # of the last save; they go into the next step's row
+        while not stage.is_done:
+            stage.stop_if_told(state)
+            trace.next()
+            clock = Clock()
+            result = rl_step(state, next(batches), stage.step)
+            state = result.state
+            clock.lap("step")
+            stage.count_step(result.metrics["nonfinite/in_row"])
+            step = stage.step
+
+            logged_samples = result.samples[: cfg.train.log_samples]
+            log.samples(STAGE, step, ({"split": "train", **row} for row in logged_samples))
+            if result.diagnostics:
+                log.diagnostics(STAGE, step, result.diagnostics)
+            metrics = {**result.metrics, **clock.laps, **save_seconds}
+            if is_due(cfg.evaluate.every, step) or stage.is_done:
+                metrics |= evaluate_and_log(run, evaluator, log, state, step)
+            log.write(STAGE, step, metrics)
+            display.step(STAGE, step, cfg.train.steps, metrics)
+            if is_due(cfg.train.print_samples_every, step):
+                display.samples(result.samples[:PRINTED_SAMPLES])
+            save_seconds = stage.save_if_due(state)
+
+
+def build_step(run: Run) -> RLStep:
+    """The RL step of a run. The KL reference is read before training changes anything."""
+    reference = None
+    if run.cfg.loss.kl_coef > 0:
+        reference = reference_params(run)
+    return RLStep.build(
+        run.cfg,
+        run.policy,
+        run.tokenizer,
+        run.verifiers,
+        run.mesh,
+        shard=run.shard,
+        reference=reference,
+    )
+
+
+def is_due(every: int, step: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens at this one."""
+    return every > 0 and step % every == 0
+
+
+def evaluate_and_log(
+    run: Run, evaluator: Evaluator, log: Log, state: TrainState, step: int
+) -> dict[str, Any]:
+    """Evaluate on the held-out problems, log some samples, and return the metrics."""
+    clock = Clock()
+    evaluation = evaluator(state.params, run.problems.held_out)
+    clock.lap("eval")
+    logged_samples = evaluation.samples[: run.cfg.train.log_samples]
+    log.samples(STAGE, step, ({"split": "held_out", **row} for row in logged_samples))
+    return {**evaluation.metrics, **clock.laps}
+
+
+def summarize(log: Log, cfg: Config) -> dict[str, Any]:
+    """The figures of the finished run, from its log: of the whole run, resumed or not.
+
+    Intervals are 95 % bootstrap intervals over problems.
+    """
     rows = log.rows(STAGE)
-    first, last = rows[0], rows[-1]
+    first = rows[0]
+    last = rows[-1]
+    seconds = 0.0
+    for row in [*log.rows("cold_start"), *rows]:
+        seconds += row.get("time/step", 0.0) + row.get("time/eval", 0.0)
     return {
         "name": cfg.name,
         "seed": cfg.train.seed,
@@ -131,18 +155,12 @@ def summarize(log: RunLog, cfg: Config) -> dict[str, Any]:
         "rl_steps": last["step"],
         "held_out_before": first["held_out/avg"],
         "held_out_after": last["held_out/avg"],
-        "interval_before": [
-            first["held_out/ci_low"],
-            first["held_out/ci_high"],
-        ],  # 95 %, bootstrap over problems
+        "interval_before": [first["held_out/ci_low"], first["held_out/ci_high"]],
         "interval_after": [last["held_out/ci_low"], last["held_out/ci_high"]],
         "pass_before": first["held_out/pass"],
         "pass_after": last["held_out/pass"],
         "held_out_problems": last["held_out/problems"],
         "held_out_samples": last["held_out/samples"],
         "k": cfg.evaluate.samples,
-        "seconds": sum(
-            r.get("time/step", 0.0) + r.get("time/eval", 0.0)
-            for r in [*log.rows("cold_start"), *rows]
-        ),
+        "seconds": seconds,
     }

@@ -1,14 +1,13 @@
-"""A run: its folder, and everything that is built once from its config.
+"""A run: its folder, and everything that is built once from its configuration.
 
-runs/NAME/  config.yaml  metrics.jsonl  samples.jsonl  diagnostics.jsonl  summary.json  progress.png  tb/
-            checkpoints/{cold_start,rl}/
+runs/NAME/  config.yaml  metrics.jsonl  samples.jsonl  diagnostics.jsonl  summary.json
+            progress.png  tb/  checkpoints/{cold_start,rl}/
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,9 +15,9 @@ from typing import Any, TypeVar
 import jax
 from etils import epath
 
-from sapo_jax.batch import Params, TrainState
-from sapo_jax.config import Config, ConfigError, dump, load, verify
-from sapo_jax.config.resume import changed_keys
+from sapo_jax.batch import Params
+from sapo_jax.config import Config, ConfigError, dump, load, verify, with_vocabulary
+from sapo_jax.config.resume import changes_that_forbid_resuming
 from sapo_jax.data import Problems, PromptBatches, Tokenizer, load_problems, load_tokenizer
 from sapo_jax.distributed import sharding
 from sapo_jax.distributed.processes import (
@@ -28,222 +27,228 @@ from sapo_jax.distributed.processes import (
     is_first,
     process_shard,
 )
-from sapo_jax.distributed.signals import signals
+from sapo_jax.distributed.signals import StopFlag, stop_on_signals
 from sapo_jax.errors import FolderError, ModelDirError, ProcessError, RunError
 from sapo_jax.hub.weights import check_weights, load_params
 from sapo_jax.io.checkpoint import Checkpoints
 from sapo_jax.io.files import write_atomically
 from sapo_jax.io.run_folder import Folder, as_path, open_folder
-from sapo_jax.learner.update import init_state, state_shardings
+from sapo_jax.learner.state import abstract_params, random_params
 from sapo_jax.models import Policy, make_policy
 from sapo_jax.rewards import VerifierPool
-from sapo_jax.rollout import Sampler, SamplingParams
 from sapo_jax.training.malloc_trim import trim_after_compiling
+from sapo_jax.training.random_streams import Stream, data_seed, random_key
 
 T = TypeVar("T")
-COLD_START, ROLLOUT, EVALUATE, INIT = range(4)  # streams of random numbers, all from train.seed
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
+    """The parts of a run. `open_run` builds them."""
+
     cfg: Config
     folder: Folder
     tokenizer: Tokenizer
     problems: Problems
     policy: Policy
     mesh: jax.sharding.Mesh
-    pool: VerifierPool
-    share: ProcessShard  # this process's part of every batch
-    stop: dict[str, bool]  # {"now": True} once a signal came to this process
-
-    def key(self, stream: int, step: int = 0) -> jax.Array:
-        return jax.random.fold_in(
-            jax.random.fold_in(jax.random.key(self.cfg.train.seed), stream), step
-        )
-
-    def batches(self, stream: int, batch_size: int) -> PromptBatches:
-        weights = {
-            name: task.weight
-            for name, task in zip(self.problems.train, self.cfg.data.tasks, strict=True)
-        }
-        return PromptBatches(self.problems.train, weights, batch_size, self.data_seed(stream))
-
-    @property
-    def batch_shards(self) -> int:
-        """Over how many devices the rows of a batch are split."""
-        return sharding.num_shards("batch", self.mesh)
+    verifiers: VerifierPool
+    shard: ProcessShard  # the part of every batch that is this process's
+    stop: StopFlag  # set once a signal has come to this process
 
     @property
     def dir(self) -> Path | epath.Path:
         return self.folder.path
 
-    @property
-    def shown(self) -> int:
-        """How many completions of a rollout may be looked at: logged, or printed."""
-        return max(self.cfg.train.log_samples, 3)
+    def batches(self, stream: Stream, batch_size: int) -> PromptBatches:
+        """Endless batches of training problems, each with the tasks' shares."""
+        tasks = zip(self.problems.train, self.cfg.data.tasks, strict=True)
+        weights = {name: task.weight for name, task in tasks}
+        seed = data_seed(self.cfg.train.seed, stream)
+        return PromptBatches(self.problems.train, weights, batch_size, seed)
 
     def told_to_stop(self) -> bool:
-        """Whether a signal came to any process. A collective."""
-        return any_true(self.stop["now"])
+        """Whether a signal has come to any process. A collective."""
+        return any_true(self.stop.requested)
 
-    def data_seed(self, stream: int) -> int:
-        return 4 * self.cfg.train.seed + stream
+    def checkpoints(self, stage: str) -> Checkpoints:
+        """The checkpoints of a stage, open for writing."""
+        return Checkpoints(checkpoint_folder(self.dir, stage), self.cfg.checkpoint)
 
-    def extras(self, batches: PromptBatches) -> dict[str, Any]:
+    def checkpoint_extras(self, batches: PromptBatches) -> dict[str, Any]:
         """What a checkpoint holds beside the arrays."""
-        return {"data": batches.get_state(), "seed": self.cfg.train.seed, "config": dump(self.cfg)}
+        return {
+            "data": batches.get_state(),
+            "seed": self.cfg.train.seed,
+            "config": dump(self.cfg),
+        }
 
-    def sampler(
-        self, rule: SamplingParams, group_size: int, *, record_routing: bool = False
-    ) -> Sampler:
-        cfg, tok = self.cfg.rollout, self.tokenizer
-        return Sampler(
-            self.policy,
-            rule,
-            group_size,
-            cfg.max_new_tokens,
-            tok.stop_ids,
-            tok.pad_id,
-            record_routing,
-            cfg.slots,
-        )
-
-    @functools.cached_property
-    def eval_sampler(self) -> Sampler:
-        return self.sampler(
-            SamplingParams(self.cfg.evaluate.temperature), self.cfg.evaluate.samples
-        )
-
-    def checkpoints(self, stage: str, *, read_only: bool = False) -> Checkpoints:
-        return Checkpoints(
-            self.dir / "checkpoints" / stage, None if read_only else self.cfg.checkpoint
-        )
-
-    @functools.cached_property
-    def abstract_params(self) -> Params:
-        placed = sharding.shardings(self.mesh, self.policy.logical_axes)
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            self.policy.shapes,
-            placed,
-        )
-
-    def fresh_params(self) -> Params:
+    def initial_params(self) -> Params:
         """What training starts from: the weights in model.path, or random ones."""
-        if self.cfg.model.path is not None:
-            try:
-                return load_params(self.cfg.model.path, self.policy, self.mesh)
-            except ModelDirError as error:
-                raise RunError(f"model.path: {error}") from error
-        placed = sharding.shardings(self.mesh, self.policy.logical_axes)
-        return jax.jit(self.policy.init, out_shardings=placed)(self.key(INIT))
+        return initial_params(self.cfg, self.policy, self.mesh)
 
-    def fresh_state(self, tx, params: Params) -> TrainState:
-        """Takes over `params` (their buffers are donated)."""
-        placed = state_shardings(self.policy, tx, self.mesh)
-        return jax.jit(lambda p: init_state(p, tx), donate_argnums=0, out_shardings=placed)(params)
+    def trained_params(self, step: int | None = None) -> TrainedParams:
+        """The newest parameters, or those of RL step `step`; see `trained_params`."""
+        return trained_params(self.cfg, self.dir, self.policy, self.mesh, step)
 
-    def abstract_state(self, tx) -> TrainState:
-        shapes = jax.eval_shape(lambda p: init_state(p, tx), self.policy.shapes)
-        placed = state_shardings(self.policy, tx, self.mesh)
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed
-        )
 
-    def trained_params(self, step: int | None = None) -> tuple[str, int, Params]:
-        """(stage, step, parameters) of the newest checkpoint, RL before cold start; of RL step `step` if given.
+# ---------------------------------------------------------------- parameters
 
-        Where there is none yet, the pretrained weights of model.path.
-        """
-        for stage in ("rl", "cold_start") if step is None else ("rl",):
-            with self.checkpoints(stage, read_only=True) as checkpoints:
-                if (found := checkpoints.restore_params(self.abstract_params, step)) is not None:
-                    return stage, found[0], found[1]
-        if step is None and self.cfg.model.path is not None:
-            return "pretrained", 0, self.fresh_params()
-        raise RunError(f"{self.dir} has no checkpoint yet: train it first")
+
+@dataclasses.dataclass(frozen=True)
+class TrainedParams:
+    """Parameters and where they come from."""
+
+    stage: str  # `rl`, `cold_start`, or `pretrained`
+    step: int  # of the stage
+    params: Params
 
 
 def run_dir(cfg: Config) -> Path | epath.Path:
+    """The folder of the configuration's run."""
     return as_path(cfg.run_dir.format(name=cfg.name, seed=cfg.train.seed))
+
+
+def checkpoint_folder(run_folder: Path | epath.Path, stage: str) -> Path | epath.Path:
+    return run_folder / "checkpoints" / stage
+
+
+def initial_params(cfg: Config, policy: Policy, mesh: jax.sharding.Mesh) -> Params:
+    """The weights in model.path, or random ones. Raises RunError where the weights are damaged."""
+    if cfg.model.path is None:
+        return random_params(policy, mesh, random_key(cfg.train.seed, Stream.INIT))
+    try:
+        return load_params(cfg.model.path, policy, mesh)
+    except ModelDirError as error:
+        raise RunError(f"model.path: {error}") from error
+
+
+def trained_params(
+    cfg: Config,
+    run_folder: Path | epath.Path,
+    policy: Policy,
+    mesh: jax.sharding.Mesh,
+    step: int | None = None,
+) -> TrainedParams:
+    """The parameters of the newest checkpoint, RL before cold start; or those of RL step `step`.
+
+    Where there is no checkpoint yet, the pretrained weights of model.path. Raises RunError where
+    there is nothing at all, CheckpointError for a step that is not there or damaged.
+    """
+    stages = ("rl", "cold_start")
+    if step is not None:
+        stages = ("rl",)
+    shapes = abstract_params(policy, mesh)
+    for stage in stages:
+        with Checkpoints(checkpoint_folder(run_folder, stage)) as checkpoints:
+            restored = checkpoints.restore_params(shapes, step)
+        if restored is not None:
+            restored_step, params, _extras = restored
+            return TrainedParams(stage, restored_step, params)
+    if step is None and cfg.model.path is not None:
+        return TrainedParams("pretrained", 0, initial_params(cfg, policy, mesh))
+    raise RunError(f"{run_folder} has no checkpoint yet: train it first")
+
+
+# ---------------------------------------------------------------- opening a run
 
 
 @contextlib.contextmanager
 def open_run(cfg: Config, *, write: bool = True) -> Iterator[Run]:
     """Build the run; with `write`, also claim its folder, write config.yaml and catch signals.
 
-    Raises RunError if another process works in the folder, or if it holds a run with another config.
+    The order matters. Plug-ins register their verifiers when the pool is made, and loading the
+    problems checks that every verifier is registered. All mistakes in the configuration, the data
+    and the model directory are found before the folder is touched.
+
+    Raises RunError if another process works in the folder, or if it holds a run with another
+    configuration.
     """
-    stop = {"now": False}
     trim_after_compiling()
     with contextlib.ExitStack() as stack:
         try:
             tokenizer = load_tokenizer(cfg.data.tokenizer)
+            verify(cfg, devices=len(jax.devices()), vocab_size=tokenizer.vocab_size)
             cfg = with_vocabulary(cfg, tokenizer.vocab_size)
             mesh = sharding.make_mesh(cfg.mesh)
-            share = _check_share(process_shard(mesh), cfg)
-            pool = stack.enter_context(
-                VerifierPool(cfg.rewards)
-            )  # first: its plug-ins register verifiers
+            shard = process_shard(mesh)
+            _check_prompts_divide(cfg, shard)
+            verifiers = stack.enter_context(VerifierPool(**dataclasses.asdict(cfg.rewards)))
             problems = load_problems(cfg.data, tokenizer)
             if cfg.model.path is not None:
                 check_weights(cfg.model.path, cfg.model)
-        except (
-            ValueError,
-            ProcessError,
-        ) as error:  # of the tokenizer, mesh, plug-ins, data: all written for people
+        except (ValueError, ProcessError) as error:  # all of them are written for people
             raise RunError(str(error)) from error
-        folder = _together(lambda: stack.enter_context(open_folder(run_dir(cfg), write=write)))
+
+        def claim_folder() -> Folder:
+            return stack.enter_context(open_folder(run_dir(cfg), write=write))
+
+        folder = _in_all_processes(claim_folder)
+        stop = StopFlag()
         if write:
-            _together(
-                lambda: (
-                    _same_config(cfg, folder.logs / "config.yaml", folder.path)
-                    if is_first()
-                    else None
-                )
-            )
-            stack.enter_context(signals(stop))
+
+            def write_config() -> None:
+                if is_first():
+                    _write_same_config(cfg, folder.logs / "config.yaml", folder.path)
+
+            _in_all_processes(write_config)
+            stop = stack.enter_context(stop_on_signals())
         stack.enter_context(jax.set_mesh(mesh))
-        yield Run(cfg, folder, tokenizer, problems, make_policy(cfg.model), mesh, pool, share, stop)
+        yield Run(
+            cfg=cfg,
+            folder=folder,
+            tokenizer=tokenizer,
+            problems=problems,
+            policy=make_policy(cfg.model),
+            mesh=mesh,
+            verifiers=verifiers,
+            shard=shard,
+            stop=stop,
+        )
 
 
-def _check_share(share: ProcessShard, cfg: Config) -> ProcessShard:
-    """The share itself, if whole groups can be shared out: teams must not wait for each other's."""
-    P, N, teams = cfg.rollout.prompts_per_step, cfg.train.mini_batches, share.teams
-    if P % (N * teams):
+def _check_prompts_divide(cfg: Config, shard: ProcessShard) -> None:
+    """Raises ProcessError where whole groups cannot be divided equally among the teams."""
+    num_prompts = cfg.rollout.prompts_per_step
+    num_mini_batches = cfg.train.mini_batches
+    multiple = num_mini_batches * shard.teams
+    if num_prompts % multiple:
         raise ProcessError(
-            f"rollout.prompts_per_step, train.mini_batches: {P} prompts cannot be split into {N} mini-batches for "
-            f"{teams} teams of processes; make prompts_per_step a multiple of {N * teams}"
+            f"rollout.prompts_per_step, train.mini_batches: {num_prompts} prompts cannot be split "
+            f"into {num_mini_batches} mini-batches for {shard.teams} teams of processes; make "
+            f"prompts_per_step a multiple of {multiple}"
         )
-    return share
 
 
-def _together(step: Callable[[], T]) -> T:
-    """What `step` returns; where it fails in any process, for a reason written for people, all raise RunError. A
-    collective."""
-    found = error = None
+def _in_all_processes(action: Callable[[], T]) -> T:
+    """What `action` returns; where it fails in any process, all raise RunError. A collective.
+
+    Only failures whose message is written for people are passed on in this way.
+    """
+    results = []
+    failure = None
+    message = None
     try:
-        found = step()
-    except (RunError, FolderError, ConfigError) as failure:
-        error = failure
-    if texts := [text for text in all_gather(error and str(error)) if text]:
-        raise RunError(texts[0]) from error
-    return found
+        results.append(action())
+    except (RunError, FolderError, ConfigError) as error:
+        failure = error
+        message = str(error)
+    messages = [text for text in all_gather(message) if text]
+    if messages:
+        raise RunError(messages[0]) from failure
+    return results[0]
 
 
-def with_vocabulary(cfg: Config, tokenizer_size: int) -> Config:
-    """model.vocab_size filled in from the tokenizer; and what the machine and the tokenizer decide is checked now."""
-    verify(cfg, devices=len(jax.devices()), vocab_size=tokenizer_size)
-    return dataclasses.replace(
-        cfg, model=dataclasses.replace(cfg.model, vocab_size=cfg.model.vocab_size or tokenizer_size)
-    )
+def _write_same_config(cfg: Config, path: Path, folder: Path | epath.Path) -> None:
+    """Write the resolved configuration.
 
-
-def _same_config(cfg: Config, path: Path, folder: Path | epath.Path) -> None:
-    """Write the resolved config; refuse to go on with a run whose numbers came from another one."""
-    if path.exists() and (changed := changed_keys(load(path), cfg)):
-        raise RunError(
-            f"{folder} holds a run with another config; different: {', '.join(changed)}. "
-            "Undo that, remove the folder, or set another name or run_dir"
-        )
+    Raises RunError where the folder holds a run whose numbers came from another one.
+    """
+    if path.exists():
+        changed = changes_that_forbid_resuming(load(path), cfg)
+        if changed:
+            raise RunError(
+                f"{folder} holds a run with another config; different: {', '.join(changed)}. "
+                "Undo that, remove the folder, or set another name or run_dir"
+            )
     write_atomically(path, dump(cfg))

@@ -1,8 +1,11 @@
-"""The cold start: supervised fine-tuning on the tasks' own answers, so that RL has something to reinforce."""
+"""The cold start: supervised fine-tuning, so that RL has something to reinforce.
+
+It imitates the tasks' own answers, or a file of demonstrations (`cold_start.demonstrations`).
+"""
 
 from __future__ import annotations
 
-import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,11 +15,13 @@ from sapo_jax.config import Config
 from sapo_jax.data import PromptBatches, load_demonstrations, sft_example
 from sapo_jax.distributed.processes import is_first
 from sapo_jax.distributed.sharding import put_batch
-from sapo_jax.errors import RunError, Stopped
+from sapo_jax.errors import RunError
+from sapo_jax.io.checkpoint import Checkpoints
 from sapo_jax.io.display import Display, open_display
-from sapo_jax.io.run_log import RunLog, open_log
+from sapo_jax.io.run_log import Log, open_log
+from sapo_jax.learner.state import abstract_params, abstract_state, fresh_state
 from sapo_jax.learner.update import (
-    last_rate,
+    last_learning_rate,
     make_optimizer,
     make_schedule,
     make_update,
@@ -25,109 +30,14 @@ from sapo_jax.learner.update import (
 )
 from sapo_jax.objectives.weights import token_weights
 from sapo_jax.rollout import pad_sequences
-from sapo_jax.training.evaluate import describe, evaluate
-from sapo_jax.training.run import COLD_START, EVALUATE, Run, open_run
+from sapo_jax.training.clock import Clock
+from sapo_jax.training.evaluate import Evaluator, describe
+from sapo_jax.training.random_streams import Stream, data_seed
+from sapo_jax.training.run import Run, checkpoint_folder, open_run
+from sapo_jax.training.stage import Stage
 from sapo_jax.types import Prompt
 
 STAGE = "cold_start"
-
-
-def sft_batches(run: Run) -> PromptBatches:
-    """Endless batches of what is imitated: the demonstrations, or the tasks' own problems and answers."""
-    cfg = run.cfg.cold_start
-    if cfg.demonstrations is None:
-        return run.batches(COLD_START, cfg.batch_size)
-    found = load_demonstrations(
-        cfg.demonstrations, run.cfg.data, run.tokenizer, run.problems.held_out
-    )
-    return PromptBatches(
-        {"demonstrations": found},
-        {"demonstrations": 1.0},
-        cfg.batch_size,
-        run.data_seed(COLD_START),
-    )
-
-
-def sft_batch(prompts: list[Prompt], run: Run) -> Batch:
-    """Rows of prompt + response; every response token weighs the same."""
-    examples = [
-        sft_example(prompt, run.tokenizer, run.cfg.cold_start.response) for prompt in prompts
-    ]
-    rows = pad_sequences(examples, run.tokenizer.pad_id)
-    weight_BT = token_weights(
-        rows["mask_BT"], rows["segment_ids_BT"], "token_mean", run.cfg.rollout.max_new_tokens
-    )
-    return Batch(**rows, adv_BT=np.zeros_like(weight_BT), weight_BT=weight_BT)
-
-
-def cold_start(run: Run, log: RunLog, display: Display) -> Params:
-    """Run or resume the stage; returns its parameters. With cold_start.steps = 0 they are the fresh ones."""
-    cfg = run.cfg.cold_start
-    if cfg.steps == 0:
-        return run.fresh_params()
-    tx = make_optimizer(cfg.optimizer, cfg.steps)
-    schedule = make_schedule(cfg.optimizer, cfg.steps)
-    update = make_update(
-        run.policy, tx, sft_loss, cfg.batch_size, state_shardings(run.policy, tx, run.mesh)
-    )
-    batches = sft_batches(run)
-
-    with run.checkpoints(STAGE) as checkpoints:
-        found = checkpoints.restore(run.abstract_state(tx))
-        if found is None:
-            step, state = 0, run.fresh_state(tx, run.fresh_params())
-        else:
-            step, state, extras = found
-            batches.set_state(extras["data"])
-        log.rewind(STAGE, step)
-        while step < cfg.steps:
-            start = time.perf_counter()
-            batch = sft_batch(next(batches), run)
-            own = run.share.local_indices(len(batch.tokens_BT))
-            state, aux = update(
-                state, put_batch(jax.tree.map(lambda x, own=own: x[own], batch), run.mesh)
-            )
-            aux = jax.device_get(aux)
-            step += 1
-            if aux["nonfinite_in_row"] >= run.cfg.train.max_nonfinite:
-                raise RunError(nonfinite_message("cold_start", step, run.cfg.train.max_nonfinite))
-            hits, tokens = (float(x.sum()) for x in aux["stats"])
-            metrics = {
-                "loss": aux["loss"], "accuracy/token": hits / tokens, "grad_norm": aux["grad_norm"],
-                "learning_rate": last_rate(schedule, state, aux), "nonfinite/total": aux["nonfinite_total"],
-                "time/step": time.perf_counter() - start,
-            }  # fmt: skip
-            log.write(STAGE, step, metrics)
-            display.step(STAGE, step, cfg.steps, metrics)
-            stop = run.told_to_stop()
-            if step % run.cfg.checkpoint.every == 0 or step == cfg.steps or stop:
-                run.folder.publish()
-                checkpoints.save(step, state, run.extras(batches))
-            if stop:
-                raise Stopped
-    return state.params
-
-
-def reference_params(run: Run) -> Params:
-    """The parameters that the RL stage started from, for its KL penalty: a copy, the stage's own are donated."""
-    if run.cfg.cold_start.steps == 0:
-        return run.fresh_params()
-    with run.checkpoints(STAGE, read_only=True) as checkpoints:
-        if (
-            found := checkpoints.restore_params(run.abstract_params, run.cfg.cold_start.steps)
-        ) is None:
-            raise RunError(
-                f"{run.dir} lost its cold-start checkpoint, the KL reference; train it in another folder"
-            )
-        return found[1]
-
-
-def nonfinite_message(stage: str, step: int, limit: int) -> str:
-    key = "cold_start.optimizer" if stage == "cold_start" else "optimizer"
-    return (
-        f"{stage} step {step}: {limit} updates in a row had gradients that are not finite; they were skipped and the "
-        f"parameters are unharmed. Lower {key}.learning_rate or {key}.max_grad_norm, or use model.compute_dtype=float32"
-    )
 
 
 def sft(cfg: Config) -> None:
@@ -136,9 +46,107 @@ def sft(cfg: Config) -> None:
         raise RunError("cold_start.steps is 0: there is nothing to do; set cold_start.steps")
     with open_run(cfg) as run, open_log(run.folder) as log, open_display() as display:
         params = cold_start(run, log, display)
-        metrics, _ = evaluate(run, params, run.key(EVALUATE))
+        evaluation = Evaluator.of(run)(params, run.problems.held_out)
         if is_first():
-            print(
-                f"after {cfg.cold_start.steps} cold-start steps: {describe(metrics, cfg.evaluate.samples)}"
-            )
+            result = describe(evaluation.metrics, cfg.evaluate.samples)
+            print(f"after {cfg.cold_start.steps} cold-start steps: {result}")
             print(f"run folder: {run.dir}")
+
+
+def cold_start(run: Run, log: Log, display: Display) -> Params:
+    """Run or resume the stage; returns its parameters.
+
+    With cold_start.steps = 0 they are those that training starts from. Raises RunError, Stopped.
+    """
+    cfg = run.cfg.cold_start
+    if cfg.steps == 0:
+        return run.initial_params()
+    optimizer = make_optimizer(cfg.optimizer, cfg.steps)
+    schedule = make_schedule(cfg.optimizer, cfg.steps)
+    placed = state_shardings(run.policy, optimizer, run.mesh)
+    update = make_update(run.policy, optimizer, sft_loss, cfg.batch_size, placed)
+    batches = sft_batches(run)
+
+    with Stage(run, log, STAGE, cfg.steps, batches) as stage:
+        state = stage.restore(abstract_state(run.policy, optimizer, run.mesh))
+        if state is None:
+            log.rewind(STAGE, 0)
+            state = fresh_state(run.policy, optimizer, run.mesh, run.initial_params())
+        while not stage.is_done:
+            clock = Clock()
+            batch = local_rows(sft_batch(next(batches), run), run)
+            state, aux = update(state, put_batch(batch, run.mesh))
+            aux = jax.device_get(aux)
+            clock.lap("step")
+            stage.count_step(aux["nonfinite_in_row"])
+            hits, tokens = aux["stats"]
+            metrics: dict[str, Any] = {
+                "loss": aux["loss"],
+                "accuracy/token": float(hits.sum()) / float(tokens.sum()),
+                "grad_norm": aux["grad_norm"],
+                "learning_rate": last_learning_rate(schedule, state, aux),
+                "nonfinite/total": aux["nonfinite_total"],
+                **clock.laps,
+            }
+            log.write(STAGE, stage.step, metrics)
+            display.step(STAGE, stage.step, cfg.steps, metrics)
+            stage.save_if_due(state)
+            stage.stop_if_told(state)
+    return state.params
+
+
+def sft_batches(run: Run) -> PromptBatches:
+    """Endless batches of what is imitated: demonstrations, or the tasks' problems and answers."""
+    cfg = run.cfg.cold_start
+    if cfg.demonstrations is None:
+        return run.batches(Stream.COLD_START, cfg.batch_size)
+    demonstrations = load_demonstrations(
+        cfg.demonstrations, run.cfg.data, run.tokenizer, run.problems.held_out
+    )
+    return PromptBatches(
+        {"demonstrations": demonstrations},
+        {"demonstrations": 1.0},
+        cfg.batch_size,
+        data_seed(run.cfg.train.seed, Stream.COLD_START),
+    )
+
+
+def sft_batch(prompts: list[Prompt], run: Run) -> Batch:
+    """Rows of prompt + response; every response token weighs the same."""
+    response = run.cfg.cold_start.response
+    examples = [sft_example(prompt, run.tokenizer, response) for prompt in prompts]
+    rows = pad_sequences(examples, run.tokenizer.pad_id)
+    weight_BT = token_weights(
+        rows["mask_BT"], rows["segment_ids_BT"], "token_mean", run.cfg.rollout.max_new_tokens
+    )
+    return Batch(**rows, adv_BT=np.zeros_like(weight_BT), weight_BT=weight_BT)
+
+
+def local_rows(batch: Batch, run: Run) -> Batch:
+    """The rows that this process's team puts on its devices."""
+    indices = run.shard.local_indices(len(batch.tokens_BT))
+
+    def take(array: np.ndarray) -> np.ndarray:
+        return array[indices]
+
+    return jax.tree.map(take, batch)
+
+
+def reference_params(run: Run) -> Params:
+    """The parameters that the RL stage started from, for its KL penalty.
+
+    They are a copy: the stage's own are donated to its updates.
+    """
+    if run.cfg.cold_start.steps == 0:
+        return run.initial_params()
+    with Checkpoints(checkpoint_folder(run.dir, STAGE)) as checkpoints:
+        restored = checkpoints.restore_params(
+            abstract_params(run.policy, run.mesh), run.cfg.cold_start.steps
+        )
+    if restored is None:
+        raise RunError(
+            f"{run.dir} lost its cold-start checkpoint, the KL reference; "
+            "train it in another folder"
+        )
+    _step, params, _extras = restored
+    return params

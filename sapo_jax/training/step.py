@@ -1,209 +1,309 @@
-"""One RL step, from prompts to updated parameters, and the compiled parts it is made of."""
+"""One RL step, from prompts to updated parameters.
+
+    rollout -> rewards -> advantages -> scoring -> update x N -> metrics
+
+`RLStep.build` makes a step from a configuration, a policy, a tokenizer, verifiers and a mesh. It
+needs neither data nor a run folder: benchmarks and notebooks build one and call it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 
-from sapo_jax import diagnostics
-from sapo_jax.batch import Batch, Params, Rollout, TrainState
+from sapo_jax.batch import Array, Batch, Params, Rollout, TrainState
 from sapo_jax.config import Config
-from sapo_jax.distributed.sharding import host_rows, on_tpu, put_batch
-from sapo_jax.learner.routing_replay import checked, router_metrics, sampled_experts
-from sapo_jax.learner.scoring import make_scorer
+from sapo_jax.data import Tokenizer
+from sapo_jax.distributed.processes import SINGLE_PROCESS, ProcessShard
+from sapo_jax.distributed.sharding import host_rows, num_shards, on_tpu, put_batch
+from sapo_jax.learner.routing_replay import check_expert_ids, sampled_experts
+from sapo_jax.learner.scoring import ScorerOutput, make_scorer
 from sapo_jax.learner.update import (
-    last_rate,
+    last_learning_rate,
     make_optimizer,
     make_schedule,
     make_update,
     policy_loss,
     state_shardings,
 )
+from sapo_jax.models import Policy
 from sapo_jax.models.size import layer_flops
+from sapo_jax.rewards import VerifierPool
 from sapo_jax.rollout import PackedBatch, Packing, Sampler, SamplingParams, pack_rollout
+from sapo_jax.training import step_metrics
+from sapo_jax.training.clock import Clock
 from sapo_jax.training.experience import (
-    gathered,
+    LocalPrompts,
+    RolloutScores,
     group_advantages,
-    judge_own,
-    lengths_of_all,
+    make_sampler,
     mini_batches,
-    mismatch_metrics,
-    rollout_metrics,
-    row_metrics,
-    sample_rows,
-    training_arrays,
 )
-from sapo_jax.training.run import ROLLOUT, Run
+from sapo_jax.training.random_streams import Stream, random_key
 from sapo_jax.types import Prompt
 
 
 @dataclasses.dataclass(frozen=True)
-class Trainer:
-    """The compiled parts of a step."""
+class StepResult:
+    """What one RL step leaves."""
 
-    run: Run
-    sampler: Sampler
-    scorer: Callable[[int], Callable]  # of the rows of a micro-batch
-    update: Callable[[int], Callable]
-    schedule: Callable
-    packing: Packing
+    state: TrainState  # after the N updates
+    metrics: dict[str, Any]  # one number each
+    samples: list[dict[str, Any]]  # rows for samples.jsonl: the first completions
+    diagnostics: dict[str, Any]  # a row for diagnostics.jsonl; {} where none is due
+
+
+@dataclasses.dataclass(frozen=True)
+class RLStep:
+    """The compiled parts of an RL step, and what they work with."""
+
+    cfg: Config
+    policy: Policy
+    tokenizer: Tokenizer
+    verifiers: VerifierPool
+    mesh: jax.sharding.Mesh
+    shard: ProcessShard  # the part of every rollout that is this process's
     reference: Params | None  # of the KL penalty
+    sampler: Sampler
+    packing: Packing
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule  # learning rate by optimiser step
+    make_scorer: Callable[[int], Callable]  # by the number of rows of a micro-batch
+    make_update: Callable[[int], Callable]  # likewise
 
-    def step(
-        self, state: TrainState, prompts: list[Prompt], step: int
-    ) -> tuple[TrainState, dict, list[dict], dict]:
-        """One RL step on P prompts: the new state, metrics, sample rows, and a row of diagnostics (empty: not due)."""
-        run, cfg, clock = self.run, self.run.cfg, Clock()
-        positions = run.share.local_indices(len(prompts), cfg.train.mini_batches)
-        own = [
-            prompts[i] for i in positions
-        ]  # of this process; what is judged is the whole rollout
-        rollout = self.sampler(state.params, own, run.key(ROLLOUT, step))
-        clock.lap("rollout")
-        with ThreadPoolExecutor(1) as background:  # the device scores while the workers verify
-            judging = background.submit(
-                judge_own, run.pool, run.tokenizer, run.share, prompts, positions, rollout
+    @classmethod
+    def build(
+        cls,
+        cfg: Config,
+        policy: Policy,
+        tokenizer: Tokenizer,
+        verifiers: VerifierPool,
+        mesh: jax.sharding.Mesh,
+        *,
+        shard: ProcessShard = SINGLE_PROCESS,
+        reference: Params | None = None,
+    ) -> RLStep:
+        """The step of a configuration; nothing is compiled before it is first called.
+
+        reference: the parameters that the KL penalty (`loss.kl`) compares with.
+        """
+        num_updates = cfg.train.steps * cfg.train.mini_batches * cfg.train.epochs
+        optimizer = make_optimizer(cfg.optimizer, num_updates)
+        placed = state_shardings(policy, optimizer, mesh)
+        sampling = SamplingParams(
+            cfg.rollout.temperature, cfg.rollout.top_k, cfg.rollout.top_p, cfg.rollout.min_p
+        )
+        sampler = make_sampler(
+            cfg,
+            policy,
+            tokenizer,
+            sampling,
+            cfg.rollout.group_size,
+            record_routing=cfg.train.routing_replay == "r3",
+        )
+
+        @functools.cache
+        def scorer(micro_batch: int) -> Callable:
+            return make_scorer(
+                policy,
+                cfg.rollout.temperature,
+                micro_batch,
+                record_routing=cfg.train.routing_replay == "r2",
             )
-            rows = pack_rollout(
-                own, rollout, run.tokenizer.pad_id, cfg.train.mini_batches, self.packing, share=run.share,
-                lengths=([len(prompt.ids) for prompt in prompts], lengths_of_all(run.share, positions, rollout)),
-            )  # fmt: skip
-            logps, expert_ids_BTLk = self._scores(state.params, own, rollout, rows, step)
+
+        @functools.cache
+        def update(micro_batch: int) -> Callable:
+            return make_update(policy, optimizer, policy_loss(cfg), micro_batch, placed)
+
+        return cls(
+            cfg=cfg,
+            policy=policy,
+            tokenizer=tokenizer,
+            verifiers=verifiers,
+            mesh=mesh,
+            shard=shard,
+            reference=reference,
+            sampler=sampler,
+            packing=packing_of(cfg, num_shards("batch", mesh), shard.teams),
+            optimizer=optimizer,
+            schedule=make_schedule(cfg.optimizer, num_updates),
+            make_scorer=scorer,
+            make_update=update,
+        )
+
+    def __call__(self, state: TrainState, prompts: list[Prompt], step: int) -> StepResult:
+        """One RL step on P prompts; `step` counts from 0 and picks the random numbers.
+
+        Takes over `state`: its buffers are donated to the first update.
+        """
+        cfg = self.cfg
+        clock = Clock()
+
+        # Rollout: this team of processes samples G completions of each of its prompts.
+        indices = self.shard.local_indices(len(prompts), cfg.train.mini_batches)
+        local = LocalPrompts(prompts, indices, self.shard)
+        rollout_key = random_key(cfg.train.seed, Stream.ROLLOUT, step)
+        rollout = self.sampler(state.params, local.prompts, rollout_key)
+        clock.lap("rollout")
+
+        # Rewards, in worker processes, while the device scores the same completions.
+        with ThreadPoolExecutor(1) as background:
+            grading = background.submit(local.grade, self.verifiers, self.tokenizer, rollout)
+            packed = self._pack(local, rollout)
+            scores = self._score_rollout(state.params, local.prompts, rollout, packed, step)
             clock.lap("score")
-            judged = gathered(judging.result(), run.share, prompts, positions, run.shown)
-        adv_PG = group_advantages(judged, cfg)
+            graded = local.all_gather_graded(grading.result(), num_shown(cfg))
+
+        # Advantages, within each group of the whole rollout.
+        adv_PG = group_advantages(graded, cfg)
         clock.lap("verify")
-        arrays = training_arrays(rows, judged.valid_PG[positions], adv_PG[positions], logps, cfg)
-        if expert_ids_BTLk is not None:
-            arrays["expert_ids_BTLk"] = expert_ids_BTLk
-        batches = mini_batches(arrays, judged, cfg)
-        if cfg.train.routing_on == "device":  # else they go there with the rest of their batch
-            hold = lambda batch: put_batch(batch.expert_ids_BTLk, run.mesh)
-            batches = [dataclasses.replace(batch, expert_ids_BTLk=hold(batch)) for batch in batches]
-        auxes, update = [], self.update(rows.micro_batch * run.share.teams)
+
+        # N updates, so that the ratio drifts from 1 and the gate has something to do.
+        batches = mini_batches(packed, graded, adv_PG, scores, local.indices, cfg)
+        if cfg.train.routing_on == "device":
+            batches = [self._put_expert_ids(batch) for batch in batches]
+        update = self.make_update(packed.micro_batch * self.shard.teams)
+        auxes = []
         for batch in batches * cfg.train.epochs:
-            state, aux = update(state, put_batch(batch, run.mesh))
+            state, aux = update(state, put_batch(batch, self.mesh))
             auxes.append(aux)
         auxes = jax.device_get(auxes)
         clock.lap("update")
+
         metrics = {
-            **rollout_metrics(judged, adv_PG),
-            **row_metrics(rows, run.share.teams),
-            **update_metrics(auxes, cfg),
-            **self._mismatch(logps, rows.mask_BT, auxes[0]),
-            "learning_rate": last_rate(self.schedule, state, auxes[-1]),
+            **step_metrics.rollout_metrics(graded, adv_PG),
+            **step_metrics.packing_metrics(packed, self.shard.teams),
+            **step_metrics.update_metrics(auxes, cfg),
+            **self._mismatch(scores, packed.mask_BT, auxes[0]),
+            "learning_rate": last_learning_rate(self.schedule, state, auxes[-1]),
             **clock.laps,
         }
-        return (
-            state,
-            metrics,
-            sample_rows(judged, adv_PG, run.shown),
-            evidence(auxes, cfg, step + 1),
+        return StepResult(
+            state=state,
+            metrics=metrics,
+            samples=step_metrics.sample_rows(graded, adv_PG, num_shown(cfg)),
+            diagnostics=step_metrics.diagnostics_row(auxes, cfg, step + 1),
         )
 
-    def _scores(
-        self, params: Params, prompts: list[Prompt], rollout: Rollout, rows: PackedBatch, step: int
-    ) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
-        """Log-probs BT by name (sampler, old, reference, live), and the experts that the updates replay."""
-        cfg, model, ids_BTLk = self.run.cfg.train, self.run.cfg.model, None
-        logps = dict.fromkeys(("sampler", "old"), rows.place(rollout.logp_BC))
-        if cfg.routing_replay == "r3":
-            ids_BTLk = sampled_experts(rows, prompts, rollout, model)
-        if cfg.old_logp == "scorer":
-            logps["old"], *recorded = self._score(params, rows, ids_BTLk)
-            if cfg.routing_replay == "r2":
-                ids_BTLk = checked(recorded[0], rows.arrays, model)
+    def _pack(self, local: LocalPrompts, rollout: Rollout) -> PackedBatch:
+        """The team's rollout as packed rows. A collective: all teams make the same plan."""
+        prompt_lengths = [len(prompt.ids) for prompt in local.batch]
+        return pack_rollout(
+            local.prompts,
+            rollout,
+            self.tokenizer.pad_id,
+            self.cfg.train.mini_batches,
+            self.packing,
+            shard=self.shard,
+            lengths=(prompt_lengths, local.all_gather_lengths(rollout).tolist()),
+        )
+
+    def _score_rollout(
+        self,
+        params: Params,
+        prompts: list[Prompt],
+        rollout: Rollout,
+        packed: PackedBatch,
+        step: int,
+    ) -> RolloutScores:
+        """All log-probabilities of the rollout's tokens that the updates and metrics need.
+
+        With r3 the sampler's experts are replayed, here and in the updates; with r2 the scoring
+        pass of the old policy records them for the updates.
+        """
+        cfg = self.cfg
+        sampler_BT: Array = packed.place(np.asarray(rollout.logp_BC))
+        old_BT = sampler_BT
+        reference_BT = None
+        live_BT = None
+        expert_ids_BTLk = None
+        if cfg.train.routing_replay == "r3":
+            expert_ids_BTLk = sampled_experts(packed, prompts, rollout, cfg.model)
+        if cfg.train.old_logp == "scorer":
+            scored = self._score(params, packed, expert_ids_BTLk)
+            old_BT = scored.logp_BT
+            if cfg.train.routing_replay == "r2":
+                recorded_BTLk = np.asarray(scored.expert_ids_BTLk)
+                expert_ids_BTLk = check_expert_ids(recorded_BTLk, packed.arrays, cfg.model)
         if self.reference is not None:
-            logps["reference"] = self._score(self.reference, rows)[0]
-        if cfg.live_mismatch_every and (step + 1) % cfg.live_mismatch_every == 0:
-            logps["live"] = self._score(params, rows)[0]
-        return logps, ids_BTLk
+            reference_BT = self._score(self.reference, packed).logp_BT
+        every = cfg.train.live_mismatch_every
+        if every and (step + 1) % every == 0:
+            live_BT = self._score(params, packed).logp_BT
+        return RolloutScores(sampler_BT, old_BT, reference_BT, live_BT, expert_ids_BTLk)
 
     def _score(
-        self, params: Params, rows: PackedBatch, expert_ids_BTLk: np.ndarray | None = None
-    ) -> list[np.ndarray]:
-        """Log-probs BT and, with r2, the experts that were chosen, BTLk; a mini-batch's rows at a time."""
-        unused = np.zeros(rows.mask_BT.shape, np.float32)
+        self, params: Params, packed: PackedBatch, expert_ids_BTLk: np.ndarray | None = None
+    ) -> ScorerOutput:
+        """The scores of the completion tokens, as host arrays.
+
+        The rows of one mini-batch are scored at a time, so that scoring needs no more memory than
+        an update.
+        """
+        unused_BT = np.zeros(packed.mask_BT.shape, np.float32)
         batch = Batch(
-            **rows.arrays, adv_BT=unused, weight_BT=unused, expert_ids_BTLk=expert_ids_BTLk
+            **packed.arrays,
+            adv_BT=unused_BT,
+            weight_BT=unused_BT,
+            expert_ids_BTLk=expert_ids_BTLk,
         )
-        parts = zip(
-            *(np.split(x, self.run.cfg.train.mini_batches) for x in jax.tree.leaves(batch)),
-            strict=True,
-        )
-        parts = [jax.tree.unflatten(jax.tree.structure(batch), part) for part in parts]
-        scorer = self.scorer(rows.micro_batch * self.run.share.teams)
-        scored = [
-            host_rows(scorer(params, put_batch(part, self.run.mesh)), self.run.mesh)
-            for part in parts
-        ]
-        return [
-            np.concatenate(x)
-            for x in zip(*((logp, *recorded) for logp, _, *recorded in scored), strict=True)
-        ]
+        leaves, treedef = jax.tree.flatten(batch)
+        split_leaves = [np.split(leaf, self.cfg.train.mini_batches) for leaf in leaves]
+        scorer = self.make_scorer(packed.micro_batch * self.shard.teams)
+        scored_parts = []
+        for part_leaves in zip(*split_leaves, strict=True):
+            part = put_batch(jax.tree.unflatten(treedef, part_leaves), self.mesh)
+            scored_parts.append(host_rows(scorer(params, part), self.mesh))
 
-    def _mismatch(self, logps: dict, mask_BT: np.ndarray, first: dict) -> dict[str, float]:
-        """Sampler against scorer. Without a scoring pass, the first update's ratio (r = 1 but for it) tells as much."""
-        live = (
-            mismatch_metrics(logps["live"], logps["sampler"], mask_BT, "mismatch/live_")
-            if "live" in logps
-            else {}
-        )
-        if self.run.cfg.train.old_logp == "scorer":
-            return mismatch_metrics(logps["old"], logps["sampler"], mask_BT) | live
-        ratio = diagnostics.finalize(diagnostics.reduce(first["stats"]))
-        return {
-            "mismatch/max": max(abs(np.log(float(ratio[f"ratio/{end}"]))) for end in ("min", "max"))
-        } | live
+        def join(*parts: np.ndarray) -> np.ndarray:
+            return np.concatenate(parts)
 
+        return jax.tree.map(join, *scored_parts)
 
-class Clock:
-    """Seconds per phase."""
+    def _put_expert_ids(self, batch: Batch) -> Batch:
+        """The batch with its expert ids on the devices, where they stay for all epochs.
 
-    def __init__(self):
-        self.laps: dict[str, float] = {}
-        self._start = time.perf_counter()
+        Without this they go there with the rest of the batch, once for each update.
+        """
+        expert_ids_BTLk = put_batch(batch.expert_ids_BTLk, self.mesh)
+        return dataclasses.replace(batch, expert_ids_BTLk=expert_ids_BTLk)
 
-    def lap(self, phase: str) -> None:
-        now = time.perf_counter()
-        self.laps[f"time/{phase}"], self._start = now - self._start, now
+    def _mismatch(
+        self, scores: RolloutScores, mask_BT: np.ndarray, first_aux: dict[str, Any]
+    ) -> dict[str, float]:
+        """How far the sampler's log-probabilities are from the scorer's."""
+        if self.cfg.train.old_logp == "scorer":
+            metrics = step_metrics.mismatch_metrics(scores.old_BT, scores.sampler_BT, mask_BT)
+        else:
+            metrics = step_metrics.first_ratio_mismatch(first_aux)
+        if scores.live_BT is not None:
+            metrics |= step_metrics.mismatch_metrics(
+                scores.live_BT, scores.sampler_BT, mask_BT, prefix="mismatch/live_"
+            )
+        return metrics
 
 
-def update_metrics(auxes: list[dict], cfg: Config) -> dict[str, Any]:
-    """Means over the N updates of loss and gradient norm; token statistics over all their tokens."""
-    stats = jax.tree.map(lambda *x: np.concatenate(x), *(aux["stats"] for aux in auxes))
-    metrics = {
-        "loss": np.mean([aux["loss"] for aux in auxes]),
-        "grad_norm": np.mean([aux["grad_norm"] for aux in auxes]),
-        "nonfinite/in_row": auxes[-1]["nonfinite_in_row"],
-        "nonfinite/total": auxes[-1]["nonfinite_total"],
-        **diagnostics.finalize(diagnostics.reduce(stats)),
-    }
-    if any(cfg.model.sparse_layers):
-        metrics |= router_metrics([aux["routing"] for aux in auxes], cfg.model)
-    return metrics
+def num_shown(cfg: Config) -> int:
+    """How many completions of a rollout people may look at: those logged, and those printed."""
+    return max(cfg.train.log_samples, 3)
 
 
-def evidence(auxes: list[dict], cfg: Config, step: int) -> dict[str, Any]:
-    """The row of diagnostics.jsonl for the N updates of `step`; {} where none is due."""
-    if not cfg.diagnostics.every or step % cfg.diagnostics.every:
-        return {}
-    return diagnostics.evidence_row(
-        [aux["stats"].evidence for aux in auxes], diagnostics.Gates.of(cfg.objective)
-    )
+def packing_of(cfg: Config, shards: int, teams: int = 1) -> Packing:
+    """How a team of processes packs its part of a rollout.
 
-
-def packing(cfg: Config, shards: int, teams: int = 1) -> Packing:
-    """Of a team of processes; shards: devices that the rows of all are split over."""
+    shards: the number of devices that the rows of all teams are split over.
+    """
+    flops_of_token, flops_of_key = layer_flops(cfg.model)
     return Packing(
-        *layer_flops(cfg.model),
+        body=flops_of_token,
+        key=flops_of_key,
         skips=not on_tpu(),
         max_prompt=cfg.data.max_prompt_tokens,
         max_new=cfg.rollout.max_new_tokens,
@@ -211,26 +311,3 @@ def packing(cfg: Config, shards: int, teams: int = 1) -> Packing:
         micro_batch=cfg.train.micro_batch // teams,
         row_tokens=cfg.train.row_tokens,
     )
-
-
-def make_trainer(run: Run, reference: Params | None) -> tuple[Trainer, Any]:
-    """The trainer and its optax transformation."""
-    cfg = run.cfg
-    updates = cfg.train.steps * cfg.train.mini_batches * cfg.train.epochs
-    tx = make_optimizer(cfg.optimizer, updates)
-    r2, placed = cfg.train.routing_replay == "r2", state_shardings(run.policy, tx, run.mesh)
-    rule = SamplingParams(
-        cfg.rollout.temperature, cfg.rollout.top_k, cfg.rollout.top_p, cfg.rollout.min_p
-    )
-    trainer = Trainer(
-        run,
-        run.sampler(rule, cfg.rollout.group_size, record_routing=cfg.train.routing_replay == "r3"),
-        functools.cache(
-            lambda n: make_scorer(run.policy, cfg.rollout.temperature, n, record_routing=r2)
-        ),
-        functools.cache(lambda n: make_update(run.policy, tx, policy_loss(cfg), n, placed)),
-        make_schedule(cfg.optimizer, updates),
-        packing(cfg, run.batch_shards, run.share.teams),
-        reference,
-    )
-    return trainer, tx

@@ -118,7 +118,7 @@ def test_teams_rows_are_of_one_plan(micro_batch):
             np.zeros(len(b), np.int32),
         )
         rows = pack_rollout(
-            [prompts[p] for p in own], rollout, tiny.PAD, N, packing, share=share, lengths=lengths
+            [prompts[p] for p in own], rollout, tiny.PAD, N, packing, shard=share, lengths=lengths
         )
         shapes.add((rows.micro_batch, *(x.shape for x in rows.arrays.values())))
         assert len(rows.mask_BT) // N % (rows.micro_batch or packing.shards) == 0

@@ -22,6 +22,7 @@ from tensorboardX.proto import event_pb2
 
 from sapo_jax.io.display import Display
 from sapo_jax.io.run_log import RunLog
+from sapo_jax.text import visible
 
 
 def lines(path: Path) -> list[dict]:

@@ -1,0 +1,110 @@
+"""What the loops of the two stages, cold start and RL, have in common: resume, stop, save.
+
+A resumed run repeats nothing and skips nothing: all random numbers come from (seed, stream, step),
+the position in the data is in the checkpoint, and the logs are cut back to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+from sapo_jax.batch import TrainState
+from sapo_jax.data import PromptBatches
+from sapo_jax.distributed.processes import broadcast_from_first
+from sapo_jax.errors import RunError, Stopped
+from sapo_jax.io.run_log import Log
+from sapo_jax.training.clock import Clock
+from sapo_jax.training.run import Run
+
+OPTIMIZER_KEY = {"cold_start": "cold_start.optimizer", "rl": "optimizer"}
+
+
+class Stage:
+    """Where a stage of a run is, and its checkpoints. A context manager.
+
+    `step` counts the steps that are done. The loop that owns the stage calls `restore` (or starts
+    afresh), then after every step `count_step` and `save_if_due`, and between two steps
+    `stop_if_told`.
+    """
+
+    def __init__(self, run: Run, log: Log, name: str, steps: int, batches: PromptBatches):
+        """steps: at which the stage ends. batches: their position is saved and restored."""
+        self.name = name
+        self.steps = steps
+        self.step = 0
+        self.checkpoints = run.checkpoints(name)
+        self._run = run
+        self._log = log
+        self._batches = batches
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.checkpoints.close()
+
+    @property
+    def is_done(self) -> bool:
+        return self.step >= self.steps
+
+    def saved_steps(self) -> list[int]:
+        """The steps of the complete checkpoints, as the first process sees them. A collective."""
+        return broadcast_from_first(self.checkpoints.steps())
+
+    def restore(self, abstract_state: TrainState) -> TrainState | None:
+        """The state of the newest checkpoint; None where there is none.
+
+        Data and logs go to the same step.
+        """
+        restored = self.checkpoints.restore(abstract_state)
+        if restored is None:
+            return None
+        self.step, state, extras = restored
+        self._batches.set_state(extras["data"])
+        self._log.rewind(self.name, self.step)
+        return state
+
+    def stop_if_told(self, state: TrainState) -> None:
+        """Save and raise Stopped, where a signal has come to any process. A collective."""
+        if self._run.told_to_stop():
+            self.save(state)
+            raise Stopped
+
+    def count_step(self, nonfinite_in_row: Any) -> None:
+        """One more step is done.
+
+        nonfinite_in_row: how many updates in a row, up to this step, had gradients that are not
+        finite. Raises RunError where they are train.max_nonfinite.
+        """
+        self.step += 1
+        limit = self._run.cfg.train.max_nonfinite
+        if nonfinite_in_row >= limit:
+            raise RunError(nonfinite_message(self.name, self.step, limit))
+
+    def save_if_due(self, state: TrainState) -> Mapping[str, float]:
+        """Save every checkpoint.every steps, and the last one. Returns the seconds that it took."""
+        if self.step % self._run.cfg.checkpoint.every == 0 or self.is_done:
+            return self.save(state)
+        return {}
+
+    def save(self, state: TrainState) -> Mapping[str, float]:
+        """Start to save the state; writing goes on in the background.
+
+        Returns the seconds until the state may be donated, as a metric.
+        """
+        clock = Clock()
+        self._run.folder.publish()
+        self.checkpoints.save(self.step, state, self._run.checkpoint_extras(self._batches))
+        clock.lap("checkpoint")
+        return clock.laps
+
+
+def nonfinite_message(stage: str, step: int, limit: int) -> str:
+    """What to do about gradients that stay non-finite."""
+    key = OPTIMIZER_KEY[stage]
+    return (
+        f"{stage} step {step}: {limit} updates in a row had gradients that are not finite; they "
+        f"were skipped and the parameters are unharmed. Lower {key}.learning_rate or "
+        f"{key}.max_grad_norm, or use model.compute_dtype=float32"
+    )
