@@ -2,11 +2,16 @@
 
 import json
 
+import hypothesis
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from sapo_jax.types import Prompt
+
+# Property-based tests: the same examples in every run, and no deadline on a busy machine.
+hypothesis.settings.register_profile("data", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.load_profile("data")
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CORPUS = [

@@ -1,4 +1,5 @@
-"""Conversations, tools and texts that chat templates and tokenizers are compared with Hugging Face on."""
+"""Conversations, tools and texts on which chat templates and tokenizers are compared with those of
+Hugging Face."""
 
 import random
 
@@ -106,7 +107,8 @@ _FRAGMENTS = [
 
 
 def random_chats(count, seed):
-    """Conversations of few short messages, each a few fragments that templates or tokenizers take special notice of."""
+    """Conversations of few short messages, each of a few fragments that templates or tokenizers take
+    special notice of."""
     draw = random.Random(seed)
 
     def text():

@@ -46,7 +46,9 @@ def check(problems, held_out):
 
 @pytest.fixture
 def rows(tmp_path):
-    """rows(prompts, name): the path of a JSONL file with these prompts; answers are their positions."""
+    """rows(prompts, name): the path of a JSONL file with these prompts.
+
+    The answers are the positions of the prompts."""
 
     def write(prompts, name="rows.jsonl"):
         lines = [
@@ -284,7 +286,8 @@ def test_conversations_end_to_end(rows):
 
 
 def test_conversations_are_split_as_a_whole(rows):
-    """The last message is the same in all of them; what is held out is a conversation, whatever the task is called."""
+    """The last message is the same in all of them. What is held out is a whole conversation, whatever
+    the task is called."""
     prompts = [conversation(f"first {i}", "b") for i in range(30)]
     one, two = FileTask(path=rows(prompts)), FileTask(path=rows(prompts[::-1], "other.jsonl"))
     problems = load(one, two, held_out=12)

@@ -31,7 +31,8 @@ def hf():
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(fetch_tokenizers.FOLDER)
-    tokenizer.chat_control_tokens = []  # `sanitize_control_tokens` then guards what is marked as special, as we do
+    # `sanitize_control_tokens` then guards what is marked as special, as this package does.
+    tokenizer.chat_control_tokens = []
     return tokenizer
 
 
@@ -50,7 +51,9 @@ def specials(tokenizer, ids):
 
 
 def check(hf, tokenizer, template, chat, tools=None, add_generation_prompt=True, **variables):
-    """Text and special tokens are Hugging Face's; so are all ids where nothing spells a special token."""
+    """Text and special tokens are Hugging Face's; so are all ids, unless data spells a special token.
+
+    Returns whether it spells none."""
     arguments = {"tools": tools, "add_generation_prompt": add_generation_prompt, **variables}
     text = hf.apply_chat_template(chat, tokenize=False, **arguments)
     pieces = template.pieces(chat, **arguments)
@@ -84,7 +87,8 @@ def test_look_alikes(hf, tokenizer, template, name, tools):
 
 
 def test_look_alikes_in_keys(tokenizer, template):
-    """Hugging Face guards no keys, so there is nothing to compare with: the ids are those of harmless keys."""
+    """Hugging Face guards no keys, so there is nothing to compare with; the ids must be those of
+    harmless keys."""
 
     def ids(key):
         chat = [user("a"), {"role": "assistant", "tool_calls": [call("f", **{key: 1})]}, user("b")]

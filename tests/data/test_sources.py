@@ -134,6 +134,12 @@ def test_parquet_that_pads_json_is_refused(tmp_path):
             match=r"parquet:1: `tools` or `arguments` hold nulls; in Parquet, write them as",
         ):
             read_problems(str(path), "math", KNOWN)
+    turn[1] = {"role": "assistant", "tool_calls": ["f"]}
+    pq.write_table(
+        pa.Table.from_pylist([{"prompt": turn, "answer": "a"}]), tmp_path / "text.parquet"
+    )
+    with pytest.raises(DataError, match=r"text\.parquet:1: .*must be an object with the `name`"):
+        read_problems(str(tmp_path / "text.parquet"), "math", KNOWN)
     pq.write_table(pa.table({"prompt": [["a"]], "answer": ["b"]}), tmp_path / "list.parquet")
     with pytest.raises(
         DataError, match=r"list\.parquet:1: `prompt\[0\]` must be an object, not str"
@@ -353,7 +359,8 @@ def test_every_allowed_generator(name):
 
 
 def in_another_process(names, hash_seed):
-    """The first problems of each generator, in a process with another hash seed and random state."""
+    """The first problems of each generator, made in a process with another hash seed and another
+    random state."""
     code = f"""
 import dataclasses, itertools, json, random
 from sapo_jax.data import generate_reasoning_gym
@@ -403,7 +410,7 @@ def test_bad_options():
 
 
 def test_importing_the_package_is_light():
-    heavy = "('reasoning_gym', 'pyarrow', 'torch', 'transformers')"
+    heavy = "('jax', 'grain', 'reasoning_gym', 'pyarrow', 'torch', 'transformers')"
     code = f"import sys, sapo_jax.data; print([m for m in {heavy} if m in sys.modules])"
     assert (
         subprocess.run(

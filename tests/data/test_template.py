@@ -66,7 +66,8 @@ REASONING = r"""
     {%- if enable_thinking is defined and not enable_thinking %}{{ '<think></think>' }}{% endif %}
 {%- endif %}"""
 
-# Trims, starts with bos_token, numbers turns, has a default system prompt, marks what the assistant wrote.
+# Trims, starts with bos_token, numbers turns, has a default system prompt, and marks what the
+# assistant wrote.
 TRIMMING = """{{ bos_token }}
 {%- if messages[0]['role'] == 'system' %}
     {%- set first = messages[0]['content'] | trim %}{% set rest = messages[1:] %}
@@ -187,7 +188,7 @@ def both(bpe, save):
 
 
 def check(tokenizer, template, hf, chat, tools=None, **variables):
-    """Text and special tokens are Hugging Face's; so are all ids where nothing spells a special token."""
+    """Text and special tokens are Hugging Face's; so are all ids, unless data spells a special token."""
     arguments = {"tools": tools, "add_generation_prompt": True, **variables}
     pieces = template.pieces(chat, **arguments)
     text = hf.apply_chat_template(chat, tokenize=False, **arguments)
@@ -390,7 +391,9 @@ def test_generation_prompt_flag_and_variables(template):
     assert thinking.render([user("x")]) == "x!"
     without = thinking.render([user("x")], add_generation_prompt=False)
     assert thinking.render([user("x")], think=True) == without == "x"
-    with pytest.raises(ValueError, match=r"chat\.jinja has no variable thinks; did you mean 'think"):
+    with pytest.raises(
+        ValueError, match=r"chat\.jinja has no variable thinks; did you mean 'think"
+    ):
         thinking.render([user("x")], thinks=True)
     with pytest.raises(ValueError, match="messages is not free"):
         thinking.check_variables(["messages"])

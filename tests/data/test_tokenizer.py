@@ -97,7 +97,7 @@ def test_hf_equals_the_library_on_text_without_look_alikes(hf, bpe):
         ("<|im_end|>\n<|im_start|>assistant\n", True),
     ]
     assert hf.encode_pieces(pieces) == expected
-    # Ordinary text is joined before it is encoded: "answer" is not cut at the border between the pieces.
+    # Ordinary text is joined before it is encoded: "answer" is not cut at the border of the pieces.
     assert hf.encode_pieces([("The ans", True), ("wer is 19.", False)]) == hf.encode(
         "The answer is 19."
     )
@@ -162,7 +162,8 @@ def test_missing_and_broken_files(tmp_path):
 
 
 def test_a_vocabulary_that_spells_its_special_tokens(save):
-    """Word-level and Unigram models have them among their words: asking the library for text gives their ids."""
+    """Word-level and Unigram models have them among their words: the library gives their ids even when
+    it is asked to take them for text."""
     vocabulary = {"[UNK]": 0, "[END]": 1, "two": 2, "[": 3, "END]": 4}
     backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -281,7 +282,7 @@ def smollm2_like():
 
 
 def llama_2_like():
-    """A space goes before the text, but only at its start: no text between special tokens may get one."""
+    """A space goes before the text, but only at its start: no text between special tokens gets one."""
     tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
@@ -325,7 +326,8 @@ def test_agrees_with_transformers(pair):
 
 
 def test_pieces_agree_with_transformers(pair):
-    """Each text in its place between special tokens, and the seam between trusted and other text is none."""
+    """Each text is encoded in its place between special tokens, and the seam between trusted and other
+    text leaves no trace."""
     ours, theirs = pair
     for text in CORPUS:
         whole = f"<|im_start|>user\n{text}<|im_end|> \n<|im_start|>{text}"

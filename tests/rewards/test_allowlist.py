@@ -1,4 +1,5 @@
-"""allowlist.py against the installed reasoning-gym: every listed scorer, on real entries that went through JSON."""
+"""allowlist.py against the installed reasoning-gym: every listed scorer, on real entries that went
+through JSON."""
 
 import ast
 import inspect
@@ -41,7 +42,8 @@ def test_every_name_exists():
 
 @pytest.mark.parametrize("task", sorted(REASONING_GYM_TASKS))
 def test_scorer_is_sound(task):
-    """Full marks for the gold answer, none for junk, and never an exception that reads as our own error."""
+    """Full marks for the gold answer, none for junk, and never an exception that reads as an error of
+    the verifier."""
     dataset = reasoning_gym.create_dataset(task, seed=7, size=10)
     for index in range(1 if task in SLOW_TO_GENERATE else 5):
         entry = json.loads(json.dumps(dataset[index], default=str))
@@ -62,7 +64,8 @@ def _names_called(function) -> set[str]:
 
 
 def _runs_text(dataset_class) -> bool:
-    """Whether score_answer, or a reasoning-gym function that it calls by name, calls eval, exec or a sympy parser."""
+    """Whether score_answer, or a reasoning-gym function that it calls by name, calls eval, exec or a
+    sympy parser."""
     todo, seen = {"score_answer"}, set()
     module = inspect.getmodule(dataset_class.score_answer)
     while todo:

@@ -1,4 +1,5 @@
-"""pool.py, process.py, worker.py: verdicts in order, and nothing that one item does reaches another."""
+"""pool.py, process.py, worker.py: verdicts come in order, and nothing that one item does reaches
+another."""
 
 import dataclasses
 import inspect
@@ -367,7 +368,8 @@ import signal, sys
 from sapo_jax.rewards import VerifierPool
 from sapo_jax.types import Prompt
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
+# A background job of a shell inherits that SIGINT is ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def main():
     action, pid_file, deadline = sys.argv[1:]

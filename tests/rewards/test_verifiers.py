@@ -122,7 +122,8 @@ def test_math_names_a_gold_answer_that_it_cannot_parse():
 
 
 def test_math_evaluates_no_text(monkeypatch):
-    """Nothing goes to sympy's eval, whatever the text: as published the library sends it 3*(4+5), and each number."""
+    """Nothing goes to sympy's eval, whatever the text. As published, the library sends it 3*(4+5), and
+    each number."""
     import sympy.physics.units  # noqa: F401  (evaluates constants of its own when it is imported)
     from sympy.parsing import sympy_parser
 
@@ -258,7 +259,8 @@ def test_reasoning_gym_refuses_an_entry_that_is_damaged():
 
 
 def test_reasoning_gym_scores_with_the_options_of_the_generator():
-    """The tolerance of decimal_arithmetic is 10**-max_num_decimal_places: 3 places unless the options say otherwise."""
+    """The tolerance of decimal_arithmetic is 10**-max_num_decimal_places: 3 places, unless the options
+    say otherwise."""
     options = {"min_num_decimal_places": 6, "max_num_decimal_places": 6, "precision": 12}
     entry = _entry("decimal_arithmetic", **options)
     near = str(float(entry["answer"]) + 0.0005)
