@@ -1,15 +1,16 @@
-"""Does this package gain from a CPU device for each core? Ours with one device and with two, in turns.
+"""Does this package gain from a CPU device for each core? One device and two, measured in turns.
 
-    python experiments/benchmarks/cpu_devices.py [small mid moe] [--jobs rollout,update]      seven minutes for small
+    python experiments/benchmarks/cpu_devices.py [small mid moe] [--jobs rollout,update]
 
-As compare.py measures (medians of `--runs`, each side in a process of its own), but without the peers.
+Seven minutes for small. The script measures as compare.py does (medians of `--runs`, each side in a
+process of its own), but without the peers.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,32 +19,40 @@ from peer_table import OURS
 from runner import Measured, Runner, disagreement, take_turns
 from work import write_work
 
-COUNTS = ("1", "2")
+DEVICE_COUNTS = ("1", "2")
 
 
 def measure(workload: str, job: str, runs: int, folder: Path) -> dict[str, Measured]:
-    """By number of devices."""
+    """What was measured, by number of devices."""
     line = [*command(OURS, folder), str(write_work(workload, folder / "work")), job]
-    start = {n: lambda n=n: Runner(line, os.environ | {"JAX_NUM_CPU_DEVICES": n}) for n in COUNTS}
-    found = {n: Measured() for n in COUNTS}
-    take_turns(
-        start,
-        found,
-        runs,
-        None,
-        lambda text: print(f"[{workload}/{job}] devices {text}", flush=True),
-    )
-    if errors := [one.error for one in found.values() if one.error]:
-        raise SystemExit(f"{workload}/{job} failed: {errors[0]}")
-    if why := disagreement(*(found[n].evidence for n in COUNTS)):
-        raise SystemExit(f"{workload}/{job}: one and two devices did other work: {why}")
-    return found
+
+    def starter(devices: str) -> Callable[[], Runner]:
+        return lambda: Runner(line, os.environ | {"JAX_NUM_CPU_DEVICES": devices})
+
+    def progress(text: str) -> None:
+        print(f"[{workload}/{job}] devices {text}", flush=True)
+
+    results = {devices: Measured() for devices in DEVICE_COUNTS}
+    start = {devices: starter(devices) for devices in DEVICE_COUNTS}
+    take_turns(start, results, runs, None, progress)
+
+    for measured in results.values():
+        if measured.error:
+            raise SystemExit(f"{workload}/{job} failed: {measured.error}")
+    reason = disagreement(results["1"].evidence, results["2"].evidence)
+    if reason:
+        raise SystemExit(f"{workload}/{job}: one and two devices did other work: {reason}")
+    return results
 
 
-def line_of(workload: str, job: str, found: dict[str, Measured]) -> str:
-    seconds = [float(np.median(found[n].seconds)) for n in COUNTS]
-    cells = [f"{s:.3g} ({found[n].peak_mb:,.0f})" for s, n in zip(seconds, COUNTS, strict=True)]
-    return f"| {workload} | {job} | {' | '.join(cells)} | {seconds[0] / seconds[1]:.2f} |"
+def table_line(workload: str, job: str, results: dict[str, Measured]) -> str:
+    """A line of the table: seconds (memory, MB) with one device and with two, and their ratio."""
+    seconds = {}
+    cells = []
+    for devices in DEVICE_COUNTS:
+        seconds[devices] = float(np.median(results[devices].seconds))
+        cells.append(f"{seconds[devices]:.3g} ({results[devices].peak_mb:,.0f})")
+    return f"| {workload} | {job} | {' | '.join(cells)} | {seconds['1'] / seconds['2']:.2f} |"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -57,15 +66,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--folder", type=Path, default=Path(".cache/peers"), help="of the workloads"
     )
     args = parser.parse_args(argv)
-    rows = [row for row in ROWS if row[0] in args.workloads and row[1] in args.jobs.split(",")]
+    jobs = args.jobs.split(",")
+    rows = [(workload, job) for workload, job in ROWS if workload in args.workloads and job in jobs]
     if not rows or args.runs < 1:
-        parser.error(
-            f"nothing to measure; there are {', '.join('/'.join(row) for row in ROWS)}; --runs: at least 1"
-        )
-    lines = [line_of(*row, measure(*row, args.runs, args.folder)) for row in rows]
-    print(
-        "\n| workload | job | one device, s (MB) | two | one / two |\n| --- | --- | --- | --- | --- |"
-    )
+        existing = ", ".join("/".join(row) for row in ROWS)
+        parser.error(f"nothing to measure; there are {existing}; --runs: at least 1")
+    lines = []
+    for workload, job in rows:
+        results = measure(workload, job, args.runs, args.folder)
+        lines.append(table_line(workload, job, results))
+    print("\n| workload | job | one device, s (MB) | two | one / two |")
+    print("| --- | --- | --- | --- | --- |")
     print("\n".join(lines))
 
 

@@ -1,19 +1,20 @@
 """What the evidence of `diagnostics.jsonl` costs: the time of an update with and without it.
 
-    python experiments/benchmarks/diagnostics_cost.py [--repeats 30]      about 2 minutes on two cores
+    python experiments/benchmarks/diagnostics_cost.py [--repeats 30]     2 minutes on two cores
 
-For each of the shapes in `variants()`, one update (forward, backward, AdamW) on random tokens whose ratios have
-drifted, with `diagnostics.every` 0 and 1 in turns, in one process. Prints medians and quartiles in milliseconds, and
-writes experiments/results/diagnostics_cost.csv:
+For each of the shapes in `variants()` one update (forward, backward, AdamW) runs on random tokens
+whose ratios have drifted, with `diagnostics.every` 0 and 1 in turns, in one process. The script
+prints medians and quartiles in milliseconds, and writes experiments/results/diagnostics_cost.csv:
 
     without, with    the update
     difference       of the two in the same repeat (other jobs on the machine disturb both alike)
-    evidence         `collect_evidence` alone, compiled, on the same arrays; the rest of the difference is sum p^2,
-                     one more sum over each slice of the vocabulary
-    host             once per RL step, not per update: statistics of 4 updates -> metrics, and the row as JSON
+    evidence         `collect_evidence` alone, compiled, on the same arrays; the rest of the
+                     difference is sum p^2, one more sum over each slice of the vocabulary
+    host             once per RL step, not per update: statistics of 4 updates -> metrics, and the
+                     row as JSON
 
-Expected: one to three per cent of the update; on a busy machine the difference drowns in the noise, and `evidence` is
-the surer number. It does not grow with the model, so its part shrinks.
+Expected: one to three per cent of the update. On a busy machine the difference drowns in the
+noise, and `evidence` is the surer number. It does not grow with the model, so its part shrinks.
 """
 
 from __future__ import annotations
@@ -25,15 +26,16 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sapo_jax import diagnostics
-from sapo_jax.analysis.phases import write_csv
 from sapo_jax.batch import Batch
 from sapo_jax.config import SAPO, Config, Diagnostics, Model, load
+from sapo_jax.io.files import write_csv
 from sapo_jax.learner.scoring import make_scorer
 from sapo_jax.learner.update import init_state, make_optimizer, make_update, policy_loss
 from sapo_jax.models import make_policy
@@ -42,71 +44,91 @@ from sapo_jax.rollout import pad_sequences
 
 RESULTS = Path(__file__).parents[1] / "results"
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+PARTS = ("without", "with", "difference", "evidence", "host")
+WARM_UPS = 2  # repeats that compile and warm up
+UPDATES_PER_STEP = 4  # whose statistics the host takes together
+DRIFT = 0.05  # nats, standard deviation of log r
 
 
-def variants() -> dict[str, tuple[Model, int, int, int]]:
-    """(model, rows, tokens per row, of these completion tokens) by name."""
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    model: Model
+    rows: int
+    tokens: int  # of a row; a bucket, so that every row is full
+    completion_tokens: int  # of these
+
+
+def variants() -> dict[str, Variant]:
     quickstart = dataclasses.replace(load(QUICKSTART).model, vocab_size=260)
     larger = Model(
         vocab_size=8192, hidden_size=256, num_hidden_layers=4, intermediate_size=768, head_dim=64
     )
     return {
-        "quickstart, 0.1 M parameters": (quickstart, 256, 32, 6),
-        "5 M parameters": (larger, 8, 256, 192),
+        "quickstart, 0.1 M parameters": Variant(quickstart, 256, 32, 6),
+        "5 M parameters": Variant(larger, 8, 256, 192),
     }
 
 
-def random_batch(model: Model, rows: int, T: int, completion: int) -> Batch:
-    """T: a bucket, so that every row is full."""
+def random_batch(variant: Variant) -> Batch:
     rng = np.random.default_rng(0)
-    arrays = pad_sequences(
-        [(rng.integers(0, model.vocab_size, T).tolist(), T - completion) for _ in range(rows)], 0
+    prompt_tokens = variant.tokens - variant.completion_tokens
+    sequences = []
+    for _ in range(variant.rows):
+        ids = rng.integers(0, variant.model.vocab_size, variant.tokens).tolist()
+        sequences.append((ids, prompt_tokens))
+    arrays = pad_sequences(sequences, 0)
+    adv_B1 = rng.normal(size=(variant.rows, 1)).astype(np.float32)
+    weight_BT = token_weights(
+        arrays["mask_BT"], arrays["segment_ids_BT"], "sequence_mean", variant.completion_tokens
     )
     return Batch(
         **arrays,
-        adv_BT=np.broadcast_to(rng.normal(size=(rows, 1)), (rows, T)).astype(np.float32),
-        weight_BT=token_weights(
-            arrays["mask_BT"], arrays["segment_ids_BT"], "sequence_mean", completion
-        ),
+        adv_BT=np.broadcast_to(adv_B1, (variant.rows, variant.tokens)),
+        weight_BT=weight_BT,
     )
 
 
-def measure(
-    model: Model, rows: int, T: int, completion: int, repeats: int
-) -> dict[str, np.ndarray]:
-    """Milliseconds of each repeat, by part."""
-    cfg, gates = Config(model=model), diagnostics.Gates.of(SAPO())
-    policy, tx = make_policy(model), make_optimizer(cfg.optimizer, 1000)
+def measure(variant: Variant, repeats: int) -> dict[str, np.ndarray]:
+    """Milliseconds of each repeat, by PARTS."""
+    cfg = Config(model=variant.model)
+    gates = diagnostics.Gates.of(SAPO())
+    policy = make_policy(variant.model)
+    optimizer = make_optimizer(cfg.optimizer, 1000)
     params = jax.jit(policy.init)(jax.random.key(0))
-    batch = random_batch(model, rows, T, completion)
-    logp_BT, _ = make_scorer(policy, 1.0, rows)(params, batch)
-    drift_BT = np.random.default_rng(1).normal(0, 0.05, (rows, T)).astype(np.float32)
-    batch = jax.device_put(dataclasses.replace(batch, old_logp_BT=np.asarray(logp_BT) + drift_BT))
-    updates = {}
-    for part, every in (("without", 0), ("with", 1)):
-        loss = policy_loss(dataclasses.replace(cfg, diagnostics=Diagnostics(every=every)))
-        updates[part] = make_update(policy, tx, loss, rows)
-    states = {part: init_state(jax.tree.map(lambda x: x.copy(), params), tx) for part in updates}
-    alone = jax.jit(
-        lambda batch: diagnostics.collect_evidence(
-            drift_BT, batch, gates, logp_BT, jnp.exp(2 * logp_BT)
-        )
-    )
 
-    times: dict[str, list[float]] = {part: [] for part in (*updates, "evidence", "host")}
-    for _ in range(repeats + 2):  # the first two compile and warm up
+    batch = random_batch(variant)
+    logp_BT = make_scorer(policy, 1.0, variant.rows)(params, batch).logp_BT
+    drift_BT = np.random.default_rng(1).normal(0, DRIFT, logp_BT.shape).astype(np.float32)
+    batch = dataclasses.replace(batch, old_logp_BT=np.asarray(logp_BT) + drift_BT)
+    batch = jax.device_put(batch)
+
+    updates = {}
+    states = {}
+    for part, every in (("without", 0), ("with", 1)):
+        cfg_of_part = dataclasses.replace(cfg, diagnostics=Diagnostics(every=every))
+        updates[part] = make_update(policy, optimizer, policy_loss(cfg_of_part), variant.rows)
+        states[part] = init_state(jax.tree.map(lambda x: x.copy(), params), optimizer)
+
+    @jax.jit
+    def evidence_alone(batch: Batch) -> diagnostics.Evidence:
+        collision_BT = jnp.exp(2 * logp_BT)  # any numbers of the right shape
+        return diagnostics.collect_evidence(drift_BT, batch, gates, logp_BT, collision_BT)
+
+    times: dict[str, list[float]] = {"without": [], "with": [], "evidence": [], "host": []}
+    for _ in range(repeats + WARM_UPS):
         for part, update in updates.items():
             with timed(times[part]):
                 states[part], aux = jax.block_until_ready(update(states[part], batch))
         with timed(times["evidence"]):
-            jax.block_until_ready(alone(batch))
+            jax.block_until_ready(evidence_alone(batch))
         with timed(times["host"]):
-            on_host(jax.device_get([aux["stats"]] * 4), gates)
-    found = {part: 1e3 * np.array(x[2:]) for part, x in times.items()}
-    return found | {"difference": found["with"] - found["without"]}
+            evidence_on_host(jax.device_get([aux["stats"]] * UPDATES_PER_STEP), gates)
+    milliseconds = {part: 1e3 * np.array(x[WARM_UPS:]) for part, x in times.items()}
+    milliseconds["difference"] = milliseconds["with"] - milliseconds["without"]
+    return milliseconds
 
 
-def on_host(stats: list[diagnostics.TokenStats], gates: diagnostics.Gates) -> str:
+def evidence_on_host(stats: list[diagnostics.TokenStats], gates: diagnostics.Gates) -> str:
     """What the trainer does with the evidence of a step, apart from what it does without."""
     evidence = jax.tree.map(lambda *x: np.concatenate(x), *(s.evidence for s in stats))
     diagnostics.finalize_evidence(diagnostics.reduce_evidence(evidence))
@@ -115,6 +137,7 @@ def on_host(stats: list[diagnostics.TokenStats], gates: diagnostics.Gates) -> st
 
 @contextlib.contextmanager
 def timed(times: list[float]) -> Iterator[None]:
+    """Appends the seconds of its block."""
     start = time.perf_counter()
     yield
     times.append(time.perf_counter() - start)
@@ -126,22 +149,28 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=30)
     repeats = parser.parse_args().repeats
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, variant in variants().items():
-        found = measure(*variant, repeats)
-        without = np.median(found["without"])
-        for part in ("without", "with", "difference", "evidence", "host"):
-            q1, q2, q3 = np.percentile(found[part], (25, 50, 75))
-            row = {
-                "model": name,
-                "part": part,
-                "q1_ms": float(q1),
-                "median_ms": float(q2),
-                "q3_ms": float(q3),
-            }
-            rows.append(row | {"percent_of_update": float(100 * q2 / without)})
-            share = f"{100 * q2 / without:6.2f} % of the update"
-            print(f"{name:30s} {part:10s} {q2:8.2f} ms   (quartiles {q1:.2f} to {q3:.2f}) {share}")
+        milliseconds = measure(variant, repeats)
+        update_ms = np.median(milliseconds["without"])
+        for part in PARTS:
+            q1, median, q3 = (float(q) for q in np.percentile(milliseconds[part], (25, 50, 75)))
+            percent = float(100 * median / update_ms)
+            rows.append(
+                {
+                    "model": name,
+                    "part": part,
+                    "q1_ms": q1,
+                    "median_ms": median,
+                    "q3_ms": q3,
+                    "percent_of_update": percent,
+                }
+            )
+            quartiles = f"(quartiles {q1:.2f} to {q3:.2f})"
+            print(
+                f"{name:30s} {part:10s} {median:8.2f} ms   {quartiles} "
+                f"{percent:6.2f} % of the update"
+            )
     write_csv(RESULTS / "diagnostics_cost.csv", rows)
 
 

@@ -1,12 +1,14 @@
 """Peak host memory of loading Hugging Face weights, above the model's own share.
 
-    python experiments/benchmarks/load_memory.py                # a 2 GB model made here; SmolLM2, after `make smollm2`
+    python experiments/benchmarks/load_memory.py                # 2 GB that it makes; SmolLM2
     python experiments/benchmarks/load_memory.py --model DIR    # this one
 
-Hardware: any; 3 GB of memory and disk, a minute. Expected: the last column below 2. Writes results/load_memory.csv.
+SmolLM2 is measured where `make smollm2` has fetched it. Hardware: any; 3 GB of memory and disk, a
+minute. Expected: the last column is below 2. The script writes results/load_memory.csv.
 
-Counted is anonymous memory (RssAnon), sampled every 2 ms: pages of the mapped files belong to the page cache, which the
-kernel takes back at will. On a CPU the parameters themselves are host memory; they are subtracted.
+Anonymous memory (RssAnon) is counted, sampled every 2 ms: pages of the mapped files belong to the
+page cache, which the kernel takes back at will. On a CPU the parameters themselves are host
+memory; they are subtracted.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,9 +32,16 @@ from sapo_jax.config import Mesh, Model, read_model_keys, to_hugging_face
 RESULTS = Path(__file__).parents[1] / "results" / "load_memory.csv"
 SMOLLM2 = Path(".cache/smollm2/model")
 SYNTHETIC = Model(  # 0.5 B parameters in float32: 2 GB
-    vocab_size=64000, hidden_size=1280, num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=8,
-    head_dim=80, intermediate_size=3456,
-)  # fmt: skip
+    vocab_size=64000,
+    hidden_size=1280,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    head_dim=80,
+    intermediate_size=3456,
+)
+SHARD_BYTES = 10**9
+SAMPLING_SECONDS = 0.002
 
 
 def anonymous_bytes() -> int:
@@ -40,50 +51,85 @@ def anonymous_bytes() -> int:
     raise RuntimeError("this kernel does not tell RssAnon")
 
 
+class PeakWatcher:
+    """Within its `with` block, samples the anonymous memory of this process from a thread."""
+
+    def __init__(self) -> None:
+        self.peak_bytes = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def _watch(self) -> None:
+        while not self._done.is_set():
+            self.peak_bytes = max(self.peak_bytes, anonymous_bytes())
+            time.sleep(SAMPLING_SECONDS)
+
+    def __enter__(self) -> PeakWatcher:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+
 def measure(folder: str) -> dict[str, float]:
-    """In a process of its own: load, and report bytes."""
+    """Loads the weights of a directory and reports sizes (10^6 bytes) and seconds.
+
+    To be called in a process of its own.
+    """
     import jax
 
     from sapo_jax.distributed import sharding
-    from sapo_jax.hub.weights import hub_shapes, load_params
+    from sapo_jax.hub.table import hub_shapes
+    from sapo_jax.hub.weights import load_params
     from sapo_jax.models import make_policy
 
-    cfg = Model(
-        **{k: tuple(v) if isinstance(v, list) else v for k, v in read_model_keys(folder).items()}
-    )
-    policy, mesh = make_policy(cfg), sharding.make_mesh(Mesh())
+    keys = read_model_keys(folder)
+    keys["mlp_only_layers"] = tuple(keys.get("mlp_only_layers", ()))
+    cfg = Model(**keys)
+    policy = make_policy(cfg)
+    mesh = sharding.make_mesh(Mesh())
     jax.block_until_ready(jax.jit(lambda: jax.numpy.zeros(8))())  # the runtime's own memory
-    before, peak, done = anonymous_bytes(), 0, threading.Event()
 
-    def watch() -> None:
-        nonlocal peak
-        while not done.is_set():
-            peak = max(peak, anonymous_bytes())
-            time.sleep(0.002)
+    before = anonymous_bytes()
+    with PeakWatcher() as watcher:
+        start = time.perf_counter()
+        params = jax.block_until_ready(load_params(folder, policy, mesh))
+        seconds = time.perf_counter() - start
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    start = time.perf_counter()
-    params = jax.block_until_ready(load_params(folder, policy, mesh))
-    seconds = time.perf_counter() - start
-    done.set()
-    watcher.join()
-    share = sum(x.nbytes for x in jax.tree.leaves(params))
-    largest = max(4 * int(np.prod(shape)) for shape in hub_shapes(cfg).values())
+    parameter_bytes = sum(x.nbytes for x in jax.tree.leaves(params))
+    largest_tensor = max(4 * int(np.prod(shape)) for shape in hub_shapes(cfg).values())
+    above = watcher.peak_bytes - before - parameter_bytes
     return {
-        "parameters_mb": share / 1e6, "largest_tensor_mb": largest / 1e6, "seconds": seconds,
-        "above_mb": (peak - before - share) / 1e6, "above_in_largest_tensors": (peak - before - share) / largest,
-    }  # fmt: skip
+        "parameters_mb": parameter_bytes / 1e6,
+        "largest_tensor_mb": largest_tensor / 1e6,
+        "seconds": seconds,
+        "above_mb": above / 1e6,
+        "above_in_largest_tensors": above / largest_tensor,
+    }
 
 
 def make_synthetic(folder: Path) -> None:
-    from sapo_jax.hub.weights import hub_shapes
+    """Writes random weights of the shape SYNTHETIC as a Hugging Face directory."""
+    from sapo_jax.hub.table import hub_shapes
     from sapo_jax.hub.writer import write_json, write_shards
 
-    rng, shapes = np.random.default_rng(0), hub_shapes(SYNTHETIC)
-    tensors = (rng.standard_normal(shape, np.float32) for shape in shapes.values())
-    write_shards(folder, shapes, np.dtype(np.float32), tensors, 10**9)
+    shapes = hub_shapes(SYNTHETIC)
+
+    def tensors() -> Iterator[np.ndarray]:
+        rng = np.random.default_rng(0)
+        for shape in shapes.values():
+            yield rng.standard_normal(shape, np.float32)
+
+    write_shards(folder, shapes, np.dtype(np.float32), tensors(), SHARD_BYTES)
     write_json(folder / "config.json", to_hugging_face(SYNTHETIC))
+
+
+def measure_in_own_process(folder: str) -> dict[str, float]:
+    command = [sys.executable, __file__, "--model", folder]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return {name: round(value, 2) for name, value in json.loads(done.stdout).items()}
 
 
 def main() -> None:
@@ -91,25 +137,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", help="measure this directory alone, in this process, as JSON")
-    if (folder := parser.parse_args().model) is not None:
+    folder = parser.parse_args().model
+    if folder is not None:
         print(json.dumps(measure(folder)))
         return
-    with tempfile.TemporaryDirectory() as made:
-        make_synthetic(Path(made))
-        folders = {"synthetic 2 GB": made} | (
-            {"SmolLM2-135M": str(SMOLLM2)} if SMOLLM2.exists() else {}
-        )
-        rows = []
+
+    with tempfile.TemporaryDirectory() as synthetic:
+        make_synthetic(Path(synthetic))
+        folders = {"synthetic 2 GB": synthetic}
+        if SMOLLM2.exists():
+            folders["SmolLM2-135M"] = str(SMOLLM2)
+        rows: list[dict[str, Any]] = []
         for name, folder in folders.items():
-            out = subprocess.run(
-                [sys.executable, __file__, "--model", folder],
-                check=True,
-                capture_output=True,
-                text=True,
-            )
-            rows.append(
-                {"model": name, **{k: round(v, 2) for k, v in json.loads(out.stdout).items()}}
-            )
+            rows.append({"model": name, **measure_in_own_process(folder)})
             print(rows[-1], flush=True)
     with RESULTS.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])

@@ -1,4 +1,4 @@
-"""Every notebook runs, its first error being fatal; and the executed one that is committed is that script."""
+"""Every notebook runs, its first error is fatal, and the committed outputs are of its source."""
 
 from __future__ import annotations
 
@@ -36,47 +36,60 @@ PRINTED = {  # what a reader is told to see
     ),
 }
 FIGURES = {
-    "01_soft_gate": 4, "02_update_by_hand": 2, "03_gradient_weights": 5, "04_routing_replay": 2, "05_reading_a_sweep": 3,
-}  # fmt: skip
-SLOW = tuple(
-    name for name in PRINTED if name != "01_soft_gate"
-)  # half a minute to two minutes each on two cores
-AS_SLOW = (pytest.mark.slow, pytest.mark.timeout(1800))
-MARKED = [pytest.param(p, marks=AS_SLOW) if p.stem in SLOW else p for p in scripts()]
+    "01_soft_gate": 4,
+    "02_update_by_hand": 2,
+    "03_gradient_weights": 5,
+    "04_routing_replay": 2,
+    "05_reading_a_sweep": 3,
+}
+QUICK = "01_soft_gate"  # the others take half a minute to two minutes each on two cores
 PATHS = re.compile(
     r"(?<![\w.~:/])/(home|root|tmp|usr|var|opt|work|mnt|private|Users)/|[A-Z]:\\|site-packages"
 )
 
 
-def names(path: Path) -> str:
+def name_of(path: Path) -> str:
     return path.stem
 
 
+def slow_but_the_quick_one() -> list:
+    """The sources as test parameters, marked as slow where they are."""
+    params = []
+    for path in scripts():
+        marks = () if path.stem == QUICK else (pytest.mark.slow, pytest.mark.timeout(1800))
+        params.append(pytest.param(path, marks=marks))
+    return params
+
+
 def outputs_of(notebook: dict) -> list[dict]:
-    return [
-        output
-        for cell in notebook["cells"]
-        if cell["cell_type"] == "code"
-        for output in cell["outputs"]
-    ]
+    outputs = []
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            outputs += cell["outputs"]
+    return outputs
+
+
+def has_plot(output: dict) -> bool:
+    return "image/png" in output.get("data", {})
 
 
 def printed(notebook: dict) -> str:
-    return "".join("".join(o["text"]) for o in outputs_of(notebook) if o["output_type"] == "stream")
+    streams = [output for output in outputs_of(notebook) if output["output_type"] == "stream"]
+    return "".join("".join(stream["text"]) for stream in streams)
 
 
 def test_there_are_notebooks():
     assert [path.stem for path in scripts()] == sorted(PRINTED)
 
 
-@pytest.mark.parametrize("path", MARKED, ids=names)
+@pytest.mark.parametrize("path", slow_but_the_quick_one(), ids=name_of)
 def test_it_runs(path, monkeypatch):
     """As `make notebooks` runs it; an assert in a cell that fails, fails here."""
-    for name in ("SAPO_RUN", "SAPO_SWEEP"):
-        monkeypatch.setenv(name, "not/a/folder/of/the/user")
-    found = printed(execute(path))
+    for variable in ("SAPO_RUN", "SAPO_SWEEP"):
+        monkeypatch.setenv(variable, "not/a/folder/of/the/user")
+    output = printed(execute(path))
     for text in PRINTED[path.stem]:
-        assert text in found
+        assert text in output
 
 
 def test_an_error_in_a_cell_is_fatal(tmp_path):
@@ -86,34 +99,38 @@ def test_an_error_in_a_cell_is_fatal(tmp_path):
         execute(bad)
 
 
-@pytest.mark.parametrize("path", scripts(), ids=names)
+@pytest.mark.parametrize("path", scripts(), ids=name_of)
 def test_the_executed_notebook_is_the_script(path):
     """`make notebooks` after a change; all cells were run, in order, and none failed or warned."""
     notebook = json.loads(path.with_suffix(".ipynb").read_text())
-    found = [(cell["cell_type"], "".join(cell["source"])) for cell in notebook["cells"]]
-    assert found == [(cell.cell_type, cell.source) for cell in jupytext.read(path).cells]
+    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in notebook["cells"]]
+    assert cells == [(cell.cell_type, cell.source) for cell in jupytext.read(path).cells]
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
     outputs = outputs_of(notebook)
     assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"]
-    assert sum("image/png" in o.get("data", {}) for o in outputs) == FIGURES[path.stem]
-    assert any("image/png" in o.get("data", {}) for o in code[0]["outputs"]), "it opens with a plot"
+    assert len([o for o in outputs if has_plot(o)]) == FIGURES[path.stem]
+    assert any(has_plot(o) for o in code[0]["outputs"]), "it opens with a plot"
     for text in PRINTED[path.stem]:
         assert text in printed(notebook)
 
 
-@pytest.mark.parametrize("path", scripts(), ids=names)
+@pytest.mark.parametrize("path", scripts(), ids=name_of)
 def test_the_executed_notebook_names_no_machine(path):
-    """No path, no user, no time of the machine that executed it: not in outputs, tracebacks, metadata."""
+    """No path, no user, no time of the machine that executed it is in the outputs or metadata."""
     notebook = json.loads(path.with_suffix(".ipynb").read_text())
     for output in outputs_of(notebook):
         output.get("data", {}).pop("image/png", None)
     text = json.dumps(notebook)
-    assert not (there := PATHS.search(text)), text[max(0, there.start() - 80) : there.end() + 80]
+    path_of_machine = PATHS.search(text)
+    assert path_of_machine is None, around(path_of_machine, text)
     assert str(Path(__file__).parents[2]) not in text
-    assert {name for cell in notebook["cells"] for name in cell["metadata"]} == set(), (
-        "times of execution, say"
-    )
+    for cell in notebook["cells"]:
+        assert cell["metadata"] == {}, "it holds times of execution, say"
+
+
+def around(match: re.Match, text: str) -> str:
+    return text[max(0, match.start() - 80) : match.end() + 80]
 
 
 def test_paths_of_machines_are_found():

@@ -1,13 +1,15 @@
 """Tunix: its sampler, its jitted log-probs, its trainer's jitted step with its GRPO loss.
 
-`iteration` puts them together as its GRPO learner does: one optimiser step on the policy that sampled, so no log-probs
-are scored before it. Its sampler stops with the longest sequence of a batch; 64 requests are four batches of 16.
+`iteration` puts them together as its GRPO learner does: one optimiser step on the policy that
+sampled, so no log-probs are scored before it. Its sampler stops with the longest sequence of a
+batch; 64 requests are four batches of 16.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -27,11 +29,16 @@ from tunix.sft.peft_trainer import TrainingConfig
 from worker import Job, Requests, Work, reward, serve
 
 PAD = 0  # no prompt or completion holds it
+NEVER = 10**6  # steps between evaluations
 
 
-def load(work: Work):
+def load(work: Work) -> nnx.Module:
     spec = json.loads((Path(work.model) / "config.json").read_text())
-    experts = spec.get("num_experts")
+    experts = spec.get("num_experts") or None
+    if "rope_parameters" in spec:
+        rope_theta = spec["rope_parameters"]["rope_theta"]
+    else:
+        rope_theta = spec["rope_theta"]
     config = ModelConfig(
         num_layers=spec["num_hidden_layers"],
         vocab_size=spec["vocab_size"],
@@ -40,24 +47,26 @@ def load(work: Work):
         num_heads=spec["num_attention_heads"],
         head_dim=spec["head_dim"],
         num_kv_heads=spec["num_key_value_heads"],
-        rope_theta=spec["rope_parameters"]["rope_theta"]
-        if "rope_parameters" in spec
-        else spec["rope_theta"],
+        rope_theta=rope_theta,
         norm_eps=spec["rms_norm_eps"],
         use_tied_embedding=spec["tie_word_embeddings"],
-        num_experts=experts or None,
+        num_experts=experts,
         num_experts_per_tok=spec["num_experts_per_tok"] if experts else None,
     )
     return create_model_from_safe_tensors(work.model, config, mesh=None, dtype=jnp.float32)
 
 
 class Ids:
-    """A tokenizer for prompts that are ids already."""
+    """A tokenizer for prompts that are ids already, as JSON."""
 
     def bos_id(self) -> int:
         return PAD
 
-    eos_id = pad_id = bos_id
+    def eos_id(self) -> int:
+        return PAD
+
+    def pad_id(self) -> int:
+        return PAD
 
     def encode(self, text: str, **_kwargs) -> list[int]:
         return json.loads(text)
@@ -67,26 +76,36 @@ class Ids:
 
 
 class Rollouts:
-    def __init__(self, model, work: Work):
+    """Samples requests; each call of the sampler has a seed of its own."""
+
+    def __init__(self, model: nnx.Module, work: Work):
         config = model.config
         longest = len(work.prompts[0]) + len(work.completions[0])
         cache = CacheConfig(longest, config.num_layers, config.num_kv_heads, config.head_dim)
-        self.sampler, self.work, self.calls = Sampler(model, Ids(), cache), work, 0
+        self.sampler = Sampler(model, Ids(), cache)
+        self.work = work
+        self.calls = 0
 
     def __call__(self, requests: Requests) -> list[list[int]]:
-        found = []
+        completions = []
         for prompts, lengths in requests.batches(self.work.slots):
             self.calls += 1
             out = self.sampler(
-                [json.dumps(ids) for ids in prompts], max(lengths), len(prompts[0]), temperature=1.0, top_p=1.0,
-                seed=self.calls, eos_tokens=[-1],
-            )  # fmt: skip
-            found += [list(ids[:n]) for ids, n in zip(out.tokens, lengths, strict=True)]
-        return found
+                [json.dumps(ids) for ids in prompts],
+                max(lengths),
+                len(prompts[0]),
+                temperature=1.0,
+                top_p=1.0,
+                seed=self.calls,
+                eos_tokens=[-1],
+            )
+            for ids, length in zip(out.tokens, lengths, strict=True):
+                completions.append(list(ids[:length]))
+        return completions
 
 
 class Learner:
-    def __init__(self, model, work: Work):
+    def __init__(self, model: nnx.Module, work: Work):
         optimizer = optax.chain(
             optax.clip_by_global_norm(work.max_grad_norm),
             optax.adamw(work.learning_rate, b2=0.95, weight_decay=0.0),
@@ -94,17 +113,23 @@ class Learner:
         config = GRPOConfig(num_generations=work.group, beta=0.0, epsilon=work.clip)
         config.temperature = 1.0
         grpo = function_registry.get_policy_loss_fn(config.policy_loss_fn)
-        loss = lambda model, train_example, algo_config: grpo(
-            model, train_example, algo_config=config, pad_id=PAD, eos_id=-1
-        )
-        trainer = Trainer(
-            model, optimizer, TrainingConfig(eval_every_n_steps=10**6, max_steps=10**6), lambda: {}
-        )
+
+        def loss(model, train_example, algo_config):
+            return grpo(model, train_example, algo_config=config, pad_id=PAD, eos_id=-1)
+
+        training = TrainingConfig(eval_every_n_steps=NEVER, max_steps=NEVER)
+        trainer = Trainer(model, optimizer, training, lambda: {})
         trainer.with_loss_fn(loss, has_aux=True)
         trainer.with_gen_model_input_fn(lambda x: {"train_example": x, "algo_config": config})
         self.step, _ = trainer.jit_train_and_eval_step(cache_nnx_graph=True)
 
-    def update(self, prompts, completions, advantages, old_logp) -> tuple[float, float]:
+    def update(
+        self,
+        prompts: jax.Array,
+        completions: jax.Array,
+        advantages: jax.Array,
+        old_logp: jax.Array | None,
+    ) -> dict[str, float]:
         example = common.TrainExample(
             prompt_ids=prompts,
             prompt_mask=prompts != PAD,
@@ -115,46 +140,64 @@ class Learner:
             old_per_token_logps=old_logp,
         )
         loss, _aux, norm = jax.block_until_ready(self.step(example))
-        return float(loss), float(norm)
+        return {"loss": float(loss), "grad_norm": float(norm)}
 
 
-def arrays(work: Work) -> tuple[jax.Array, jax.Array]:
-    prompts = np.repeat(np.array(work.prompts, np.int32), work.group, axis=0)
-    return jnp.array(prompts), jnp.array(work.completions, jnp.int32)
+def prompt_array(work: Work) -> jax.Array:
+    """The prompt of each sequence."""
+    return jnp.array(np.repeat(np.array(work.prompts, np.int32), work.group, axis=0))
+
+
+def completion_array(work: Work) -> jax.Array:
+    return jnp.array(work.completions, jnp.int32)
+
+
+def count_tokens(completions: list[list[int]]) -> dict[str, list[int]]:
+    return {"new_tokens": [len(ids) for ids in completions]}
 
 
 def score_job(work: Work) -> Job:
     graphdef, state = nnx.split(load(work))
-    prompts, completions = arrays(work)
-    run = lambda: jax.block_until_ready(
-        common.compute_per_token_logps(graphdef, state, prompts, completions, pad_id=PAD, eos_id=-1)
-    )
+    prompts = prompt_array(work)
+    completions = completion_array(work)
+
+    def run() -> jax.Array:
+        logp_BC = common.compute_per_token_logps(
+            graphdef, state, prompts, completions, pad_id=PAD, eos_id=-1
+        )
+        return jax.block_until_ready(logp_BC)
+
     return Job(run, lambda logp_BC: {"logp": np.asarray(logp_BC).tolist()})
 
 
 def update_job(work: Work) -> Job:
-    learner, (prompts, completions) = Learner(load(work), work), arrays(work)
-    advantages, old_logp = jnp.array(work.advantages), jnp.array(work.old_logp)
-    run = lambda: learner.update(prompts, completions, advantages, old_logp)
-    return Job(run, lambda found: dict(zip(("loss", "grad_norm"), found, strict=True)))
+    learner = Learner(load(work), work)
+    prompts = prompt_array(work)
+    completions = completion_array(work)
+    advantages = jnp.array(work.advantages)
+    old_logp = jnp.array(work.old_logp)
+
+    def run() -> dict[str, float]:
+        return learner.update(prompts, completions, advantages, old_logp)
+
+    return Job(run, lambda metrics: metrics)
 
 
-def rollout_job(kind: str):
+def rollout_job(kind: str) -> Callable[[Work], Job]:
     def make(work: Work) -> Job:
         rollouts = Rollouts(load(work), work)
-        return Job(
-            lambda: rollouts(work.requests[kind]),
-            lambda found: {"new_tokens": [len(ids) for ids in found]},
-        )
+        return Job(lambda: rollouts(work.requests[kind]), count_tokens)
 
     return make
 
 
 def iteration_job(work: Work) -> Job:
     model = load(work)
-    learner, rollouts, (prompts, _) = Learner(model, work), Rollouts(model, work), arrays(work)
+    learner = Learner(model, work)
+    rollouts = Rollouts(model, work)
+    prompts = prompt_array(work)
 
-    def run():
+    def run() -> list[list[int]]:
         rollouts.sampler.transformer_state = nnx.variables(model, nnx.Param)
         completions = rollouts(work.requests["iteration"])
         rewards = np.array([reward([int(i) for i in ids]) for ids in completions])
@@ -162,7 +205,7 @@ def iteration_job(work: Work) -> Job:
         learner.update(prompts, jnp.array(np.array(completions)), jnp.array(advantages), None)
         return completions
 
-    return Job(run, lambda found: {"new_tokens": [len(ids) for ids in found]})
+    return Job(run, count_tokens)
 
 
 if __name__ == "__main__":

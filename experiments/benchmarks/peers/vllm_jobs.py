@@ -1,12 +1,13 @@
 """vLLM on a CPU, in this process: 16 sequences at a time, finished ones make room for the next.
 
-float32, compiled as vLLM does by itself; the prefix cache is emptied before each run, for new weights make it useless.
-The log-prob of each token comes along, which RL needs.
+It computes in float32, compiled as vLLM does by itself. The prefix cache is emptied before each
+run, because new weights make it useless. The log-prob of each token comes along, which RL needs.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # no second process: it would compete for the cores
@@ -16,32 +17,37 @@ os.environ |= {
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
 
-from vllm import LLM, SamplingParams
+from vllm import LLM, RequestOutput, SamplingParams
 from worker import Job, Work, serve
 
 
-def rollout_job(kind: str):
+def rollout_job(kind: str) -> Callable[[Work], Job]:
     def make(work: Work) -> Job:
-        requests, group = work.requests[kind], work.group
+        requests = work.requests[kind]
         engine = LLM(
-            work.model, dtype="float32", skip_tokenizer_init=True, max_num_seqs=work.slots, seed=0,
+            work.model,
+            dtype="float32",
+            skip_tokenizer_init=True,
+            max_num_seqs=work.slots,
+            seed=0,
             max_model_len=len(work.prompts[0]) + len(work.completions[0]),
-        )  # fmt: skip
-        prompts = [{"prompt_token_ids": ids} for ids in requests.prompts for _ in range(group)]
-        how = [
+        )
+        prompts = [{"prompt_token_ids": ids} for ids in requests.prompts for _ in range(work.group)]
+        params = [
             SamplingParams(
-                temperature=1.0, max_tokens=n, ignore_eos=True, detokenize=False, logprobs=0
+                temperature=1.0, max_tokens=length, ignore_eos=True, detokenize=False, logprobs=0
             )
-            for n in requests.lengths
+            for length in requests.lengths
         ]
 
-        def run():
+        def run() -> list[RequestOutput]:
             engine.reset_prefix_cache()
-            return engine.generate(prompts, how, use_tqdm=False)
+            return engine.generate(prompts, params, use_tqdm=False)
 
-        return Job(
-            run, lambda found: {"new_tokens": [len(one.outputs[0].token_ids) for one in found]}
-        )
+        def evidence(outputs: list[RequestOutput]) -> dict:
+            return {"new_tokens": [len(output.outputs[0].token_ids) for output in outputs]}
+
+        return Job(run, evidence)
 
     return make
 

@@ -1,8 +1,9 @@
-"""What the runners of all peers share: the workload's format, and a loop that runs one job on command.
+"""What the processes of all sides share: the workload's format, and a loop that runs one job.
 
-A runner is `PYTHON peers/NAME_jobs.py WORKLOAD.json JOB`, a process of its own in that peer's environment; this file
-needs the standard library alone. It builds the job, says so, and then runs it once for each line on its standard input,
-answering with a line of JSON. So the driver can let several runners take turns, and each one's peak memory is its own.
+A side is started as `PYTHON peers/NAME_jobs.py WORKLOAD.json JOB`, a process of its own in that
+peer's environment; this file needs the standard library alone. The process builds the job, says
+so, and then runs it once for each line on its standard input, answering with a line of JSON. So
+the driver (runner.py) can let several sides take turns, and each one's peak memory is its own.
 """
 
 from __future__ import annotations
@@ -19,29 +20,35 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Requests:
-    """Completions to sample, in group order; the lengths are those that a trained model would have chosen."""
+    """Completions to sample, in group order; the lengths are those a trained model might choose."""
 
     prompts: list[list[int]]  # P prompts, ids
     lengths: list[int]  # P * group new tokens
 
     def batches(self, size: int) -> list[tuple[list[list[int]], list[int]]]:
-        """(prompt of each sequence, lengths), `size` sequences at a time: for samplers that cannot refill slots."""
+        """(prompt of each sequence, lengths), `size` sequences at a time.
+
+        For samplers that cannot refill slots.
+        """
         group = len(self.lengths) // len(self.prompts)
-        ids = [prompt for prompt in self.prompts for _ in range(group)]
-        return [(ids[i : i + size], self.lengths[i : i + size]) for i in range(0, len(ids), size)]
+        prompt_of_sequence = [prompt for prompt in self.prompts for _ in range(group)]
+        batches = []
+        for start in range(0, len(prompt_of_sequence), size):
+            part = slice(start, start + size)
+            batches.append((prompt_of_sequence[part], self.lengths[part]))
+        return batches
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """One workload, the same for all."""
+    """One workload, the same for all sides."""
 
     name: str
     model: str  # a Hugging Face directory, float32
     prompts: list[list[int]]  # P prompts
     group: int
-    completions: list[
-        list[int]
-    ]  # B = P * group completions of equal length, to score and to train on
+    # B = P * group completions of equal length, to score and to train on
+    completions: list[list[int]]
     old_logp: list[list[float]]  # of these, under a policy that differs a little
     advantages: list[float]  # of these
     slots: int  # sequences that a sampler holds at a time
@@ -53,9 +60,10 @@ class Work:
     @classmethod
     def read(cls, path: str | Path) -> Work:
         fields = json.loads(Path(path).read_text(encoding="utf-8"))
-        return cls(
-            **fields | {"requests": {job: Requests(**r) for job, r in fields["requests"].items()}}
-        )
+        fields["requests"] = {
+            job: Requests(**requests) for job, requests in fields["requests"].items()
+        }
+        return cls(**fields)
 
     def write(self, path: str | Path) -> None:
         Path(path).write_text(json.dumps(dataclasses.asdict(self)), encoding="utf-8")
@@ -68,14 +76,17 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """`run` is timed and returns when its work is done; `evidence` makes JSON of what it returned (see `compare`)."""
+    """`run` is timed and returns when its work is done; `evidence` makes JSON of what it returned.
+
+    The driver compares the evidence of all sides (runner.py, `disagreement`).
+    """
 
     run: Callable[[], Any]
     evidence: Callable[[Any], dict[str, Any]]
 
 
 def reward(ids: list[int]) -> float:
-    """What the loops that bring no verifier of their own judge a completion by: something, and cheap."""
+    """The reward of a completion, for loops that bring no verifier: anything that is cheap."""
     return float(sum(ids) % 2)
 
 
@@ -87,21 +98,26 @@ def peak_mb() -> float:
     raise RuntimeError("this kernel does not tell VmHWM")
 
 
+def cpu_seconds() -> float:
+    """CPU time of this process and of its children that have ended."""
+    return sum(os.times()[:4])
+
+
 def serve(jobs: dict[str, Callable[[Work], Job]]) -> None:
-    channel = os.fdopen(os.dup(1), "w")
+    """Builds the job that the command line names, and runs it whenever a line comes in."""
+    answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print does not mix with the answers
 
-    def say(**answer: Any) -> None:
-        print(json.dumps(answer), file=channel, flush=True)
+    def send(**answer: Any) -> None:
+        print(json.dumps(answer), file=answers, flush=True)
 
     path, name = sys.argv[1:]
     job = jobs[name](Work.read(path))
-    say(peak_mb=peak_mb())
+    send(peak_mb=peak_mb())
     for _ in sys.stdin:
-        start, used = (
-            time.perf_counter(),
-            sum(os.times()[:4]),
-        )  # its children's too, once they have ended
-        found = job.run()
-        seconds, cpu = time.perf_counter() - start, sum(os.times()[:4]) - used
-        say(seconds=seconds, cpu=cpu, peak_mb=peak_mb(), evidence=job.evidence(found))
+        cpu_before = cpu_seconds()
+        start = time.perf_counter()
+        result = job.run()
+        seconds = time.perf_counter() - start
+        cpu = cpu_seconds() - cpu_before
+        send(seconds=seconds, cpu=cpu, peak_mb=peak_mb(), evidence=job.evidence(result))
