@@ -7,7 +7,7 @@ Imports no JAX: a configuration is checked before anything heavy starts.
 from sapo_jax.config.advice import warnings
 from sapo_jax.config.checks import check, verify
 from sapo_jax.config.errors import ConfigError, Problem
-from sapo_jax.config.load import diff, dump, load
+from sapo_jax.config.load import diff, dump, load, with_vocabulary
 from sapo_jax.config.presets import PRESETS
 from sapo_jax.config.pretrained import read_json_object, read_model_keys, to_hugging_face
 from sapo_jax.config.schema import (
@@ -74,4 +74,5 @@ __all__ = [
     "to_hugging_face",
     "verify",
     "warnings",
+    "with_vocabulary",
 ]

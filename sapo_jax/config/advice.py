@@ -26,7 +26,9 @@ def gate_cannot_act(cfg: Config) -> Iterator[Problem]:
     else:
         parameters = "objective.clip_low and clip_high"
         kind_of_sweep = "clip"
-    rounding = "" if cfg.train.old_logp == "scorer" else " up to rounding"
+    rounding = ""
+    if cfg.train.old_logp == "sampler":
+        rounding = " up to rounding"
     text = (
         f"there is one optimiser step per rollout, so r = 1{rounding} in every update and"
         f" {parameters} change nothing (a {kind_of_sweep} sweep would be a no-op);"

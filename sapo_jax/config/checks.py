@@ -20,6 +20,9 @@ from typing import TypeVar
 from sapo_jax.config.errors import ConfigError, Problem, show
 from sapo_jax.config.schema import Config, FileTask, Optimizer, ReasoningGymTask
 from sapo_jax.config.task_rules import given_name, largest_remainder, response_template_mistake
+from sapo_jax.rewards import VERIFIERS
+from sapo_jax.rewards.allowlist import REASONING_GYM_TASKS
+from sapo_jax.rewards.extract import FORMLESS
 from sapo_jax.text import did_you_mean
 
 TaskKey = TypeVar("TaskKey")
@@ -105,9 +108,6 @@ def distinct_tasks(cfg: Config) -> Iterator[Problem]:
 
 def task_sources(cfg: Config) -> Iterator[Problem]:
     """Generators are on the allow-list, files exist, verifiers are registered."""
-    # Imported in the function: importing the rewards package starts with this one.
-    from sapo_jax.rewards.allowlist import REASONING_GYM_TASKS
-
     for position, task in enumerate(cfg.data.tasks):
         task_key = f"data.tasks.{position}"
         if isinstance(task, FileTask):
@@ -121,8 +121,6 @@ def task_sources(cfg: Config) -> Iterator[Problem]:
 
 
 def _file_task(task: FileTask, task_key: str, plugins: tuple[str, ...]) -> Iterator[Problem]:
-    from sapo_jax.rewards import VERIFIERS
-
     paths = {"path": task.path}
     if task.held_out_path is not None:
         paths["held_out_path"] = task.held_out_path
@@ -222,8 +220,6 @@ def _module_exists(dotted_name: str) -> bool:
 
 
 def format_reward(cfg: Config) -> Iterator[Problem]:
-    from sapo_jax.rewards.extract import FORMLESS
-
     if cfg.rewards.format_reward > 0 and cfg.rewards.extract in FORMLESS:
         text = (
             f"with `extract: {cfg.rewards.extract}` there is no form to reward;"

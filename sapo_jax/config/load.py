@@ -63,6 +63,14 @@ def dump(cfg: Config) -> str:
     return dump_yaml(dataclasses.asdict(cfg))
 
 
+def with_vocabulary(cfg: Config, vocab_size: int) -> Config:
+    """The configuration with model.vocab_size filled in, where it is 0: the tokenizer's size."""
+    if cfg.model.vocab_size:
+        return cfg
+    model = dataclasses.replace(cfg.model, vocab_size=vocab_size)
+    return dataclasses.replace(cfg, model=model)
+
+
 def diff(a: Config, b: Config) -> list[str]:
     """Key paths whose values differ, in the order of the schema.
 

@@ -72,7 +72,9 @@ def _decides_others(keys: KeyPath) -> bool:
 def _model_path(layer: Layer) -> Any:
     """What the layer says of `model.path`; None where it says nothing."""
     model = layer.get("model")
-    return model.get("path") if isinstance(model, dict) else None
+    if not isinstance(model, dict):
+        return None
+    return model.get("path")
 
 
 def _highest_model_path(layers: Sequence[Layer]) -> Any:
@@ -123,12 +125,13 @@ def _tag_changes(under: dict, over: dict, node: Node) -> bool:
 
 def _merge_items(under: Any, over: dict, node: Node) -> list[Any]:
     """`under`, a list, with the items replaced or changed that `over` names by their positions."""
-    items = list(under) if isinstance(under, list) else []
+    items: list[Any] = []
+    count = "is not given"
+    if isinstance(under, list):
+        items = list(under)
+        count = f"has {len(items)}, counted from 0"
     for position, value in over.items():
         if not isinstance(position, int) or position >= len(items):
-            count = f"has {len(items)}, counted from 0"
-            if not isinstance(under, list):
-                count = "is not given"
             raise NoSuchItem(f"there is no item {position} to change: the list {count}")
         items[position] = merge(items[position], value, node.child(position))
     return items

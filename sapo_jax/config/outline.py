@@ -97,7 +97,9 @@ class Node:
             rules = self.rules.get("items")
         else:
             rules = self.member_for(section).rules.get("properties", {}).get(key)
-        return FREE if rules is None else Node.of(rules)
+        if rules is None:
+            return FREE
+        return Node.of(rules)
 
     @property
     def is_mapping(self) -> bool:

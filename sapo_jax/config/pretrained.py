@@ -74,7 +74,9 @@ def read_model_keys(folder: str | Path) -> dict[str, Any]:
     if family == "qwen3_moe":
         defaults = _DEFAULTS | _MOE_DEFAULTS
     for name, default in defaults.items():
-        keys[name] = default if raw.get(name) is None else raw[name]
+        keys[name] = raw.get(name)
+        if keys[name] is None:
+            keys[name] = default
         if keys[name] is _REQUIRED:
             problems.append(f"config.json: {name} is missing")
     for name, supported in _SUPPORTED_VALUES.items():

@@ -47,8 +47,8 @@ def read_files(path: str | Path) -> tuple[list[Layer], list[Path], list[Problem]
     layers: list[Layer] = []
     files: list[Path] = []
     problems: list[Problem] = []
-    current: Path | None = Path(path)
-    while current is not None:
+    current = Path(path)
+    while True:
         if current.resolve() in [file.resolve() for file in files]:
             circle = " -> ".join(map(str, [*files, current]))
             problem = Problem(("base",), f"the base files go in a circle: {circle}")
@@ -61,7 +61,9 @@ def read_files(path: str | Path) -> tuple[list[Layer], list[Path], list[Problem]
             problem = Problem(("base",), f"expected the path of a file, got {base!r}")
             raise ConfigError([problem], str(current))
         layers.insert(0, layer)
-        current = None if base is None else current.parent / base
+        if base is None:
+            break
+        current = current.parent / base
     return layers, files, problems
 
 
@@ -92,6 +94,10 @@ def _similar_file(file: Path) -> str:
     return did_you_mean(file.name, [other.name for other in file.parent.glob("*.y*ml")])
 
 
+def _key_or_position(part: str) -> str | int:
+    return int(part) if part.isdecimal() else part
+
+
 def parse_override(text: str) -> Override:
     """`key.path=value`; the value is YAML, a key that is a number is a position in a list.
 
@@ -99,7 +105,7 @@ def parse_override(text: str) -> Override:
     """
     path, equals, value_text = text.partition("=")
     path = path.strip()
-    keys = tuple(int(key) if key.isdecimal() else key for key in path.split("."))
+    keys = tuple(_key_or_position(part) for part in path.split("."))
     if not equals or "" in keys:
         usage = "write key.path=value, for example train.steps=50"
         raise ConfigError([Problem((), f"override {text!r}: {usage}")])

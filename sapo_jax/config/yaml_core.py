@@ -88,7 +88,9 @@ def parse_yaml(text: str) -> tuple[Any, list[str]]:
         value = loader.get_single_data()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        where = ""
+        if mark is not None:
+            where = f"line {mark.line + 1}, column {mark.column + 1}: "
         raise ValueError(f"{where}not valid YAML: {error.problem or error.context}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"not valid YAML: {error}") from error

@@ -33,7 +33,7 @@ from sapo_jax.sweeps.results import (
     RESULTS,
     check_folder,
     is_begun,
-    read_summary,
+    is_finished,
     write_manifest,
     write_results,
 )
@@ -128,7 +128,9 @@ def _exit_code(jobs: Sequence[Job], stop: StopFlag) -> int:
         return 1
     if to_be_resumed:
         return STOPPED
-    return 1 if "failed" in states else 0
+    if "failed" in states:
+        return 1
+    return 0
 
 
 def runs_of_shard(runs: Sequence[SweepRun], shard: tuple[int, int]) -> Sequence[SweepRun]:
@@ -145,7 +147,7 @@ def status_lines(sweep: Sweep, shard: tuple[int, int]) -> list[str]:
     for run in sweep.runs:
         if run.name not in in_shard:
             state = "another shard"
-        elif read_summary(run.folder, run.cfg.train.steps) is not None:
+        elif is_finished(run):
             state = "finished"
         elif is_begun(run.folder):
             state = "begun"
@@ -203,7 +205,7 @@ def _start_job(job: Job, start: Callable[[SweepRun], Process]) -> _Training | No
     with contextlib.ExitStack() as locks:
         try:
             locks.enter_context(claimed(run.folder, CLAIM))
-            if read_summary(run.folder, run.cfg.train.steps) is not None:
+            if is_finished(run):
                 job.state = "skipped"
                 return None
             # Nobody trains the run by hand, and no process is left of a sweep that was killed.
@@ -224,10 +226,9 @@ def _end_job(training: _Training, told_to_stop: bool) -> None:
     """Notes how the job's process ended, and lets go of the run's lock."""
     job = training.job
     code = training.process.wait()
-    summary = read_summary(job.run.folder, job.run.cfg.train.steps) if code == 0 else None
     # Killed by our signal: it was told before it was ready to save anything.
     killed_early = told_to_stop and code < 0
-    if summary is not None:
+    if code == 0 and is_finished(job.run):
         job.state = "finished"
     elif code == STOPPED or killed_early:
         job.state = "stopped"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
-from sapo_jax.config import Config, diff, load
+from sapo_jax.config import Config, diff, load, with_vocabulary
 from sapo_jax.config.resume import changes_that_forbid_resuming
 from sapo_jax.config.yaml_core import dump_yaml, parse_yaml
 from sapo_jax.errors import RunError
@@ -52,7 +51,14 @@ def read_summary(folder: Path, steps: int) -> dict[str, Any] | None:
         steps_taken = summary["rl_steps"]
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} is not the summary of a run ({error!r}); remove it") from error
-    return summary if steps_taken == steps else None
+    if steps_taken != steps:
+        return None
+    return summary
+
+
+def is_finished(run: SweepRun) -> bool:
+    """Raises RunError as `read_summary`."""
+    return read_summary(run.folder, run.cfg.train.steps) is not None
 
 
 def _last_metrics(folder: Path) -> dict[str, Any]:
@@ -95,8 +101,7 @@ def _changes(folder: Path, cfg: Config) -> list[str]:
     """The keys for which the run in the folder cannot go on with `cfg` as a run of this sweep."""
     stored = load(folder / CONFIG)
     # A run fills in the size of its tokenizer's vocabulary.
-    vocab_size = cfg.model.vocab_size or stored.model.vocab_size
-    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
+    cfg = with_vocabulary(cfg, stored.model.vocab_size)
     changes = changes_that_forbid_resuming(stored, cfg)
     changes += [key for key in diff(stored, cfg) if key in COMPARED]
     last = _last_metrics(folder)

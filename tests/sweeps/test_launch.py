@@ -150,7 +150,9 @@ def test_finished_runs_are_skipped_and_others_go_on():
 def test_a_grown_file_adds_runs_and_a_shrunk_one_leaves_folders_alone(capsys):
     train_sweep(plan_of(), start=Trainer())
     trainer = Trainer()
-    assert train_sweep(plan_of(TAUS.replace("[1.05, 1.0]", "[1.05, 1.0, 0.95]")), start=trainer) == 0
+    assert (
+        train_sweep(plan_of(TAUS.replace("[1.05, 1.0]", "[1.05, 1.0, 0.95]")), start=trainer) == 0
+    )
     assert trainer.started == ["tau_neg=0.95-seed0", "tau_neg=0.95-seed1"] and len(results()) == 6
     capsys.readouterr()
     assert train_sweep(plan_of(TAUS.replace("[1.05, 1.0]", "[1.05]")), start=trainer) == 0

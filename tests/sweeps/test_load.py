@@ -237,9 +237,13 @@ def test_bad_configurations_are_listed_by_run_and_key(sweep_of):
         "grid: {train.mini_batches: [3, 4], objective.tau_neg: [-1, 1]}\n"
         "seeds: [0, 1]\n",
     )
-    runs = lambda *points: ", ".join(
-        f"mini_batches={n}-tau_neg={tau}-seed{seed}" for seed in (0, 1) for n, tau in points
-    )
+
+    def runs(*points):
+        names = []
+        for seed in (0, 1):
+            names += [f"mini_batches={n}-tau_neg={tau}-seed{seed}" for n, tau in points]
+        return ", ".join(names)
+
     assert text.splitlines()[1:] == [
         f"  {runs((3, -1), (4, -1))}: objective.tau_neg: expected a number > 0, got -1",
         "  all 8 runs: train.stepz: unknown key here; did you mean 'train.steps'?",
@@ -310,10 +314,13 @@ def test_temperature_has_the_papers_arms(monkeypatch):
     plan = load_sweep(CONFIGS / "sweeps" / "temperature.yaml")
     taus = [(run.cfg.objective.tau_pos, run.cfg.objective.tau_neg, run.seed) for run in plan.runs]
     assert taus == [(1.0, tau, seed) for seed in range(3) for tau in (1.05, 1.0, 0.95)]
-    neutral = lambda cfg, **objective: dataclasses.replace(
-        cfg, name="", run_dir="", train=dataclasses.replace(cfg.train, seed=0),
-        objective=dataclasses.replace(cfg.objective, tau_neg=0.5),
-    )  # fmt: skip
+
+    def neutral(cfg):
+        """The configuration without what the runs of the sweep differ in."""
+        train = dataclasses.replace(cfg.train, seed=0)
+        objective = dataclasses.replace(cfg.objective, tau_neg=0.5)
+        return dataclasses.replace(cfg, name="", run_dir="", train=train, objective=objective)
+
     base = neutral(load(CONFIGS / "quickstart.yaml"))
     assert all(neutral(run.cfg) == base for run in plan.runs)
 
