@@ -1,8 +1,11 @@
 """The update: loss and gradients over micro-batches, one optax step, on donated and sharded state.
 
-loss = -sum(weight_BT * (correction_BT * surrogate_BT - kl_coef * kl_BT)) + router_aux_loss_coef * aux.
-The weights are made for the whole optimiser batch, so micro-batches add up to exactly the same gradient. (The aux
-loss is not linear in the batch: it is the mean of the micro-batches' own, weighted by their real tokens.)
+    loss = -sum(weight_BT * (correction_BT * surrogate_BT - kl_coef * kl_BT))
+           + router_aux_loss_coef * aux
+
+The weights are made for the whole optimiser batch, so micro-batches add up to exactly the same
+gradient. (The auxiliary loss of the router is not linear in the batch: it is the mean of the
+micro-batches' own, weighted by their real tokens.)
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from sapo_jax import diagnostics
 from sapo_jax.batch import Array, Batch, Params, TrainState
@@ -24,66 +28,86 @@ from sapo_jax.models import Policy, Qwen3
 from sapo_jax.objectives import OBJECTIVES
 from sapo_jax.objectives.kl import KL_ESTIMATORS
 
-# (model, micro-batch) -> loss (a sum over its rows), statistics for `diagnostics.reduce`
+# (model, micro-batch) -> loss, (statistics, Routing). The loss is a sum over the rows of the
+# micro-batch; the statistics of the policy loss go to `diagnostics.reduce_token_stats`.
 LossFn = Callable[[Qwen3, Batch], tuple[Array, Any]]
+UpdateFn = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
 
-NO_DECAY = ("scale", "bias")  # names of parameters without weight decay: norms and biases
-NEVER_ACCEPT = (
-    2**31 - 1
-)  # optax.apply_if_finite gives in after so many; the trainer stops long before
+NO_DECAY = ("scale", "bias")  # ends of names of parameters without weight decay: norms and biases
+# optax.apply_if_finite applies an update that is not finite after so many in a row. The trainer
+# stops long before.
+NEVER_ACCEPT = 2**31 - 1
 
 
 def make_schedule(cfg: Optimizer, total_steps: int) -> optax.Schedule:
-    """Learning rate per optimiser step: linear warm-up from 0, then constant, linear or cosine decay."""
-    peak, end, decay = (
-        cfg.learning_rate,
-        cfg.learning_rate * cfg.final_fraction,
-        total_steps - cfg.warmup_steps,
-    )
-    after = {
-        "constant": lambda: optax.constant_schedule(peak),
-        "linear": lambda: optax.linear_schedule(peak, end, decay),
-        "cosine": lambda: optax.cosine_decay_schedule(peak, decay, cfg.final_fraction),
-    }[cfg.schedule]()
+    """Learning rate by optimiser step: linear warm-up from 0, then constant, linear or cosine."""
+    peak = cfg.learning_rate
+    decay_steps = total_steps - cfg.warmup_steps
+    if cfg.schedule == "constant":
+        after_warmup = optax.constant_schedule(peak)
+    elif cfg.schedule == "linear":
+        after_warmup = optax.linear_schedule(peak, peak * cfg.final_fraction, decay_steps)
+    else:
+        after_warmup = optax.cosine_decay_schedule(peak, decay_steps, cfg.final_fraction)
     if cfg.warmup_steps == 0:
-        return after
-    # counts from 1, so that the first step already moves
-    warmup = lambda count: peak * (count + 1) / cfg.warmup_steps
-    return optax.join_schedules([warmup, after], [cfg.warmup_steps])
+        return after_warmup
+
+    def warmup(count: ArrayLike) -> ArrayLike:
+        """Counts from 1, so that the first step already moves the parameters."""
+        return peak * (count + 1) / cfg.warmup_steps
+
+    return optax.join_schedules([warmup, after_warmup], [cfg.warmup_steps])
 
 
-def last_learning_rate(schedule: optax.Schedule, state: TrainState, aux: dict) -> Array:
-    """The learning rate of the newest update that was applied: one that was skipped does not advance the schedule."""
-    return schedule(jnp.maximum(state.step - aux["nonfinite_total"] - 1, 0))
+def last_learning_rate(
+    schedule: optax.Schedule, state: TrainState, aux: dict[str, Any]
+) -> ArrayLike:
+    """The learning rate of the newest update that was applied.
+
+    An update that was skipped, because it was not finite, does not advance the schedule.
+
+    state, aux: what the newest update returned.
+    """
+    applied = state.step - aux["nonfinite_total"]
+    return schedule(jnp.maximum(applied - 1, 0))
 
 
 def make_optimizer(cfg: Optimizer, total_steps: int) -> optax.GradientTransformation:
-    """AdamW after global-norm clipping; an update that is not finite is skipped and counted (optax.apply_if_finite)."""
-    is_matrix = lambda params: jax.tree.map_with_path(
-        lambda path, _: not path[-1].key.endswith(NO_DECAY), params
-    )
+    """AdamW after clipping by the global norm.
+
+    An update that is not finite is skipped and counted (optax.apply_if_finite).
+    """
+
+    def has_decay(params: Params) -> Params:
+        """True for each parameter that weight decay applies to."""
+
+        def is_matrix(path: tuple[jax.tree_util.DictKey, ...], _: Array) -> bool:
+            return not path[-1].key.endswith(NO_DECAY)
+
+        return jax.tree.map_with_path(is_matrix, params)
+
     adamw = optax.adamw(
         make_schedule(cfg, total_steps),
-        cfg.b1,
-        cfg.b2,
-        cfg.eps,
+        b1=cfg.b1,
+        b2=cfg.b2,
+        eps=cfg.eps,
         weight_decay=cfg.weight_decay,
-        mask=is_matrix,
+        mask=has_decay,
     )
-    return optax.apply_if_finite(
-        optax.chain(optax.clip_by_global_norm(cfg.max_grad_norm), adamw), NEVER_ACCEPT
-    )
+    clipped_adamw = optax.chain(optax.clip_by_global_norm(cfg.max_grad_norm), adamw)
+    return optax.apply_if_finite(clipped_adamw, max_consecutive_errors=NEVER_ACCEPT)
 
 
 def state_shardings(
     policy: Policy, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh
 ) -> TrainState:
-    """Where every array of the state lives: optimiser moments as their parameters, counters everywhere."""
+    """Where every array of the state lives: optimiser moments as their parameters, counters
+    everywhere."""
     params = sharding.shardings(mesh, policy.logical_axes)
-    everywhere = sharding.replicated(mesh)
+    everywhere: Any = sharding.replicated(mesh)
     opt_state = optax.tree_utils.tree_map_params(
-        tx,
-        lambda _, p: p,
+        tx.init,
+        lambda _, param_sharding: param_sharding,
         jax.eval_shape(tx.init, policy.shapes),
         params,
         transform_non_params=lambda _: everywhere,
@@ -97,14 +121,24 @@ def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
 
 
 def policy_loss(cfg: Config) -> LossFn:
-    """The RL loss of the configured objective, with optional KL penalty and sampler-trainer correction."""
+    """The RL loss of the configured objective:
+
+        loss = -sum(weight_BT * (correction_BT * surrogate_BT - kl_coef * kl_BT))
+
+    The sampler-trainer correction and the KL penalty are optional.
+
+    Raises ValueError where a batch lacks the log-probs of the old policy, or those of the
+    reference with a KL penalty.
+    """
     objective = OBJECTIVES[cfg.objective.name]
-    kl = KL_ESTIMATORS[cfg.loss.kl] if cfg.loss.kl_coef > 0 else None
+    kl_estimator = KL_ESTIMATORS[cfg.loss.kl] if cfg.loss.kl_coef > 0 else None
 
     def loss(model: Qwen3, batch: Batch) -> tuple[Array, Any]:
-        scores, extra = score(model, batch, cfg.rollout.temperature), {}
+        if batch.old_logp_BT is None:
+            raise ValueError("the policy loss needs old_logp_BT in its batch")
+        scores = score(model, batch, cfg.rollout.temperature)
         log_ratio_BT = scores.logp_BT - batch.old_logp_BT
-        surrogate_BT, per_token = objective(
+        surrogate_BT, token_diagnostics = objective(
             log_ratio_BT,
             batch.adv_BT,
             batch.mask_BT,
@@ -113,17 +147,28 @@ def policy_loss(cfg: Config) -> LossFn:
         )
         if batch.correction_BT is not None:
             surrogate_BT = batch.correction_BT * surrogate_BT
-        if kl is not None:
-            extra["kl/reference"] = kl(scores.logp_BT - batch.ref_logp_BT, batch.mask_BT)
-            surrogate_BT -= cfg.loss.kl_coef * extra["kl/reference"]
+        extra = {}
+        if kl_estimator is not None:
+            if batch.ref_logp_BT is None:
+                raise ValueError("the KL penalty needs ref_logp_BT in the batch")
+            kl_BT = kl_estimator(scores.logp_BT - batch.ref_logp_BT, batch.mask_BT)
+            surrogate_BT = surrogate_BT - cfg.loss.kl_coef * kl_BT
+            extra["kl/reference"] = kl_BT
+
         evidence = None
         if cfg.diagnostics.every:
             gates = diagnostics.Gates.of(cfg.objective)
             evidence = diagnostics.collect_evidence(
                 log_ratio_BT, batch, gates, scores.logp_BT, scores.collision_BT
             )
-        stats = diagnostics.collect(
-            per_token, log_ratio_BT, scores.entropy_BT, batch.adv_BT, batch.mask_BT, extra, evidence
+        stats = diagnostics.collect_token_stats(
+            token_diagnostics,
+            log_ratio_BT,
+            scores.entropy_BT,
+            batch.adv_BT,
+            batch.mask_BT,
+            extra,
+            evidence,
         )
         return -jnp.sum(batch.weight_BT * surrogate_BT), (stats, scores.routing)
 
@@ -131,60 +176,82 @@ def policy_loss(cfg: Config) -> LossFn:
 
 
 def sft_loss(model: Qwen3, batch: Batch) -> tuple[Array, Any]:
-    """Negative log-likelihood of the masked tokens, weighted by weight_BT; temperature 1."""
+    """Negative log-likelihood of the masked tokens at temperature 1:
+
+        loss = -sum(weight_BT * logp_BT)
+
+    The statistics are the numbers of tokens that are the most probable ones, and of all tokens.
+    """
     scores = score(model, batch, temperature=1.0)
-    tokens = batch.mask_BT.sum()
-    hits = (batch.mask_BT & scores.greedy_BT).sum()
-    return -jnp.sum(batch.weight_BT * jnp.where(batch.mask_BT, scores.logp_BT, 0.0)), (
-        (hits, tokens),
-        scores.routing,
-    )
+    num_tokens = batch.mask_BT.sum()
+    num_hits = (batch.mask_BT & scores.greedy_BT).sum()
+    logp_BT = jnp.where(batch.mask_BT, scores.logp_BT, 0.0)
+    return -jnp.sum(batch.weight_BT * logp_BT), ((num_hits, num_tokens), scores.routing)
 
 
 def make_update(
-    policy: Policy, tx, loss_fn: LossFn, micro_batch: int, shardings: TrainState | None = None
-):
-    """Jitted (state, batch) -> (state, aux): one optimiser step on a batch of B = n * micro_batch rows (0: n = 1).
+    policy: Policy,
+    tx: optax.GradientTransformation,
+    loss_fn: LossFn,
+    micro_batch: int,
+    shardings: TrainState | None = None,
+) -> UpdateFn:
+    """A jitted function (state, batch) -> (state, aux): one optimiser step on a batch of B rows.
 
-    The state is donated. `aux` holds loss, grad_norm (before clipping), nonfinite_in_row, and with a leading dim of n
-    micro-batches `stats`: what loss_fn returned, and `routing`: moe.Routing of the sparse layers, without the ids.
+    The state is donated. The B rows are n * micro_batch (if micro_batch is 0, n is 1).
+
+    `aux` holds
+        loss             of the whole batch
+        grad_norm        of its gradient, before clipping
+        nonfinite_in_row, nonfinite_total
+                         updates that were skipped because they were not finite
+        stats            what loss_fn returned, with a leading dim of n micro-batches
+        routing          moe.Routing of the sparse layers, likewise, without the ids
+
+    shardings: those of the state (`state_shardings`); None off a mesh.
     """
 
-    def micro_loss(params: Params, micro: Batch, n_tokens: Array):
+    def micro_loss(params: Params, micro: Batch, batch_tokens: Array) -> tuple[Array, Any]:
+        """The loss of a micro-batch and its part of the router's; batch_tokens: of all rows."""
         loss, (stats, routing) = loss_fn(policy.bind(params), micro)
         if routing is not None:
-            loss += (
-                policy.cfg.router_aux_loss_coef
-                * (routing.tokens / n_tokens * routing.aux_loss).mean()
-            )
+            share_of_tokens = routing.tokens / batch_tokens
+            aux_loss = (share_of_tokens * routing.aux_loss).mean()  # over the sparse layers
+            loss += policy.cfg.router_aux_loss_coef * aux_loss
             routing = dataclasses.replace(routing, expert_ids_BTk=None)  # too large to keep
         return loss, (stats, routing)
 
-    def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
-        micros = split_micro_batches(batch, micro_batch)
-        n_tokens = jnp.maximum((batch.segment_ids_BT > 0).sum(), 1)
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        micro_batches = split_micro_batches(batch, micro_batch)
+        batch_tokens = jnp.maximum((batch.segment_ids_BT > 0).sum(), 1)
+        loss_and_grads = jax.value_and_grad(micro_loss, has_aux=True)
 
-        def accumulate(grads, micro: Batch):
-            (loss, (stats, routing)), g = jax.value_and_grad(micro_loss, has_aux=True)(
-                state.params, micro, n_tokens
-            )
-            return jax.tree.map(jnp.add, grads, g), (loss, stats, routing)
+        def accumulate(grads: Params, micro: Batch) -> tuple[Params, Any]:
+            """Add the gradients of a micro-batch."""
+            with jax.named_scope("loss"):
+                (loss, (stats, routing)), micro_grads = loss_and_grads(
+                    state.params, micro, batch_tokens
+                )
+            return jax.tree.map(jnp.add, grads, micro_grads), (loss, stats, routing)
 
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
-        grads, (loss, stats, routing) = jax.lax.scan(accumulate, zeros, micros)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        no_grads = jax.tree.map(jnp.zeros_like, state.params)
+        grads, (loss, stats, routing) = jax.lax.scan(accumulate, no_grads, micro_batches)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            params: Any = optax.apply_updates(state.params, updates)
         aux = {
             "loss": loss.sum(),
             "grad_norm": optax.tree.norm(grads),
-            "nonfinite_in_row": opt_state.notfinite_count,
-            "nonfinite_total": opt_state.total_notfinite,
+            "nonfinite_in_row": optax.tree.get(opt_state, "notfinite_count"),
+            "nonfinite_total": optax.tree.get(opt_state, "total_notfinite"),
             "stats": stats,
             "routing": routing,
         }
-        return TrainState(
-            state.step + 1, optax.apply_updates(state.params, updates), opt_state
-        ), aux
+        return TrainState(state.step + 1, params, opt_state), aux
 
-    # aux is read on the host, by every process: it goes where the step counter is, everywhere
-    placed = None if shardings is None else (shardings, shardings.step)
-    return jax.jit(update, donate_argnums=0, out_shardings=placed)
+    if shardings is None:
+        out_shardings = None
+    else:
+        # aux is read on the host by every process: like the step counter, it goes everywhere.
+        out_shardings = (shardings, shardings.step)
+    return jax.jit(update, donate_argnums=0, out_shardings=out_shardings)

@@ -1,17 +1,9 @@
-"""Rollouts: the jitted sampler, pure token-choice rules, and rows for the learner."""
+"""Rollouts: the jitted sampler, the rules it draws tokens by, and packed rows for the learner.
 
-from sapo_jax.rollout.batching import pack_rollout, pad_sequences
-from sapo_jax.rollout.packing import PackedBatch, Packing, bucket, plan_rows
-from sapo_jax.rollout.sampler import Sampler
-from sapo_jax.rollout.sampling import SamplingParams
+The names of the public face are in `__init__.pyi`. They are imported when they are first used, so
+that `sapo_jax.rollout.cache_width` can be imported without JAX.
+"""
 
-__all__ = [
-    "Packing",
-    "PackedBatch",
-    "SamplingParams",
-    "Sampler",
-    "bucket",
-    "plan_rows",
-    "pack_rollout",
-    "pad_sequences",
-]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,95 +1,136 @@
-"""From token lists to arrays of static shape: left-padded prompts, rows of sequences, packed rows of a rollout."""
+"""From lists of tokens to arrays of static shape.
+
+`left_padded` makes the sampler's prompts, `pad_sequences` rows of one sequence each, and
+`pack_rollout` packed rows of a rollout.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from sapo_jax.batch import Rollout
 from sapo_jax.distributed.processes import SINGLE_PROCESS, ProcessShard, all_gather
-from sapo_jax.rollout.packing import FEWEST_PICKED, PackedBatch, Packing, Piece, bucket, plan_rows
+from sapo_jax.rollout.packing import FEWEST_PICKED, PackedBatch, Packing, bucket, plan_rows
 from sapo_jax.types import Prompt
+
+TokenIds = Sequence[int] | np.ndarray
 
 
 def left_padded(prompts: Sequence[Prompt], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Prompt tokens PS (int32, right-aligned) and their lengths P. S is a bucket, the same in all processes."""
-    S = max(all_gather(bucket(max(len(p.ids) for p in prompts))))
-    tokens_PS = np.full((len(prompts), S), pad_id, np.int32)
-    for row, prompt in zip(tokens_PS, prompts, strict=True):
-        row[S - len(prompt.ids) :] = prompt.ids
-    return tokens_PS, np.array([len(p.ids) for p in prompts], np.int32)
+    """Prompt tokens PS (right-aligned) and their lengths P, both int32.
 
-
-class _Sheet:
-    """Rows being written. Segments of a row are numbered from 1."""
-
-    def __init__(self, rows: int, length: int, pad_id: int):
-        zeros = lambda: np.zeros((rows, length), np.int32)
-        self.tokens, self.positions, self.segments, self.prefixes, self.offset = (
-            zeros() for _ in range(5)
-        )
-        self.tokens[:] = pad_id
-        self.sequence, self.source = (
-            zeros() - 1,
-            zeros() - 1,
-        )  # source: where the token before this one stands
-        self.used = [0] * rows
-        self.last_segment = [0] * rows
-
-    def write(
-        self, row: int, ids: Sequence[int], *, first: int, prefix: int, before: int, sequence: int
-    ) -> int:
-        """Append a segment; returns its number.
-
-        first: position of its first token; prefix: the prompt's segment, 0 for a prompt; before: the column of the
-        token before a completion's first one; sequence: which one it is part of, of a prompt's any.
-        """
-        start, n = self.used[row], len(ids)
-        here = slice(start, start + n)
-        self.last_segment[row] += 1
-        segment = self.last_segment[row]
-        self.tokens[row, here] = ids
-        self.positions[row, here] = np.arange(first, first + n)
-        self.segments[row, here], self.prefixes[row, here] = segment, prefix or segment
-        self.sequence[row, here] = sequence
-        if prefix:
-            self.offset[row, here] = np.arange(n)
-            self.source[row, here] = [before, *range(start, start + n - 1)]
-        self.used[row] += n
-        return segment
-
-    def rows(self, most: int = 0, micro_batch: int = 0) -> PackedBatch:
-        """most: completion tokens of a row, if other rows than these may hold more."""
-        mask_BT = self.source >= 0
-        T, M = mask_BT.shape[1], bucket(max(most, int(mask_BT.sum(axis=1).max())), FEWEST_PICKED)
-        picked_BM = np.full((len(mask_BT), min(M, T)), T, np.int32)
-        source_BM = np.zeros_like(picked_BM)
-        for b, mask_T in enumerate(mask_BT):
-            found = np.flatnonzero(mask_T)
-            picked_BM[b, : len(found)], source_BM[b, : len(found)] = found, self.source[b, found]
-        arrays = {
-            "tokens_BT": self.tokens, "positions_BT": self.positions, "segment_ids_BT": self.segments,
-            "prefix_ids_BT": self.prefixes, "mask_BT": mask_BT, "picked_BM": picked_BM, "source_BM": source_BM,
-        }  # fmt: skip
-        return PackedBatch(arrays, micro_batch, self.sequence, self.offset)
-
-
-def pad_sequences(
-    sequences: Sequence[tuple[Sequence[int], int]], pad_id: int
-) -> dict[str, np.ndarray]:
-    """Sequences (ids, number of prompt tokens >= 1) -> right-padded rows, one sequence each; T is a bucket.
-
-    Keys are the field names of types.Batch; mask_BT is True after the prompt.
+    S is a bucket, the same in all processes. A collective.
     """
-    sheet = _Sheet(len(sequences), bucket(max(len(ids) for ids, _ in sequences)), pad_id)
-    for b, (ids, n_prompt) in enumerate(sequences):
-        prompt = sheet.write(b, ids[:n_prompt], first=0, prefix=0, before=-1, sequence=b)
-        if len(ids) > n_prompt:
-            sheet.write(
-                b, ids[n_prompt:], first=n_prompt, prefix=prompt, before=n_prompt - 1, sequence=b
-            )
-    return sheet.rows().arrays
+    length_P = np.array([len(prompt.ids) for prompt in prompts], np.int32)
+    S = max(all_gather(bucket(int(length_P.max()))))
+    tokens_PS = np.full((len(prompts), S), pad_id, np.int32)
+    for tokens_S, prompt in zip(tokens_PS, prompts, strict=True):
+        tokens_S[S - len(prompt.ids) :] = prompt.ids
+    return tokens_PS, length_P
+
+
+class _WrittenPrompt(NamedTuple):
+    """A prompt in its row, which completions can follow."""
+
+    row: int
+    segment: int  # its number in the row
+    length: int
+    last_column: int
+
+
+class _RowWriter:
+    """Writes prompts and completions behind each other into rows of T tokens.
+
+    Each prompt and each completion is a segment; the segments of a row are numbered from 1.
+    """
+
+    def __init__(self, num_rows: int, T: int, pad_id: int):
+        shape = (num_rows, T)
+        self.tokens_BT = np.full(shape, pad_id, np.int32)
+        self.positions_BT = np.zeros(shape, np.int32)
+        self.segment_ids_BT = np.zeros(shape, np.int32)
+        self.prefix_ids_BT = np.zeros(shape, np.int32)
+        self.offset_BT = np.zeros(shape, np.int32)
+        self.sequence_BT = np.full(shape, -1, np.int32)
+        # On completion tokens the column of the token before; -1 elsewhere.
+        self.source_BT = np.full(shape, -1, np.int32)
+        self.tokens_in_row = [0] * num_rows
+        self.segments_in_row = [0] * num_rows
+
+    def write_prompt(self, row: int, ids: TokenIds, sequence: int) -> _WrittenPrompt:
+        """Append a prompt; `sequence` is any of those that it begins."""
+        segment, columns = self._append(row, ids, first_position=0, sequence=sequence)
+        self.prefix_ids_BT[row, columns] = segment
+        return _WrittenPrompt(row, segment, len(ids), columns.stop - 1)
+
+    def write_completion(self, prompt: _WrittenPrompt, ids: TokenIds, sequence: int) -> None:
+        """Append a completion of a prompt in the same row."""
+        row = prompt.row
+        _, columns = self._append(row, ids, first_position=prompt.length, sequence=sequence)
+        self.prefix_ids_BT[row, columns] = prompt.segment
+        self.offset_BT[row, columns] = np.arange(len(ids))
+        columns_before = [prompt.last_column, *range(columns.start, columns.stop - 1)]
+        self.source_BT[row, columns] = columns_before
+
+    def _append(
+        self, row: int, ids: TokenIds, first_position: int, sequence: int
+    ) -> tuple[int, slice]:
+        """Append a segment. Returns its number and its columns."""
+        start = self.tokens_in_row[row]
+        columns = slice(start, start + len(ids))
+        self.tokens_in_row[row] += len(ids)
+        self.segments_in_row[row] += 1
+        segment = self.segments_in_row[row]
+        self.tokens_BT[row, columns] = ids
+        self.positions_BT[row, columns] = np.arange(first_position, first_position + len(ids))
+        self.segment_ids_BT[row, columns] = segment
+        self.sequence_BT[row, columns] = sequence
+        return segment, columns
+
+    def packed_batch(self, most_completion_tokens: int = 0, micro_batch: int = 0) -> PackedBatch:
+        """What has been written.
+
+        most_completion_tokens: completion tokens of a row, if rows that are written elsewhere may
+            hold more of them than these; it decides on M.
+        """
+        mask_BT = self.source_BT >= 0
+        B, T = mask_BT.shape
+        most = max(most_completion_tokens, int(mask_BT.sum(axis=1).max()))
+        M = min(bucket(most, FEWEST_PICKED), T)
+        picked_BM = np.full((B, M), T, np.int32)
+        source_BM = np.zeros((B, M), np.int32)
+        for b in range(B):
+            columns = np.flatnonzero(mask_BT[b])
+            picked_BM[b, : len(columns)] = columns
+            source_BM[b, : len(columns)] = self.source_BT[b, columns]
+        arrays = {
+            "tokens_BT": self.tokens_BT,
+            "positions_BT": self.positions_BT,
+            "segment_ids_BT": self.segment_ids_BT,
+            "prefix_ids_BT": self.prefix_ids_BT,
+            "mask_BT": mask_BT,
+            "picked_BM": picked_BM,
+            "source_BM": source_BM,
+        }
+        return PackedBatch(arrays, micro_batch, self.sequence_BT, self.offset_BT)
+
+
+def pad_sequences(sequences: Sequence[tuple[TokenIds, int]], pad_id: int) -> dict[str, np.ndarray]:
+    """Sequences (ids, number of prompt tokens >= 1) -> right-padded rows, one sequence each.
+
+    T is a bucket. The keys are field names of `batch.Batch`; mask_BT is True after the prompt.
+    """
+    T = bucket(max(len(ids) for ids, _ in sequences))
+    writer = _RowWriter(len(sequences), T, pad_id)
+    for b, (ids, prompt_length) in enumerate(sequences):
+        prompt = writer.write_prompt(b, ids[:prompt_length], sequence=b)
+        completion = ids[prompt_length:]
+        if len(completion) > 0:
+            writer.write_completion(prompt, completion, sequence=b)
+    return writer.packed_batch().arrays
 
 
 def pack_rollout(
@@ -99,42 +140,46 @@ def pack_rollout(
     mini_batches: int,
     packing: Packing,
     *,
-    share: ProcessShard = SINGLE_PROCESS,
+    shard: ProcessShard = SINGLE_PROCESS,
     lengths: tuple[Sequence[int], Sequence[int]] | None = None,
 ) -> PackedBatch:
     """A rollout as packed rows (see `packing.plan_rows`), completion ids exactly as sampled.
 
-    mini_batches * R rows, those of a mini-batch together. Of several teams of processes each has its own prompts and
-    rollout, and `lengths` of the prompts and the completions of all of them: so all make the same plan, and take their
-    own rows of it. R and the packing's shards and micro_batch are then those of a team.
+    There are mini_batches * R rows, those of a mini-batch together.
+
+    shard, lengths: where there are several teams of processes, each has its own prompts and
+        rollout, and gives the `lengths` of the prompts P and the completions B of all teams. So
+        all make the same plan, and each takes its own rows of it. R and the packing's shards and
+        micro_batch are then those of a team.
     """
-    prompt_length_P, length_B = lengths or (
-        [len(prompt.ids) for prompt in prompts],
-        rollout.length_B,
+    if lengths is None:
+        prompt_length_P = [len(prompt.ids) for prompt in prompts]
+        length_B = np.asarray(rollout.length_B).tolist()
+    else:
+        prompt_length_P = lengths[0]
+        length_B = np.asarray(lengths[1]).tolist()
+    P = len(prompt_length_P)
+    G = len(length_B) // P
+
+    # A mini-batch of the run is one mini-batch of the plan for each team.
+    plan = plan_rows(prompt_length_P, length_B, mini_batches * shard.teams, packing)
+    planned_for_team = plan.mini_batches[shard.team :: shard.teams]
+    local_indices = shard.local_indices(P, mini_batches)
+    local_prompt = {prompt: p for p, prompt in enumerate(local_indices)}
+
+    writer = _RowWriter(mini_batches * plan.rows, plan.length, pad_id)
+    for i, rows_of_mini in enumerate(planned_for_team):
+        for row, pieces in enumerate(rows_of_mini, start=i * plan.rows):
+            for piece in pieces:
+                p = local_prompt[piece.prompt]
+                local_sequences = [p * G + sequence % G for sequence in piece.sequences]
+                prompt = writer.write_prompt(row, prompts[p].ids, local_sequences[0])
+                for b in local_sequences:
+                    completion = np.asarray(rollout.tokens_BC[b, : rollout.length_B[b]])
+                    writer.write_completion(prompt, completion, b)
+
+    # M must be the same for all teams.
+    most_completion_tokens = max(
+        sum(sum(piece.completion_lengths) for piece in row) for row in plan.filled_rows()
     )
-    length_B, G = np.asarray(length_B).tolist(), len(length_B) // len(prompt_length_P)
-    teams = share.teams
-    plan = plan_rows(prompt_length_P, length_B, mini_batches * teams, packing)
-    own = {
-        position: p
-        for p, position in enumerate(share.local_indices(len(prompt_length_P), mini_batches))
-    }
-    sheet = _Sheet(mini_batches * plan.rows, plan.length, pad_id)
-    for row, pieces in _numbered(plan.minis[share.team :: teams], plan.rows):
-        for piece in pieces:
-            p = own[piece.prompt]
-            sequences = [p * G + b % G for b in piece.sequences]
-            ids = prompts[p].ids
-            prompt = sheet.write(row, ids, first=0, prefix=0, before=-1, sequence=sequences[0])
-            last = sheet.used[row] - 1
-            for b in sequences:
-                completion = rollout.tokens_BC[b, : rollout.length_B[b]]
-                sheet.write(row, completion, first=len(ids), prefix=prompt, before=last, sequence=b)
-    filled = (row for mini in plan.minis for row in mini)
-    most = max(sum(length_B[b] for piece in row for b in piece.sequences) for row in filled)
-    return sheet.rows(most, plan.micro_batch)
-
-
-def _numbered(minis: Sequence[tuple[tuple[Piece, ...], ...]], rows: int):
-    for i, mini in enumerate(minis):
-        yield from enumerate(mini, start=i * rows)
+    return writer.packed_batch(most_completion_tokens, plan.micro_batch)

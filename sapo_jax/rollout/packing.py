@@ -1,10 +1,13 @@
 """Packing: which completions share a row, and how long the rows are. Plain arithmetic on lengths.
 
-A piece is a prompt with one or more of its completions, `p c1 c2 ...`; the prompt's tokens are computed once for all
-of them (attention lets each completion see the prompt and itself, see `kernels.attention`). A row holds one or more
-pieces. Sharing saves prompt tokens but makes rows longer, which costs where attention compares what nobody sees:
-`plan_rows` takes the cheapest of several ways. The plan is a function of the lengths and of the run's `Packing`, so a
-resumed run packs, and rounds, as the uninterrupted one.
+A piece is a prompt with one or more of its completions, `p c1 c2 ...`. The prompt's tokens are
+computed once for all of them: attention lets each completion see the prompt and itself (see
+`ops.attention.attention`). A row holds one or more pieces.
+
+Completions that share a prompt save prompt tokens, but they make rows longer, which costs where
+attention compares tokens with keys that they do not see. So `plan_rows` tries several ways and
+takes the cheapest. The plan is a function of the lengths and of the run's `Packing` alone: a
+resumed run packs, and rounds, as the uninterrupted one does.
 """
 
 from __future__ import annotations
@@ -12,181 +15,319 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-LONGER = 3  # up to which bucket row lengths are tried for each way of sharing
-FEWEST_PICKED = 8  # smallest bucket of a row's completion tokens, M: answers of 2, 3 and 4 tokens are one program
+BUCKETS_TO_TRY = 3  # the next larger buckets that are tried as row lengths
+# The smallest bucket of a row's completion tokens, M: answers of 2, 3 and 4 tokens share a program.
+FEWEST_PICKED = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
     """How a run packs. Costs are FLOPs of a forward pass, in any unit; sizes are tokens."""
 
-    body: float  # cost of a token
-    key: float  # of a token and a key that it is compared with
-    skips: bool  # blocks of keys that no row of a micro-batch sees are not compared (blocked_attention; not on TPU)
-    max_prompt: int  # S, the longest that may come
-    max_new: int  # C, of a completion
+    body: float  # cost of a token, attention's comparisons aside
+    key: float  # cost of comparing a token with one key
+    skips: bool  # attention skips blocks of keys that no row of a micro-batch sees (not on TPU)
+    max_prompt: int  # S, tokens of the longest prompt that may come
+    max_new: int  # C, most tokens of a completion
     shards: int = 1  # devices that rows are split over
-    micro_batch: int = (
-        0  # rows of S + C tokens, or of row_tokens; a multiple of shards; 0: a mini-batch is one
-    )
+    # Rows of S + C tokens (or of row_tokens) in a forward and backward pass; a multiple of shards.
+    # 0: a mini-batch is one micro-batch.
+    micro_batch: int = 0
     row_tokens: int = 0  # T; 0: the cheapest
 
-    def cost(self, rows: int, T: int, together: int, seen: float) -> float:
-        """Of so many rows of T; seen: pairs of a token and a key that it sees.
+    def cost(self, rows: int, T: int, different_rows: int, seen_pairs: float) -> float:
+        """The cost of so many rows of T tokens.
 
-        Where blocks are skipped, a token is compared with what any row of its micro-batch sees there: at worst the sum
-        of what each sees, of which `together` differ, but never with later tokens.
+        seen_pairs: pairs of a token and a key that it sees, in all rows.
+        different_rows: rows of a micro-batch that differ in who sees what.
+
+        Where blocks are skipped, a token is compared with the keys that any row of its micro-batch
+        sees at its place. At worst these are the sum of what the different rows see, but never
+        later tokens. Where nothing is skipped, it is compared with all T keys.
         """
         tokens = rows * T
-        compared = min(T / 2, together * seen / tokens) if self.skips else T
-        return tokens * (self.body + compared * self.key)
+        compared_keys: float = T
+        if self.skips:
+            compared_keys = min(T / 2, different_rows * seen_pairs / tokens)
+        return tokens * (self.body + compared_keys * self.key)
 
-    def rows_at_a_time(self, T: int) -> int:
-        """Rows of T tokens in a micro-batch: of longer rows fewer, so that it never has more tokens; 0 if not even one
-        for each device."""
-        full = self.row_tokens or bucket(self.max_prompt + self.max_new)
-        return (
-            self.micro_batch
-            if T <= full
-            else self.micro_batch * full // (self.shards * T) * self.shards
-        )
+    def micro_batch_rows(self, T: int) -> int:
+        """Rows of T tokens in a micro-batch, a multiple of `shards`.
 
-    def lengths(self, longest: int, share: int) -> list[int]:
-        """Row lengths to try for pieces of at most `longest` tokens: the next buckets. Where what nobody sees is
-        skipped, so that a longer row costs little more, also those between them (2^i times 1.25 and 1.75), and that of
-        a piece of `share` completions, all as long as they may be."""
+        There are fewer of longer rows, so that a micro-batch never has more tokens; 0 if not even
+        one row for each device is left.
+        """
+        full_length = self.row_tokens or bucket(self.max_prompt + self.max_new)
+        if T <= full_length:
+            return self.micro_batch
+        rows_per_shard = self.micro_batch * full_length // (self.shards * T)
+        return rows_per_shard * self.shards
+
+    def candidate_lengths(self, longest: int, completions_per_piece: int) -> list[int]:
+        """Row lengths to try, ascending, for pieces of at most `longest` tokens.
+
+        These are the next buckets. Where attention skips what nobody sees, a longer row costs
+        little more, so there are more candidates: the lengths between those buckets (2^i times
+        1.25 and 1.75), and the length of a piece whose completions are all as long as they may be.
+        """
         if self.row_tokens:
-            return [self.row_tokens] * (longest <= self.row_tokens)
-        lengths = [bucket(longest)]
-        while len(lengths) < LONGER:
-            lengths.append(bucket(lengths[-1] + 1))
-        if self.skips:  # multiples of 8, too
-            full = -(-(self.max_prompt + share * self.max_new) // 8) * 8
-            lengths += [
-                full,
-                *(T * 5 // 6 if T & (T - 1) else T * 7 // 8 for T in lengths if T > 32),
-            ]
-        fit = [T for T in sorted(set(lengths)) if T >= longest]
-        return [T for T in fit if self.rows_at_a_time(T) or not self.micro_batch]
+            return [self.row_tokens] if longest <= self.row_tokens else []
+
+        buckets = [bucket(longest)]
+        while len(buckets) < BUCKETS_TO_TRY:
+            buckets.append(bucket(buckets[-1] + 1))
+        candidates = set(buckets)
+        if self.skips:
+            full_piece = self.max_prompt + completions_per_piece * self.max_new
+            candidates.add(math.ceil(full_piece / 8) * 8)
+            candidates.update(_length_below(T) for T in buckets if T > 32)
+
+        long_enough = [T for T in sorted(candidates) if T >= longest]
+        if not self.micro_batch:
+            return long_enough
+        return [T for T in long_enough if self.micro_batch_rows(T) > 0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    prompt: int
-    sequences: tuple[int, ...]
-    lengths: tuple[int, ...]  # tokens of the prompt and of each completion
+    """A prompt and some of its completions, which stand behind it in a row."""
+
+    prompt: int  # index of the prompt
+    sequences: tuple[int, ...]  # indices of the completions, ascending
+    prompt_length: int
+    completion_lengths: tuple[int, ...]  # of each of the sequences
 
     @functools.cached_property
     def size(self) -> int:
-        return sum(self.lengths)
+        """Tokens of the prompt and of all completions."""
+        return self.prompt_length + sum(self.completion_lengths)
 
     @property
-    def seen(self) -> float:
-        """Pairs of a token and a key that it sees: those before it, of a completion's the prompt's, too."""
-        S, *completions = self.lengths
-        return S * S / 2 + sum(n * (S + n / 2) for n in completions)
+    def seen_pairs(self) -> float:
+        """Pairs of a token and a key that it sees.
+
+        A token sees those before it; a token of a completion sees the prompt, too.
+        """
+        S = self.prompt_length
+        return S * S / 2 + sum(n * (S + n / 2) for n in self.completion_lengths)
+
+    @property
+    def layout(self) -> tuple[int, ...]:
+        """All lengths, which decide who sees what."""
+        return (self.prompt_length, *self.completion_lengths)
+
+
+Row = tuple[Piece, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
+    """Which pieces stand in which row."""
+
     length: int  # T
     rows: int  # R, rows of a mini-batch, those without a piece included
-    micro_batch: int  # rows of a forward and backward pass, R is a multiple of it; 0: all R
-    minis: tuple[tuple[tuple[Piece, ...], ...], ...]  # of each mini-batch the filled rows
+    micro_batch: int  # rows of a forward and backward pass; R is a multiple of it; 0: all R
+    mini_batches: tuple[tuple[Row, ...], ...]  # the filled rows of each mini-batch
+
+    def filled_rows(self) -> Iterator[Row]:
+        """The filled rows of all mini-batches, in turn."""
+        for rows in self.mini_batches:
+            yield from rows
 
 
 def bucket(n: int, smallest: int = 16) -> int:
-    """The smallest of 16, 24, 32, 48, 64, 96, ... (2^i and 1.5 * 2^i) that is >= n; `smallest` is a power of 2.
+    """The smallest of 16, 24, 32, 48, 64, 96, ... (2^i and 1.5 * 2^i) that is >= n.
 
-    Shapes are padded to buckets, so that a run compiles a handful of programs; at most a third of a row is padding.
+    Shapes are padded to buckets, so that a run compiles a handful of programs; at most a third of
+    a row is padding.
+
+    smallest: where the list of buckets begins, a power of 2.
     """
     size = smallest
     while size < n:
-        size = size * 2 if size == 1 else size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+        if size == 1:
+            size = 2
+        elif _is_power_of_2(size):
+            size = size * 3 // 2
+        else:
+            size = size * 4 // 3
     return size
+
+
+def _is_power_of_2(n: int) -> bool:
+    return n & (n - 1) == 0
+
+
+def _length_below(size: int) -> int:
+    """The length midway between a bucket and the bucket below it: 2^i times 1.25 or 1.75."""
+    if _is_power_of_2(size):
+        return size * 7 // 8
+    return size * 5 // 6
 
 
 def plan_rows(
     prompt_length_P: Sequence[int], length_B: Sequence[int], mini_batches: int, packing: Packing
 ) -> Plan:
-    """Rows for `mini_batches` equal shares of the groups, in their order: the cheapest of several ways.
+    """Rows for the groups of completions, the cheapest of several ways.
 
-    All mini-batches get the same T and R: they run one program. Raises ValueError where a sequence is longer than
-    packing.row_tokens.
+    The groups, in their order, are divided into `mini_batches` equal parts. All mini-batches get
+    the same T and R, so that they run one program.
+
+    Raises ValueError where a sequence is longer than packing.row_tokens.
     """
-    P, B = len(prompt_length_P), len(length_B)
-    per_mini, G = P // mini_batches, B // P
-    groups = [(p, prompt_length_P[p], range(p * G, (p + 1) * G)) for p in range(P)]
-    plans = []
-    for share in sorted(
-        {-(-G // parts) for parts in (1, 2, 4, 8, G)}, reverse=True
-    ):  # at a tie, share
-        pieces = [[piece for group in groups[i : i + per_mini] for piece in _pieces(*group, length_B, share)]
-                  for i in range(0, P, per_mini)]  # fmt: skip
-        longest = max(piece.size for mini in pieces for piece in mini)
-        seen = sum(piece.seen for mini in pieces for piece in mini)
-        for T in packing.lengths(longest, share):
-            minis, micro = tuple(_fill(mini, T) for mini in pieces), packing.rows_at_a_time(T)
-            multiple = micro or packing.shards
-            R = multiple * bucket(-(-max(map(len, minis)) // multiple), 1)
-            layouts = {tuple(piece.lengths for piece in row) for mini in minis for row in mini}
-            together = min((micro or R) // packing.shards, len(layouts))
-            plans.append(
-                (packing.cost(R * mini_batches, T, together, seen), Plan(T, R, micro, minis))
-            )
-    if not plans:
-        raise ValueError(
-            f"train.row_tokens = {packing.row_tokens}: a sequence has {longest} tokens; raise it, or set 0"
+    group_size = len(length_B) // len(prompt_length_P)
+    best_plan = None
+    best_cost = math.inf
+    longest = 0
+    for completions_per_piece in _ways_to_share(group_size):
+        pieces_of_minis = _split_into_pieces(
+            prompt_length_P, length_B, mini_batches, completions_per_piece
         )
-    return min(plans, key=lambda plan: plan[0])[1]
+        pieces = [piece for pieces_of_mini in pieces_of_minis for piece in pieces_of_mini]
+        longest = max(piece.size for piece in pieces)
+        seen_pairs = sum(piece.seen_pairs for piece in pieces)
+        for T in packing.candidate_lengths(longest, completions_per_piece):
+            plan = _plan_of_length(pieces_of_minis, T, packing)
+            cost = packing.cost(
+                rows=plan.rows * mini_batches,
+                T=T,
+                different_rows=_different_rows(plan, packing.shards),
+                seen_pairs=seen_pairs,
+            )
+            if cost < best_cost:
+                best_plan = plan
+                best_cost = cost
+    if best_plan is None:
+        raise ValueError(
+            f"train.row_tokens = {packing.row_tokens}: a sequence has {longest} tokens; "
+            "raise it, or set 0"
+        )
+    return best_plan
 
 
-def _pieces(
-    p: int, n_prompt: int, sequences: range, length_B: Sequence[int], share: int
+def _ways_to_share(group_size: int) -> list[int]:
+    """Completions per piece to try: a group, a half, a quarter, an eighth of it, and one.
+
+    They descend, so that of plans of equal cost the one that shares most comes first.
+    """
+    parts_of_group = (1, 2, 4, 8, group_size)
+    return sorted({math.ceil(group_size / parts) for parts in parts_of_group}, reverse=True)
+
+
+def _split_into_pieces(
+    prompt_length_P: Sequence[int],
+    length_B: Sequence[int],
+    mini_batches: int,
+    completions_per_piece: int,
+) -> list[list[Piece]]:
+    """The pieces of each mini-batch, whose groups are an equal part of all."""
+    P = len(prompt_length_P)
+    group_size = len(length_B) // P
+    groups_per_mini = P // mini_batches
+    pieces_of_minis = []
+    for first_prompt in range(0, P, groups_per_mini):
+        pieces = []
+        for prompt in range(first_prompt, first_prompt + groups_per_mini):
+            first_sequence = prompt * group_size
+            group_lengths = length_B[first_sequence : first_sequence + group_size]
+            pieces += _split_group(
+                prompt,
+                prompt_length_P[prompt],
+                first_sequence,
+                group_lengths,
+                completions_per_piece,
+            )
+        pieces_of_minis.append(pieces)
+    return pieces_of_minis
+
+
+def _split_group(
+    prompt: int,
+    prompt_length: int,
+    first_sequence: int,
+    length_G: Sequence[int],
+    completions_per_piece: int,
 ) -> list[Piece]:
-    """The group dealt into pieces of at most `share` completions: the longest first, each to the shortest piece."""
-    parts: list[list[int]] = [[] for _ in range(-(-len(sequences) // share))]
-    sizes = [n_prompt] * len(parts)
-    for b in sorted(sequences, key=lambda b: -length_B[b]):
-        i = min((i for i, part in enumerate(parts) if len(part) < share), key=lambda i: sizes[i])
-        parts[i].append(b)
-        sizes[i] += int(length_B[b])
-    return [
-        Piece(p, tuple(sorted(part)), (n_prompt, *(int(length_B[b]) for b in sorted(part))))
-        for part in parts
-    ]
+    """The pieces of a group, each with at most `completions_per_piece` completions.
+
+    The completions are dealt out, the longest first, each to the shortest piece that is not full.
+    """
+    G = len(length_G)
+    num_pieces = math.ceil(G / completions_per_piece)
+    members: list[list[int]] = [[] for _ in range(num_pieces)]
+    sizes = [prompt_length] * num_pieces
+    longest_first = sorted(range(G), key=lambda g: -length_G[g])
+    for g in longest_first:
+        not_full = [i for i in range(num_pieces) if len(members[i]) < completions_per_piece]
+        shortest = min(not_full, key=lambda i: sizes[i])
+        members[shortest].append(g)
+        sizes[shortest] += length_G[g]
+    pieces = []
+    for group_members in members:
+        ascending = sorted(group_members)
+        piece = Piece(
+            prompt,
+            sequences=tuple(first_sequence + g for g in ascending),
+            prompt_length=prompt_length,
+            completion_lengths=tuple(length_G[g] for g in ascending),
+        )
+        pieces.append(piece)
+    return pieces
 
 
-def _fill(pieces: Sequence[Piece], T: int) -> tuple[tuple[Piece, ...], ...]:
-    """Best fit, longest first: each piece goes where it leaves the least room."""
+def _plan_of_length(pieces_of_minis: Sequence[Sequence[Piece]], T: int, packing: Packing) -> Plan:
+    """The plan with rows of T tokens, which every mini-batch has equally many of."""
+    mini_batches = tuple(_fill_rows(pieces, T) for pieces in pieces_of_minis)
+    micro_batch = packing.micro_batch_rows(T)
+    rows_at_once = micro_batch or packing.shards
+    most_rows = max(len(rows) for rows in mini_batches)
+    rows = rows_at_once * bucket(math.ceil(most_rows / rows_at_once), smallest=1)
+    return Plan(T, rows, micro_batch, mini_batches)
+
+
+def _fill_rows(pieces: Sequence[Piece], T: int) -> tuple[Row, ...]:
+    """Rows of at most T tokens, by best fit: each piece, the longest first, goes where it leaves
+    the least room."""
     rows: list[list[Piece]] = []
     room: list[tuple[int, int]] = []  # (tokens left, row), ascending
     for piece in sorted(pieces, key=lambda piece: -piece.size):
         i = bisect.bisect_left(room, (piece.size, -1))
         if i < len(room):
-            left, row = room.pop(i)
+            tokens_left, row = room.pop(i)
         else:
-            left, row = T, len(rows)
+            tokens_left = T
+            row = len(rows)
             rows.append([])
         rows[row].append(piece)
-        bisect.insort(room, (left - piece.size, row))
+        bisect.insort(room, (tokens_left - piece.size, row))
     return tuple(tuple(row) for row in rows)
+
+
+def _different_rows(plan: Plan, shards: int) -> int:
+    """At most so many rows of a micro-batch on one device differ in who sees what."""
+    rows_on_device = (plan.micro_batch or plan.rows) // shards
+    layouts = {tuple(piece.layout for piece in row) for row in plan.filled_rows()}
+    return min(rows_on_device, len(layouts))
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedBatch:
-    """Token rows and where each token comes from: completion token t of row b is number offset_BT of sequence_BT."""
+    """Rows of tokens, and where each token comes from.
 
-    arrays: dict[
-        str, np.ndarray
-    ]  # fields of types.Batch: tokens, positions, segments, prefixes, mask, picked, source
+    Completion token t of row b is number offset_BT[b, t] of sequence sequence_BT[b, t].
+    """
+
+    # The fields of `batch.Batch` that follow from the packing: tokens, positions, segment and
+    # prefix ids, mask, picked and source columns.
+    arrays: dict[str, np.ndarray]
     micro_batch: int  # rows of a forward and backward pass; 0: all of a mini-batch
-    sequence_BT: np.ndarray  # int32; of a prompt one of the sequences that it begins; -1 on padding
-    offset_BT: np.ndarray  # int32, from 0 at the first completion token
+    sequence_BT: np.ndarray  # int32; of a prompt one of the sequences it begins; -1 on padding
+    offset_BT: np.ndarray  # int32, 0 at the first completion token
 
     @property
     def mask_BT(self) -> np.ndarray:
@@ -194,21 +335,26 @@ class PackedBatch:
 
     def spread(self, value_N: np.ndarray) -> np.ndarray:
         """A value per sequence -> BT, on each of its completion tokens; 0 elsewhere."""
-        return np.where(self.mask_BT, value_N[self.sequence_BT], np.zeros((), value_N.dtype))
+        zero = np.zeros((), value_N.dtype)
+        return np.where(self.mask_BT, value_N[self.sequence_BT], zero)
 
     def place(self, value_NC: np.ndarray) -> np.ndarray:
         """A value per completion token -> BT; 0 elsewhere."""
-        return np.where(
-            self.mask_BT, value_NC[self.sequence_BT, self.offset_BT], np.zeros((), value_NC.dtype)
-        )
+        zero = np.zeros((), value_NC.dtype)
+        return np.where(self.mask_BT, value_NC[self.sequence_BT, self.offset_BT], zero)
 
     def place_slots(
-        self, value_NT: np.ndarray, S: int, prompt_length_N: np.ndarray, fill
+        self, value_NT: np.ndarray, S: int, prompt_length_N: np.ndarray, fill: int
     ) -> np.ndarray:
-        """A value (of any further dims) per slot of the sampler, S left-padded prompt slots and then the completion's,
-        -> BT...; a prompt that completions share has its own once. `fill` on padding."""
+        """A value per slot of the sampler -> BT..., `fill` on padding.
+
+        value_NT: for each sequence S left-padded prompt slots, and then those of the completion;
+            it may have further dims. A prompt that several completions share takes the values of
+            one of them.
+        """
         slot_BT = S - prompt_length_N[self.sequence_BT] + self.arrays["positions_BT"]
-        real_BT = self.sequence_BT >= 0
-        placed = value_NT[self.sequence_BT, np.where(real_BT, slot_BT, 0)]
-        placed[~real_BT] = fill
+        is_token_BT = self.sequence_BT >= 0
+        slot_BT = np.where(is_token_BT, slot_BT, 0)
+        placed = value_NT[self.sequence_BT, slot_BT]
+        placed[~is_token_BT] = fill
         return placed

@@ -8,10 +8,16 @@ import jax
 import numpy as np
 import pytest
 
-from sapo_jax.learner.routing_replay import check_expert_ids, router_metrics
+from sapo_jax.batch import Rollout
+from sapo_jax.learner.routing_replay import (
+    check_expert_ids,
+    router_metrics,
+    sampled_experts,
+)
 from sapo_jax.learner.scoring import make_scorer
 from sapo_jax.learner.update import make_update, policy_loss
 from sapo_jax.models.moe import Replay, Routing
+from sapo_jax.rollout import Packing, pack_rollout
 from tests.learner.test_update import (
     CFG,
     MOE,
@@ -40,6 +46,16 @@ def test_sound_ids_pass_as_they_are():
     assert check_expert_ids(ids_BTLk, rows, tiny.MOE) is ids_BTLk
     ids_BTLk[[0, 1, 2, 3], [11, 6, 15, 9]] = 5
     check_expert_ids(ids_BTLk, rows, tiny.MOE)
+
+
+def test_a_rollout_without_recorded_routing_is_refused():
+    completions = np.ones((1, 2), np.int32)
+    one = np.ones(1, np.int32)
+    rollout = Rollout(completions, -completions.astype(np.float32), one, one)
+    prompts = [tiny.prompt(0, 3)]
+    rows = pack_rollout(prompts, rollout, tiny.PAD, 1, Packing(1, 0, False, 3, 2))
+    with pytest.raises(ValueError, match="no expert ids; make the sampler with record_routing"):
+        sampled_experts(rows, prompts, rollout, tiny.MOE)
 
 
 WRONG = {  # where -> ids; the message, which names the first place
@@ -121,12 +137,13 @@ def test_r2_at_the_first_update_is_no_replay():
     """The scorer records (in micro-batches) what the update chooses: replayed, the ratio starts where it would."""
     batch = drifted_batch(model=MOE)
     record = make_scorer(tiny.policy(MOE), TEMPERATURE, 2, record_routing=True)
-    logp_BT, _, ids_BTLk = record(tiny.params(MOE), batch)
+    recorded = record(tiny.params(MOE), batch)
+    ids_BTLk = recorded.expert_ids_BTLk
     assert ids_BTLk.shape == (4, 16, 2, 2) and ids_BTLk.dtype == np.uint8
     replayed = dataclasses.replace(batch, expert_ids_BTLk=np.asarray(ids_BTLk))
-    again_BT, _, again_BTLk = record(tiny.params(MOE), replayed)
-    np.testing.assert_array_equal(again_BT, logp_BT)
-    np.testing.assert_array_equal(again_BTLk, ids_BTLk)
+    again = record(tiny.params(MOE), replayed)
+    np.testing.assert_array_equal(again.logp_BT, recorded.logp_BT)
+    np.testing.assert_array_equal(again.expert_ids_BTLk, ids_BTLk)
 
 
 def test_micro_batches_carry_their_ids():
@@ -148,7 +165,8 @@ def test_micro_batches_carry_their_ids():
     )
     assert 0.4 < metrics["router/replay_difference_mean"] < 0.8  # by chance 0.6
 
-    router = lambda state: state.params["layers"][0]["mlp"]["router"]
-    assert (
-        np.abs(router(whole[0]) - router(fresh_state(SGD, MOE))).max() > 1e-3
-    )  # the router learns all the same
+    def router(state):
+        return state.params["layers"][0]["mlp"]["router"]
+
+    # The router learns all the same.
+    assert np.abs(router(whole[0]) - router(fresh_state(SGD, MOE))).max() > 1e-3

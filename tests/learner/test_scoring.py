@@ -53,9 +53,8 @@ def test_head_logprobs(V, chunk, temperature):
 
     def loss(hidden_ND, head_VD):
         out = head_logprobs(hidden_ND, head_VD, targets_N, temperature, chunk)
-        return jnp.sum(weight_N * out[0]) + 7 * out[1].sum() + 7 * out[
-            3
-        ].sum(), out  # these two have no gradient
+        without_gradient = 7 * out.entropy_N.sum() + 7 * out.collision_N.sum()
+        return jnp.sum(weight_N * out.logp_N) + without_gradient, out
 
     run = quick_jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
     (_, (logp_N, entropy_N, greedy_N, collision_N)), gradients = run(hidden_ND, head_VD)
@@ -72,7 +71,7 @@ def test_head_logprobs(V, chunk, temperature):
 
 def test_log_probs_agree_with_jax():
     hidden_ND, head_VD, targets_N = example(37)
-    logp_N = head_logprobs(hidden_ND, head_VD, targets_N, 0.7, 16)[0]
+    logp_N = head_logprobs(hidden_ND, head_VD, targets_N, 0.7, 16).logp_N
     expected_NV = jax.nn.log_softmax(hidden_ND @ head_VD.T / 0.7)
     np.testing.assert_allclose(logp_N, expected_NV[np.arange(N), targets_N], atol=1e-5)
 
@@ -90,7 +89,7 @@ def test_extreme_logits(chunk):
 
     def loss(hidden_ND, head_VD):
         out = head_logprobs(hidden_ND, head_VD, targets_N, 1.0, chunk)
-        return out[0].sum(), out
+        return out.logp_N.sum(), out
 
     run = quick_jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
     (_, (logp_N, entropy_N, greedy_N, collision_N)), gradients = run(hidden_ND, head_VD)
@@ -111,9 +110,8 @@ def test_ties_are_all_greedy():
     head_VD = np.array([[0.0], [2.0], [1.0], [2.0]], np.float32)
     targets_N = np.arange(4, dtype=np.int32)
     for chunk in (4, 2, 1):
-        assert head_logprobs(np.ones((4, 1), np.float32), head_VD, targets_N, 1.0, chunk)[
-            2
-        ].tolist() == [0, 1, 0, 1]
+        out = head_logprobs(np.ones((4, 1), np.float32), head_VD, targets_N, 1.0, chunk)
+        assert out.greedy_N.tolist() == [0, 1, 0, 1]
 
 
 def test_only_one_slice_of_logits_exists_at_a_time():
@@ -126,9 +124,9 @@ def test_only_one_slice_of_logits_exists_at_a_time():
     targets = jax.ShapeDtypeStruct((rows,), jnp.int32)
 
     def temporaries(chunk):
-        loss = lambda hidden, head, targets: head_logprobs(hidden, head, targets, 1.0, chunk)[
-            0
-        ].sum()
+        def loss(hidden, head, targets):
+            return head_logprobs(hidden, head, targets, 1.0, chunk).logp_N.sum()
+
         compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*sizes, targets).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
@@ -176,16 +174,26 @@ def test_score_is_aligned_with_the_tokens(scored):
 
 def test_entropy_has_no_gradient():
     batch, policy = tiny.batch(lengths=(6, 6)), tiny.policy()
-    entropy = lambda params: score(policy.bind(params), batch, 1.0).entropy_BT.sum()
+
+    def entropy(params):
+        return score(policy.bind(params), batch, 1.0).entropy_BT.sum()
+
     assert not any(np.any(g) for g in jax.tree.leaves(quick_jit(jax.grad(entropy))(tiny.params())))
 
 
 def test_micro_batches_change_nothing(scored):
     batch, scores = scored
     for micro_batch in (1, 2):
-        logp_BT, entropy_BT = make_scorer(tiny.policy(), 0.8, micro_batch)(tiny.params(), batch)
-        np.testing.assert_allclose(logp_BT, scores.logp_BT, atol=1e-5)
-        np.testing.assert_allclose(entropy_BT, scores.entropy_BT, atol=1e-5)
+        scored_again = make_scorer(tiny.policy(), 0.8, micro_batch)(tiny.params(), batch)
+        np.testing.assert_allclose(scored_again.logp_BT, scores.logp_BT, atol=1e-5)
+        np.testing.assert_allclose(scored_again.entropy_BT, scores.entropy_BT, atol=1e-5)
+        assert scored_again.expert_ids_BTLk is None
+
+
+def test_a_scorer_of_a_dense_model_records_no_routing():
+    scorer = make_scorer(tiny.policy(), 0.8, 2, record_routing=True)
+    with pytest.raises(ValueError, match="record_routing: the model is dense"):
+        scorer(tiny.params(), tiny.batch())
 
 
 def test_split_keeps_rows_in_order_and_absent_fields_absent():

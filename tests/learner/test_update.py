@@ -56,7 +56,7 @@ def scorer(model):
 def drifted_batch(seed: int = 0, model=DENSE) -> Batch:
     """A batch whose old log-probs differ from the model's by N(0, 0.5^2), so that the ratios have drifted from 1."""
     batch = tiny.batch(seed)
-    logp_BT, _ = scorer(model)(tiny.params(model), batch)
+    logp_BT = scorer(model)(tiny.params(model), batch).logp_BT
     noise_BT = np.random.default_rng(seed + 1).normal(0, 0.5, logp_BT.shape).astype(np.float32)
     return changed(batch, old_logp_BT=np.asarray(logp_BT) + noise_BT)
 
@@ -64,6 +64,18 @@ def drifted_batch(seed: int = 0, model=DENSE) -> Batch:
 def fresh_state(tx, model=DENSE) -> TrainState:
     """On copies: the update donates its state."""
     return init_state(jax.tree.map(jnp.array, tiny.params(model)), tx)
+
+
+def test_log_probs_that_a_loss_needs_must_be_in_the_batch():
+    def trace(cfg: Config, batch: Batch):
+        loss = policy_loss(cfg)
+        jax.eval_shape(lambda params: loss(tiny.policy().bind(params), batch)[0], tiny.params())
+
+    with pytest.raises(ValueError, match="needs old_logp_BT"):
+        trace(CFG, tiny.batch())
+    with_kl = changed(CFG, loss=Loss(kl="k3", kl_coef=0.1))
+    with pytest.raises(ValueError, match="needs ref_logp_BT"):
+        trace(with_kl, drifted_batch())
 
 
 # ---------------------------------------------------------------- optimiser
@@ -119,9 +131,10 @@ def test_three_steps_equal_those_of_torch():
         "w": rng.standard_normal((3, 4), np.float32),
         "norm": {"scale": rng.standard_normal(4, np.float32)},
     }
-    random = lambda scale: jax.tree.map(
-        lambda x: scale * rng.standard_normal(x.shape, np.float32), params
-    )
+
+    def random(scale):
+        return jax.tree.map(lambda x: scale * rng.standard_normal(x.shape, np.float32), params)
+
     gradients = [random(scale) for scale in (0.05, 1, 9)]
 
     w, scale = (torch.tensor(x, requires_grad=True) for x in (params["w"], params["norm"]["scale"]))
@@ -160,7 +173,7 @@ def loss_and_gradient(monkeypatch):
     def run(cfg, batch, logp_BT):
         evaluate = jax.value_and_grad(policy_loss(cfg), has_aux=True)
         (loss, (stats, _)), gradient_BT = evaluate(jnp.asarray(logp_BT), batch)
-        return float(loss), diagnostics.finalize(stats), np.asarray(gradient_BT)
+        return float(loss), diagnostics.finalize_token_stats(stats), np.asarray(gradient_BT)
 
     return run
 
@@ -312,7 +325,7 @@ def test_golden_step():
     """Stored numbers of one AdamW step. A change here changes training: know why before you store new ones."""
     tx, update = adam_update()
     state, aux = update(fresh_state(tx), drifted_batch())
-    stats = diagnostics.finalize(diagnostics.reduce(aux["stats"]))
+    stats = diagnostics.finalize_token_stats(diagnostics.reduce_token_stats(aux["stats"]))
     layers = state.params["layers"][0]
     found = {
         "loss": aux["loss"],
@@ -348,7 +361,9 @@ def test_a_non_finite_batch_is_skipped_and_counted():
     inner = jax.tree.leaves_with_path(state.opt_state.inner_state)
     counts = [x for path, x in inner if jax.tree_util.keystr(path).endswith(".count")]
     assert counts and all(count == 2 for count in counts)  # of updates that were applied
-    assert last_learning_rate(lambda count: count, state, aux) == 1  # the newest of them was at count 1
+    assert (
+        last_learning_rate(lambda count: count, state, aux) == 1
+    )  # the newest of them was at count 1
 
     undisturbed, _ = update(jax.tree.map(jnp.array, before), good)
     chex.assert_trees_all_equal(state.params, undisturbed.params)
@@ -401,7 +416,9 @@ def assert_same_step(a, b):
     for name in ("loss", "grad_norm"):
         assert aux_a[name] == pytest.approx(float(aux_b[name]), rel=1e-6)
     chex.assert_trees_all_close(
-        *(diagnostics.reduce(aux["stats"]) for aux in (aux_a, aux_b)), rtol=1e-5, atol=2e-6
+        *(diagnostics.reduce_token_stats(aux["stats"]) for aux in (aux_a, aux_b)),
+        rtol=1e-5,
+        atol=2e-6,
     )
 
 
@@ -410,9 +427,11 @@ def assert_same_step(a, b):
 def test_any_number_of_micro_batches(model):
     """One, two or four: the same gradients (SGD with learning rate 1). Without an aux loss: see the module."""
     batch = drifted_batch(model=model)
-    run = lambda n: make_update(tiny.policy(model), SGD, policy_loss(CFG), n)(
-        fresh_state(SGD, model), batch
-    )
+
+    def run(micro_batch):
+        update = make_update(tiny.policy(model), SGD, policy_loss(CFG), micro_batch)
+        return update(fresh_state(SGD, model), batch)
+
     whole = run(4)
     assert whole[1]["grad_norm"] > 0.1
     for micro_batch in (2, 1):

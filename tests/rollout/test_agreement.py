@@ -78,7 +78,7 @@ def scored(kind: str) -> tuple[dict, np.ndarray, np.ndarray]:
     """The rollout, one sequence per row, with the sampler's log-probs and the scorer's, BT."""
     rows, place = separate_rows(sampled(kind))
     sampler_logp_BT = place(sampled(kind).logp_BC)
-    logp_BT, _ = scorer(kind)(tiny.params(tiny.MODELS[kind]), as_batch(rows))
+    logp_BT = scorer(kind)(tiny.params(tiny.MODELS[kind]), as_batch(rows)).logp_BT
     return rows, sampler_logp_BT, np.asarray(logp_BT)
 
 
@@ -174,7 +174,7 @@ def test_packed_rows(kind, packing):
     rows = pack_rollout(PROMPTS, rollout, tiny.PAD, 1, PACKINGS[packing])
     assert rows.mask_BT.sum() == rollout.length_B.sum()
     assert rows.arrays["segment_ids_BT"].max() > 2 or packing == "one completion each"
-    logp_BT = np.asarray(scorer(kind)(tiny.params(tiny.MODELS[kind]), as_batch(rows.arrays))[0])
+    logp_BT = scorer(kind)(tiny.params(tiny.MODELS[kind]), as_batch(rows.arrays)).logp_BT
     np.testing.assert_allclose(logp_BT, rows.place(rollout.logp_BC), atol=1e-5)
 
 
@@ -197,9 +197,11 @@ def test_packing_changes_no_gradient(kind):
 
     def gradient(arrays, weight_BT):
         batch = as_batch(arrays)
-        loss = lambda params: jnp.sum(
-            weight_BT * score(policy.bind(params), batch, TEMPERATURE).logp_BT
-        )
+
+        def loss(params):
+            logp_BT = score(policy.bind(params), batch, TEMPERATURE).logp_BT
+            return jnp.sum(weight_BT * logp_BT)
+
         return tiny.quick_jit(jax.grad(loss))(tiny.params(policy.cfg))
 
     packed = pack_rollout(PROMPTS, rollout, tiny.PAD, 1, TOKENS)
@@ -222,7 +224,7 @@ def test_right_padding(kind):
     }
     longer["tokens_BT"] = np.where(longer["segment_ids_BT"] > 0, longer["tokens_BT"], 17)
     longer["picked_BM"] = np.where(rows["picked_BM"] == T, T + 13, rows["picked_BM"])
-    longer_BT, _ = scorer(kind)(tiny.params(tiny.MODELS[kind]), as_batch(longer))
+    longer_BT = scorer(kind)(tiny.params(tiny.MODELS[kind]), as_batch(longer)).logp_BT
     real_BT = rows["segment_ids_BT"] > 0
     np.testing.assert_allclose(np.asarray(longer_BT)[:, :T][real_BT], logp_BT[real_BT], atol=1e-5)
 
@@ -237,9 +239,11 @@ def test_remat_changes_no_gradient(kind):
 
     def gradient(remat: str):
         policy = tiny.policy(dataclasses.replace(tiny.MODELS[kind], remat=remat))
-        loss = lambda params: jnp.sum(
-            batch.weight_BT * batch.adv_BT * score(policy.bind(params), batch, 1.0).logp_BT
-        )
+
+        def loss(params):
+            logp_BT = score(policy.bind(params), batch, 1.0).logp_BT
+            return jnp.sum(batch.weight_BT * batch.adv_BT * logp_BT)
+
         return tiny.quick_jit(jax.value_and_grad(loss))(params)
 
     plain = gradient("none")
@@ -254,7 +258,10 @@ def test_remat_keeps_less_for_the_backward_pass():
 
     def residuals(remat: str) -> int:
         policy = tiny.policy(dataclasses.replace(tiny.DENSE, remat=remat))
-        logp = lambda params: score(policy.bind(params), batch, 1.0).logp_BT
+
+        def logp(params):
+            return score(policy.bind(params), batch, 1.0).logp_BT
+
         kept = jax.eval_shape(lambda params: jax.vjp(logp, params)[1], tiny.params())
         return sum(x.size for x in jax.tree.leaves(kept))
 
@@ -267,7 +274,10 @@ def test_tokens_are_sorted_by_expert_once_where_dots_are_kept():
 
     def integers(remat: str) -> int:
         policy = tiny.policy(dataclasses.replace(tiny.MOE, remat=remat))
-        logp = lambda params: score(policy.bind(params), batch, 1.0).logp_BT
+
+        def logp(params):
+            return score(policy.bind(params), batch, 1.0).logp_BT
+
         kept = jax.eval_shape(lambda params: jax.vjp(logp, params)[1], tiny.params(tiny.MOE))
         return sum(x.size for x in jax.tree.leaves(kept) if jnp.issubdtype(x.dtype, jnp.integer))
 
@@ -282,8 +292,9 @@ def test_bfloat16_compute_is_close_and_its_log_probs_are_float32():
     cfg = dataclasses.replace(tiny.DENSE, compute_dtype="bfloat16")
     rows, _, logp_BT = scored("dense")
     bf16_scorer = make_scorer(tiny.policy(cfg), TEMPERATURE, 1)
-    bf16_BT, entropy_BT = bf16_scorer(tiny.params(), as_batch(rows))
-    assert bf16_BT.dtype == entropy_BT.dtype == jnp.float32
+    bf16_scores = bf16_scorer(tiny.params(), as_batch(rows))
+    bf16_BT = bf16_scores.logp_BT
+    assert bf16_BT.dtype == bf16_scores.entropy_BT.dtype == jnp.float32
     real_BT = rows["mask_BT"]
     gap_N = np.abs(np.asarray(bf16_BT) - logp_BT)[real_BT]
     size_N = np.maximum(1, np.abs(logp_BT[real_BT]))
@@ -296,7 +307,7 @@ def test_bfloat16_compute_is_close_and_its_log_probs_are_float32():
     rollout = made(tiny.params(), PROMPTS, KEY)
     rows, place = separate_rows(rollout)
     sampler_logp_BT = place(rollout.logp_BC)
-    bf16_BT, _ = bf16_scorer(tiny.params(), as_batch(rows))
+    bf16_BT = bf16_scorer(tiny.params(), as_batch(rows)).logp_BT
     gap_N = np.abs(np.asarray(bf16_BT) - sampler_logp_BT)[rows["mask_BT"]]
     assert rollout.logp_BC.dtype == np.float32
     size_N = np.maximum(1, np.abs(sampler_logp_BT[rows["mask_BT"]]))

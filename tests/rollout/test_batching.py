@@ -6,6 +6,8 @@ import dataclasses
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sapo_jax.batch import Rollout
 from sapo_jax.rollout import Packing, bucket, pack_rollout, pad_sequences, plan_rows
@@ -137,7 +139,7 @@ def test_several_prompts_in_a_row():
 
 
 def tokens(plan) -> int:
-    return sum(piece.size for mini in plan.minis for row in mini for piece in row)
+    return sum(piece.size for row in plan.filled_rows() for piece in row)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -167,7 +169,7 @@ def test_every_completion_is_in_one_row_that_holds_it(seed, shards, micro_batch,
         )
         assert plan.micro_batch % shards == 0 and (plan.micro_batch > 0) == (micro_batch > 0)
         assert plan.micro_batch * plan.length <= micro_batch * (row_tokens or bucket(40 + C))
-        for i, mini in enumerate(plan.minis):
+        for i, mini in enumerate(plan.mini_batches):
             assert len(mini) <= plan.rows
             pieces = [piece for row in mini for piece in row]
             assert all(sum(piece.size for piece in row) <= plan.length for row in mini)
@@ -179,6 +181,51 @@ def test_every_completion_is_in_one_row_that_holds_it(seed, shards, micro_batch,
                 assert piece.size == prompts[piece.prompt] + sum(
                     lengths[b] for b in piece.sequences
                 )
+
+
+@st.composite
+def rollouts(draw) -> tuple[list[int], list[int], int]:
+    """Lengths of prompts and of completions, and a number of mini-batches."""
+    mini_batches = draw(st.integers(1, 3))
+    P = mini_batches * draw(st.integers(1, 4))
+    G = draw(st.integers(1, 6))
+    prompt_lengths = draw(st.lists(st.integers(1, 40), min_size=P, max_size=P))
+    lengths = draw(st.lists(st.integers(1, 100), min_size=P * G, max_size=P * G))
+    return prompt_lengths, lengths, mini_batches
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    rollout=rollouts(),
+    skips=st.booleans(),
+    token_cost=st.integers(0, 200),
+    shards=st.integers(1, 3),
+    rows_per_shard=st.integers(0, 3),
+    row_tokens=st.sampled_from([0, 140, 400]),
+)
+def test_any_plan_holds_every_completion_behind_its_prompt(
+    rollout, skips, token_cost, shards, rows_per_shard, row_tokens
+):
+    prompt_lengths, lengths, mini_batches = rollout
+    micro_batch = shards * rows_per_shard
+    packing = Packing(token_cost, 1, skips, 40, 100, shards, micro_batch, row_tokens)
+    plan = plan_rows(prompt_lengths, lengths, mini_batches, packing)
+    groups_per_mini = len(prompt_lengths) // mini_batches
+    G = len(lengths) // len(prompt_lengths)
+    assert len(plan.mini_batches) == mini_batches
+    assert plan.rows % (plan.micro_batch or shards) == 0
+    placed = []
+    for i, rows in enumerate(plan.mini_batches):
+        assert len(rows) <= plan.rows
+        for row in rows:
+            assert sum(piece.size for piece in row) <= plan.length
+            for piece in row:
+                assert piece.prompt // groups_per_mini == i
+                assert piece.prompt_length == prompt_lengths[piece.prompt]
+                assert {b // G for b in piece.sequences} == {piece.prompt}
+                assert piece.completion_lengths == tuple(lengths[b] for b in piece.sequences)
+                placed += piece.sequences
+    assert sorted(placed) == list(range(len(lengths)))
 
 
 def test_long_prompts_are_shared_and_long_rows_are_not_free():
@@ -206,11 +253,9 @@ def test_what_nobody_sees_costs_nothing_where_it_is_skipped():
 def test_costs_by_hand():
     """Prompts of 2 and 3; completions of 4 and 2, 1 and 5. Seen, halves of squares: 2 + 4 * (2 + 2) + 2 * (2 + 1), and
     4.5 + (3 + 0.5) + 5 * (3 + 2.5)."""
-    pieces = Piece(0, (0, 1), (2, 4, 2)), Piece(1, (2, 3), (3, 1, 5))
-    assert [piece.seen for piece in pieces] == [24, 35.5] and [piece.size for piece in pieces] == [
-        8,
-        9,
-    ]
+    pieces = Piece(0, (0, 1), 2, (4, 2)), Piece(1, (2, 3), 3, (1, 5))
+    assert [piece.seen_pairs for piece in pieces] == [24, 35.5]
+    assert [piece.size for piece in pieces] == [8, 9]
     skips, whole = Packing(3, 5, True, 3, 5), Packing(3, 5, False, 3, 5)
     assert skips.cost(2, 16, 1, 59.5) == 32 * 3 + 59.5 * 5
     assert (

@@ -59,14 +59,17 @@ def on_mesh(data: int, fsdp: int) -> tuple[dict, list[Rollout]]:
         lowered = _sample.lower(
             sampler, own, *sharding.put_batch(share, replica), jax.random.key(1)
         )
-    pointers = lambda tree: [
-        [
-            shard.data.unsafe_buffer_pointer()
-            for shard in x.addressable_shards
-            if shard.device in replica.devices
+
+    def pointers(tree):
+        return [
+            [
+                shard.data.unsafe_buffer_pointer()
+                for shard in x.addressable_shards
+                if shard.device in replica.devices
+            ]
+            for x in jax.tree.leaves(tree)
         ]
-        for x in jax.tree.leaves(tree)
-    ]
+
     return {
         "devices": [[d.id for d in r.devices.flat] for r in sharding.replicas(mesh)],
         "in_place": pointers(own) == pointers(params),

@@ -1,4 +1,4 @@
-"""R3: what the sampler recorded, on packed rows, is what a full pass would sample_token; replayed, packing changes nothing."""
+"""R3: what the sampler recorded, on packed rows, is what a full pass would choose; replayed, packing changes nothing."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ def test_recorded_experts_on_packed_rows_are_those_of_a_full_pass(packing):
     rollout = recorded()
     rows = packed(rollout, packing)
     batch = as_batch(rows, rollout)
-    live_BT, _, chosen_BTLk = scorer()(tiny.params(tiny.MOE), as_batch(rows))
+    live = scorer()(tiny.params(tiny.MOE), as_batch(rows))
+    live_BT, chosen_BTLk = live.logp_BT, live.expert_ids_BTLk
     passed_BT = (rows.sequence_BT >= 0) & ~last_tokens(rows, rollout)
     assert passed_BT.sum() > 60 and passed_BT[~rows.mask_BT].sum() >= sum(
         len(p.ids) for p in PROMPTS
@@ -76,7 +77,7 @@ def test_recorded_experts_on_packed_rows_are_those_of_a_full_pass(packing):
     )
     assert np.all(batch.expert_ids_BTLk[~passed_BT] == E)
 
-    logp_BT, _, _ = scorer()(tiny.params(tiny.MOE), batch)
+    logp_BT = scorer()(tiny.params(tiny.MOE), batch).logp_BT
     np.testing.assert_allclose(logp_BT, live_BT, atol=1e-6)
     np.testing.assert_allclose(logp_BT, rows.place(rollout.logp_BC), atol=1e-5)
 
@@ -94,7 +95,7 @@ def drifted() -> Rollout:
 
 
 def test_packing_changes_nothing_under_replay():
-    """Experts that nobody would sample_token: log-probs in every packing, and gradients in two."""
+    """Experts that nobody would choose: log-probs in every packing, and gradients in two."""
     rollout, params = drifted(), tiny.params(tiny.MOE)
     coefficient_BC = (
         np.random.default_rng(1).standard_normal(rollout.logp_BC.shape).astype(np.float32)
@@ -103,21 +104,25 @@ def test_packing_changes_nothing_under_replay():
         packed(rollout, packing)
         for packing in ("one completion each", "whole groups", "long rows of whole groups")
     )
-    read = lambda rows, x_BT: {
-        (rows.sequence_BT[b, t], rows.offset_BT[b, t]): x_BT[b, t]
-        for b, t in np.argwhere(rows.mask_BT)
-    }
-    expected = read(own, np.asarray(scorer()(params, as_batch(own, rollout))[0]))
+
+    def read(rows, x_BT):
+        return {
+            (rows.sequence_BT[b, t], rows.offset_BT[b, t]): x_BT[b, t]
+            for b, t in np.argwhere(rows.mask_BT)
+        }
+
+    expected = read(own, np.asarray(scorer()(params, as_batch(own, rollout)).logp_BT))
     assert max(abs(expected[b, t] - rollout.logp_BC[b, t]) for b, t in expected) > 0.5
     for rows in shared:
-        found = read(rows, np.asarray(scorer()(params, as_batch(rows, rollout))[0]))
+        found = read(rows, np.asarray(scorer()(params, as_batch(rows, rollout)).logp_BT))
         assert found == pytest.approx(expected, abs=1e-5, rel=1e-5)
 
     @tiny.quick_jit
     def gradient(batch, weight_BT):
-        loss = lambda params: jnp.sum(
-            weight_BT * score(tiny.policy(tiny.MOE).bind(params), batch, TEMPERATURE).logp_BT
-        )
+        def loss(params):
+            logp_BT = score(tiny.policy(tiny.MOE).bind(params), batch, TEMPERATURE).logp_BT
+            return jnp.sum(weight_BT * logp_BT)
+
         return jax.grad(loss)(params)
 
     one, many = (
@@ -135,13 +140,12 @@ def test_the_last_token_has_no_experts_and_needs_none():
     batch = as_batch(rows, rollout)
     last_BT = last_tokens(rows, rollout)
     assert last_BT.sum() == len(rollout.length_B) and np.all(batch.expert_ids_BTLk[last_BT] == E)
-    expected, _, _ = scorer()(tiny.params(tiny.MOE), batch)
+    expected = scorer()(tiny.params(tiny.MOE), batch).logp_BT
     for seed in (1, 2):
         ids_BTLk = batch.expert_ids_BTLk.copy()
         ids_BTLk[last_BT] = tiny.random_experts((len(rollout.length_B),), seed=seed)
-        logp_BT, _, _ = scorer()(
-            tiny.params(tiny.MOE), dataclasses.replace(batch, expert_ids_BTLk=ids_BTLk)
-        )
+        changed = dataclasses.replace(batch, expert_ids_BTLk=ids_BTLk)
+        logp_BT = scorer()(tiny.params(tiny.MOE), changed).logp_BT
         np.testing.assert_array_equal(logp_BT, expected)
 
 
@@ -166,8 +170,9 @@ def test_replay_brings_sampler_and_scorer_together_in_bfloat16():
     rollout = recorded(BF16, 24)  # enough of them that some are far off without replay
     rows = packed(rollout, "whole groups")
     batch = as_batch(rows, rollout, BF16)
-    live_BT, _, chosen_BTLk = scorer(BF16)(tiny.params(BF16), as_batch(rows))
-    replayed_BT, _, _ = scorer(BF16)(tiny.params(BF16), batch)
+    live = scorer(BF16)(tiny.params(BF16), as_batch(rows))
+    live_BT, chosen_BTLk = live.logp_BT, live.expert_ids_BTLk
+    replayed_BT = scorer(BF16)(tiny.params(BF16), batch).logp_BT
     given_BTLk = batch.expert_ids_BTLk
     differ_BTL = np.any(np.sort(given_BTLk) != np.sort(chosen_BTLk), axis=-1) & (
         given_BTLk[..., 0] < 32

@@ -18,7 +18,7 @@ from sapo_jax.models import Qwen3
 from sapo_jax.ops import attention as kernels
 from sapo_jax.rollout import Sampler, SamplingParams
 from sapo_jax.rollout import sampler as sampler_module
-from sapo_jax.rollout.cache_width import growth
+from sapo_jax.rollout.cache_width import columns_per_widening
 from sapo_jax.rollout.decode import phases
 from sapo_jax.types import FINISH_REASONS, Prompt
 from tests.models import tiny
@@ -28,17 +28,18 @@ from tests.rollout.test_sampling import slow_truncate
 STOP, LENGTH = FINISH_REASONS.index("stop"), FINISH_REASONS.index("length")
 KEY = jax.random.key(11)
 PROMPTS = [tiny.prompt(11, 3), tiny.prompt(5, 9), tiny.prompt(8, 16)]
+SAMPLED = SamplingParams()
 each_model = pytest.mark.parametrize("kind", tiny.MODELS)
 
 
 def make(
     kind: str = "dense",
-    sampling: SamplingParams = SamplingParams(),
+    sampling: SamplingParams = SAMPLED,
     group_size=2,
     max_new_tokens=8,
     stop_ids=(),
     **kwargs,
-) -> Sampler:  # noqa: B008
+) -> Sampler:
     return Sampler(
         tiny.policy(tiny.MODELS[kind]),
         sampling,
@@ -149,7 +150,9 @@ def test_sampled_completions_end_at_stop_tokens():
 
 def test_a_pad_id_that_is_a_stop_token_ends_a_completion_once():
     """As in tokenizers whose pad and end token are one."""
-    sampler = make(sampling=SamplingParams(0.8), group_size=4, max_new_tokens=10, stop_ids=(1, 2, 3))
+    sampler = make(
+        sampling=SamplingParams(0.8), group_size=4, max_new_tokens=10, stop_ids=(1, 2, 3)
+    )
     rollout = sample(dataclasses.replace(sampler, pad_id=3))
     expected = stopped()
     np.testing.assert_array_equal(rollout.length_B, expected.length_B)
@@ -210,7 +213,8 @@ def test_draws_depend_on_prompt_index_sample_and_position_alone():
     expected = stopped().tokens_BC.reshape(3, 4, 10)
     prompts = [PROMPTS[2], tiny.prompt(3, 20), PROMPTS[0]]
     other = sample(
-        make(sampling=SamplingParams(0.8), group_size=6, max_new_tokens=7, stop_ids=(1, 2, 3)), prompts
+        make(sampling=SamplingParams(0.8), group_size=6, max_new_tokens=7, stop_ids=(1, 2, 3)),
+        prompts,
     )
     other = other.tokens_BC.reshape(3, 6, 7)
     np.testing.assert_array_equal(other[0, :4], expected[2, :, :7])
@@ -219,7 +223,9 @@ def test_draws_depend_on_prompt_index_sample_and_position_alone():
 
 def test_draws_differ_between_samples_prompts_positions_and_keys():
     """The same tokens under another index, another key: other completions. So are the samples of a group."""
-    sampler = make(sampling=SamplingParams(0.8), group_size=4, max_new_tokens=10, stop_ids=(1, 2, 3))
+    sampler = make(
+        sampling=SamplingParams(0.8), group_size=4, max_new_tokens=10, stop_ids=(1, 2, 3)
+    )
     twins = [
         PROMPTS[0],
         dataclasses.replace(PROMPTS[0], index=12),
@@ -233,7 +239,9 @@ def test_draws_differ_between_samples_prompts_positions_and_keys():
 
 def test_prompt_indices_beyond_32_bits_are_taken_modulo():
     """Documented nowhere else: an index is cut to 32 bits, never refused."""
-    sampler = make(sampling=SamplingParams(0.8), group_size=4, max_new_tokens=10, stop_ids=(1, 2, 3))
+    sampler = make(
+        sampling=SamplingParams(0.8), group_size=4, max_new_tokens=10, stop_ids=(1, 2, 3)
+    )
     far = [dataclasses.replace(p, index=p.index + 2**32) for p in PROMPTS]
     np.testing.assert_array_equal(sample(sampler, far).tokens_BC, stopped().tokens_BC)
 
@@ -387,7 +395,7 @@ def test_rows_that_start_at_pages(slots, monkeypatch):
         return attend(q, k, v, first_B, last_B, live_B)
 
     monkeypatch.setattr(kernels, "decode_attention", spied)
-    monkeypatch.setattr(kernels, "page", lambda h, dtype: 8)
+    monkeypatch.setattr(kernels, "cache_page_size", lambda h, dtype: 8)
     sampler_module._sample.clear_cache()
     found = sample(make(**common), limit_B=limits)
     jax.effects_barrier()
@@ -401,7 +409,7 @@ def test_rows_that_start_at_pages(slots, monkeypatch):
 def test_pages_and_completions_of_one_token(monkeypatch):
     """A page is more columns than they need: the cache is full before one can be shifted out."""
     expected = sample(make(group_size=4, max_new_tokens=1, slots=2))
-    monkeypatch.setattr(kernels, "page", lambda h, dtype: 8)
+    monkeypatch.setattr(kernels, "cache_page_size", lambda h, dtype: 8)
     sampler_module._sample.clear_cache()
     found = sample(make(group_size=4, max_new_tokens=1, slots=2))
     sampler_module._sample.clear_cache()
@@ -423,15 +431,17 @@ def test_impossible_limits(limits):
 
 def test_phases():
     """(slots, columns): all new tokens have a column; fewer slots only for long completions, on one device."""
-    assert phases(16, 8, 6, 6) == [(6, 23)] and growth(8) == 8
-    assert phases(16, 100, 6, 6) == [(6, 115)] and growth(100) == 100
-    assert phases(16, 128, 6, 3) == [(3, 79), (3, 143), (3, 207)] and growth(128) == 64
+    assert phases(16, 8, 6, 6) == [(6, 23)] and columns_per_widening(8) == 8
+    assert phases(16, 100, 6, 6) == [(6, 115)] and columns_per_widening(100) == 100
+    assert (
+        phases(16, 128, 6, 3) == [(3, 79), (3, 143), (3, 207)] and columns_per_widening(128) == 64
+    )
     assert phases(64, 192, 16, 16) == [(16, 127), (16, 191), (16, 255), (8, 255), (4, 255)]
     assert (
         phases(64, 192, 16, 16, narrow=False) == [(16, 127), (16, 191), (16, 255)]
-        and growth(192) == 64
+        and columns_per_widening(192) == 64
     )
     assert phases(64, 192, 64, 16)[-1] == (4, 319)
     assert phases(64, 1000, 16, 16, narrow=False) == [(16, 313), (16, 563), (16, 813), (16, 1063)]
-    assert growth(1000) == 250
+    assert columns_per_widening(1000) == 250
     assert phases(64, 1000, 16, 16, narrow=False, page=64) == [(16, 1152)]

@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hypothesis_numpy
 from scipy import stats
 
 from sapo_jax.rollout.sampling import LANE, SamplingParams, sample_token, truncate
@@ -15,9 +18,9 @@ from sapo_jax.rollout.sampling import LANE, SamplingParams, sample_token, trunca
 PROB = np.array([0.4, 0.05, 0.25, 0.1, 0.2])
 
 
-def kept(prob, rule: SamplingParams) -> list[int]:
+def kept(prob, sampling: SamplingParams) -> list[int]:
     """Indices of the tokens that are left."""
-    out_BV = np.asarray(truncate(jnp.log(jnp.asarray(prob, jnp.float32))[None], rule))
+    out_BV = np.asarray(truncate(jnp.log(jnp.asarray(prob, jnp.float32))[None], sampling))
     assert np.all(
         (out_BV == -np.inf) | np.isclose(out_BV, np.log(prob), rtol=1e-6)
     )  # what is left is unchanged
@@ -25,7 +28,7 @@ def kept(prob, rule: SamplingParams) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("rule", "left"),
+    ("sampling", "left"),
     [
         (SamplingParams(), [0, 1, 2, 3, 4]),
         (SamplingParams(top_k=1), [0]),
@@ -48,12 +51,12 @@ def kept(prob, rule: SamplingParams) -> list[int]:
         (SamplingParams(top_p=0.9, min_p=0.6), [0, 2]),  # 0.25 >= 0.24
     ],
 )
-def test_truncation_by_hand(rule, left):
-    assert kept(PROB, rule) == left
+def test_truncation_by_hand(sampling, left):
+    assert kept(PROB, sampling) == left
 
 
 @pytest.mark.parametrize(
-    ("rule", "left"),
+    ("sampling", "left"),
     [
         (SamplingParams(top_k=2), [0, 1, 3]),  # the second and third best tie
         (SamplingParams(top_p=0.5), [0, 1, 3]),  # 0.4 < 0.5 <= 0.65, and the other 0.25
@@ -61,21 +64,21 @@ def test_truncation_by_hand(rule, left):
         (SamplingParams(min_p=0.62), [0, 1, 3]),  # >= 0.248
     ],
 )
-def test_ties_with_the_last_token_kept_are_kept(rule, left):
-    assert kept(np.array([0.4, 0.25, 0.1, 0.25]), rule) == left
+def test_ties_with_the_last_token_kept_are_kept(sampling, left):
+    assert kept(np.array([0.4, 0.25, 0.1, 0.25]), sampling) == left
 
 
 def test_all_tokens_tie():
-    for rule in (
+    for sampling in (
         SamplingParams(top_k=1),
         SamplingParams(top_p=0.1),
         SamplingParams(min_p=0.5),
         SamplingParams(top_k=2, top_p=0.3, min_p=0.9),
     ):
-        assert kept(np.full(4, 0.25), rule) == [0, 1, 2, 3]
+        assert kept(np.full(4, 0.25), sampling) == [0, 1, 2, 3]
 
 
-def slow_truncate(logits_V: np.ndarray, rule: SamplingParams) -> np.ndarray:
+def slow_truncate(logits_V: np.ndarray, sampling: SamplingParams) -> np.ndarray:
     """One token after another, best first, in float64."""
     left = {int(v): float(z) for v, z in enumerate(logits_V)}
 
@@ -84,39 +87,57 @@ def slow_truncate(logits_V: np.ndarray, rule: SamplingParams) -> np.ndarray:
         total = sum(np.exp(z - top) for z in left.values())
         return {v: np.exp(z - top) / total for v, z in left.items()}
 
-    if 0 < rule.top_k < len(left):
-        worst = sorted(left.values(), reverse=True)[rule.top_k - 1]
+    if 0 < sampling.top_k < len(left):
+        worst = sorted(left.values(), reverse=True)[sampling.top_k - 1]
         left = {v: z for v, z in left.items() if z >= worst}
-    if rule.top_p < 1:
+    if sampling.top_p < 1:
         total, worst = 0.0, np.inf
         for p, v in sorted(((p, v) for v, p in probabilities().items()), reverse=True):
-            if total >= rule.top_p:
+            if total >= sampling.top_p:
                 break
             total, worst = total + p, left[v]
         left = {v: z for v, z in left.items() if z >= worst}
-    if rule.min_p > 0:
+    if sampling.min_p > 0:
         prob = probabilities()
-        left = {v: z for v, z in left.items() if prob[v] >= rule.min_p * max(prob.values())}
+        left = {v: z for v, z in left.items() if prob[v] >= sampling.min_p * max(prob.values())}
     return np.array([left.get(v, -np.inf) for v in range(len(logits_V))])
 
 
-RULES = [
+SAMPLINGS = [
     SamplingParams(top_k=3), SamplingParams(top_p=0.7), SamplingParams(min_p=0.07), SamplingParams(top_k=6, top_p=0.83), SamplingParams(top_k=9, top_p=0.9, min_p=0.11),
     SamplingParams(top_p=0.999),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
-def test_truncation_of_random_logits(rule):
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_truncation_of_random_logits(sampling):
     """Also with ties: every other row is rounded to halves."""
     logits_BV = np.random.default_rng(0).normal(0, 2, (200, 13)).astype(np.float32)
     logits_BV[::2] = np.round(logits_BV[::2] * 2) / 2
-    expected_BV = np.array([slow_truncate(row, rule) for row in logits_BV])
-    out_BV = np.asarray(jax.jit(truncate, static_argnums=1)(logits_BV, rule))
+    expected_BV = np.array([slow_truncate(row, sampling) for row in logits_BV])
+    out_BV = np.asarray(jax.jit(truncate, static_argnums=1)(logits_BV, sampling))
     np.testing.assert_array_equal(out_BV, expected_BV)
     assert np.isfinite(out_BV).any(axis=1).all()
-    assert len(set(np.isfinite(out_BV).sum(axis=1))) > 1 or rule == SamplingParams(top_k=3)
+    assert len(set(np.isfinite(out_BV).sum(axis=1))) > 1 or sampling == SamplingParams(top_k=3)
     np.testing.assert_array_equal(np.argmax(out_BV, axis=1), np.argmax(logits_BV, axis=1))
+
+
+truncate_jitted = jax.jit(truncate, static_argnums=1)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    logits_BV=hypothesis_numpy.arrays(
+        np.float32, (2, 13), elements=st.integers(-24, 24).map(lambda n: n / 4)
+    ),
+    sampling=st.sampled_from(SAMPLINGS),
+)
+def test_truncation_of_any_logits(logits_BV, sampling):
+    """Multiples of a quarter: many ties, and sums of probabilities that lie close together."""
+    expected_BV = np.array([slow_truncate(logits_V, sampling) for logits_V in logits_BV])
+    out_BV = np.asarray(truncate_jitted(logits_BV, sampling))
+    assert np.all(np.isfinite(out_BV).any(axis=1))
+    np.testing.assert_array_equal(out_BV, expected_BV)
 
 
 # ---------------------------------------------------------------- draws
@@ -127,12 +148,12 @@ def uniform(n: int, seed: int = 0):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
-def draw(n: int, logits_V, rule: SamplingParams):
-    return sample_token(uniform(n), jnp.broadcast_to(logits_V, (n, len(logits_V))), rule)
+def draw(n: int, logits_V, sampling: SamplingParams):
+    return sample_token(uniform(n), jnp.broadcast_to(logits_V, (n, len(logits_V))), sampling)
 
 
 @pytest.mark.parametrize(
-    "rule",
+    "sampling",
     [
         SamplingParams(), SamplingParams(temperature=0.6), SamplingParams(temperature=1.7), SamplingParams(temperature=0.8, top_k=4),
         SamplingParams(temperature=1.3, top_p=0.85), SamplingParams(temperature=1.2, min_p=0.2),
@@ -140,17 +161,19 @@ def draw(n: int, logits_V, rule: SamplingParams):
     ],
     ids=str,
 )  # fmt: skip
-def test_draws_follow_the_truncated_distribution(rule):
+def test_draws_follow_the_truncated_distribution(sampling):
     """Chi-square over 20000 draws; the log-prob of each draw is the truncated distribution's, renormalised."""
     logits_V = np.array([1.0, 0.2, -0.5, 2.0, 0.9, -1.5, 1.4, 0.0], np.float32)
-    token_B, logp_B = map(np.asarray, draw(20000, logits_V, rule))
-    z_V = slow_truncate(logits_V / rule.temperature, rule)
+    token_B, logp_B = map(np.asarray, draw(20000, logits_V, sampling))
+    z_V = slow_truncate(logits_V / sampling.temperature, sampling)
     prob_V = np.exp(z_V - z_V.max())
     prob_V /= prob_V.sum()
     count_V = np.bincount(token_B, minlength=len(prob_V))
     live = prob_V > 0
     assert (
-        live.sum() == {0: 8, 4: 4}.get(rule.top_k, live.sum()) or rule.top_p < 1 or rule.min_p > 0
+        live.sum() == {0: 8, 4: 4}.get(sampling.top_k, live.sum())
+        or sampling.top_p < 1
+        or sampling.min_p > 0
     )
     assert not count_V[~live].any()
     assert stats.chisquare(count_V[live], prob_V[live] * count_V.sum()).pvalue > 1e-3
@@ -177,7 +200,7 @@ def test_greedy_takes_the_best_token_with_log_prob_zero():
 
 def test_a_row_depends_on_its_own_number_and_logits_alone():
     """Half of the rows in reverse, the others replaced."""
-    run = jax.jit(functools.partial(sample_token, rule=SamplingParams()))
+    run = jax.jit(functools.partial(sample_token, sampling=SamplingParams()))
     logits_BV, other_BV = np.random.default_rng(1).standard_normal((2, 64, 6)).astype(np.float32)
     u_B, other_u_B = (uniform(64, seed) for seed in (3, 4))
     token_B, logp_B = run(u_B, logits_BV)
