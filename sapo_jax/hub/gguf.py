@@ -45,13 +45,11 @@ def convert(
     if architecture is None or meta.problems:
         raise GGUFError(source, meta.problems)
     tokenizer = read_tokenizer(meta)
-    model = read_model(
-        meta,
-        architecture,
-        None if tokenizer is None else tokenizer.vocab_size,
-        tied="output.weight" not in tensors,
-        num_tensors=len(tensors),
-    )
+    vocab_size = None
+    if tokenizer is not None:
+        vocab_size = tokenizer.vocab_size
+    tied = "output.weight" not in tensors
+    model = read_model(meta, architecture, vocab_size, tied=tied, num_tensors=len(tensors))
     if model is None or tokenizer is None:
         raise GGUFError(source, meta.problems)
 

@@ -279,8 +279,13 @@ def hub_tensors(params: Params, cfg: Model, dtype: np.dtype) -> Iterator[np.ndar
     for param in hub_params(cfg):
         array = _get(params, param.path)
         for index in range(param.num_slices):
-            layer = np.asarray(array[index] if param.stacked else array)
-            tensors = layer if param.num_experts > 0 else [layer]
+            if param.stacked:
+                part = np.asarray(array[index])
+            else:
+                part = np.asarray(array)
+            tensors = [part]
+            if param.num_experts > 0:
+                tensors = list(part)
             for name, tensor in zip(param.tensor_names(index), tensors, strict=True):
                 with np.errstate(over="ignore"):  # An overflow raises ValueError below.
                     rounded = param.kind.to_hub(tensor, sizes).astype(dtype)

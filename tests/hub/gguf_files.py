@@ -1,4 +1,6 @@
-"""Small GGUF files, written the way llama.cpp's converter writes them: its tensor names, its order of rows."""
+"""Small GGUF files, written the way llama.cpp's converter writes them: its tensor names, its order
+of rows.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ ARCHITECTURES = {
     "qwen3moe": gguf.MODEL_ARCH.QWEN3MOE,
 }
 
-# What the rules that cut text into words disagree about: contractions, digits of several scripts, spaces before
+# What the rules that cut text into words disagree about: contractions, digits of several scripts,
+# spaces before
 # digits and line ends, punctuation, combining marks.
 TEXTS = [
     "Hello world, don't DON'T we'Ll I'm 'tis o'clock.",
@@ -56,7 +59,8 @@ TEXTS = [
     "https://example.org/a_b-c?d=e&f=%20#g; <b>html</b>; $x^2 + \\frac{a}{b} \\leq |c|$ ~~~ ``` --- ...",
     "<|im_start|>user\nhi <think>no</think><|im_end|>\n<|endoftext|> <|im_start |> <think",
 ]
-CONTROL, USER_DEFINED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>"), ("<think>", "</think>")
+CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+USER_DEFINED = ("<think>", "</think>")
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 )
@@ -122,7 +126,8 @@ def model_fields(architecture: str, cfg: Model) -> dict[str, Any]:
             "expert_used_count": cfg.num_experts_per_tok,
             "expert_feed_forward_length": cfg.moe_intermediate_size,
         }
-    if yarn := cfg.rope_scaling:
+    yarn = cfg.rope_scaling
+    if yarn is not None:
         values |= {
             "rope.scaling.type": "yarn",
             "rope.scaling.factor": yarn.factor,
@@ -140,23 +145,26 @@ def fields(architecture: str, pre: str = "qwen2") -> dict[str, Any]:
 def tensors(
     architecture: str, cfg: Model, state: Mapping[str, torch.Tensor]
 ) -> dict[str, np.ndarray]:
-    """A Hugging Face state dict under the names that the gguf package has for it, in llama.cpp's layout."""
-    names, found = gguf.get_tensor_name_map(ARCHITECTURES[architecture], cfg.num_hidden_layers), {}
+    """A Hugging Face state dict under the names that the gguf package has for it, in llama.cpp's
+    layout.
+    """
+    names = gguf.get_tensor_name_map(ARCHITECTURES[architecture], cfg.num_hidden_layers)
+    arrays = {}
     for name, tensor in state.items():
         x = tensor.detach().float().numpy()
         if name == "lm_head.weight" and cfg.tie_word_embeddings:
             continue
         if name.endswith("gate_up_proj"):
             layer = f"blk.{name.split('.')[2]}"
-            found[f"{layer}.ffn_gate_exps.weight"], found[f"{layer}.ffn_up_exps.weight"] = np.split(
-                x, 2, axis=1
-            )
+            gate, up = np.split(x, 2, axis=1)
+            arrays[f"{layer}.ffn_gate_exps.weight"] = gate
+            arrays[f"{layer}.ffn_up_exps.weight"] = up
             continue
         if architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
             heads = cfg.num_attention_heads if "q_proj" in name else cfg.num_key_value_heads
             x = x.reshape(heads, 2, len(x) // heads // 2, -1).swapaxes(1, 2).reshape(x.shape)
-        found[names.get_name(name.removesuffix(".weight")) + ".weight"] = x
-    return found
+        arrays[names.get_name(name.removesuffix(".weight")) + ".weight"] = x
+    return arrays
 
 
 def kind_of(name: str, x: np.ndarray, matrices: Kind) -> Kind:
@@ -198,7 +206,9 @@ def write(
 def model_file(
     path: Path, architecture: str, kind: Kind = Kind.F32, *, without: Iterable[str] = (), **changes
 ) -> Path:
-    """A whole valid file of random numbers; `changes` replace metadata (dots as __), None removes a key."""
+    """A whole valid file of random numbers; `changes` replace metadata (dots as __), None removes a
+    key.
+    """
     cfg = MODELS[architecture]
     values = fields(architecture) | {
         key.replace("__", "."): value for key, value in changes.items()

@@ -1,4 +1,6 @@
-"""Converted GGUF files against the Hugging Face model with the same tensors, and against transformers' own reader."""
+"""Converted GGUF files against the Hugging Face model with the same tensors, and against
+transformers' own reader.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 
 @functools.cache
 def reference(name: str):
-    """The model whose tensors are in the file, rounded as its quantisation rounds them (which goes by rows)."""
+    """The model whose tensors are in the file, rounded as its quantisation rounds them (which goes
+    by rows).
+    """
     architecture, kind = CASES[name]
     model = hf.model(files.MODELS[architecture])
     with torch.no_grad():
@@ -69,10 +73,8 @@ def converted(tmp_path_factory):
 def test_the_tensors_are_those_that_transformers_would_save(name, converted, tmp_path):
     """Same names (each expert by itself), same shapes, same values to the last bit."""
     reference(name).save_pretrained(tmp_path)
-    ours, theirs = (
-        load_file(converted(name)[1] / "model.safetensors"),
-        load_file(tmp_path / "model.safetensors"),
-    )
+    ours = load_file(converted(name)[1] / "model.safetensors")
+    theirs = load_file(tmp_path / "model.safetensors")
     assert ours.keys() == theirs.keys()
     for key, tensor in theirs.items():
         assert ours[key].dtype == torch.float32
@@ -86,17 +88,20 @@ def test_transformers_loads_the_same_model(name, converted):
     assert type(loaded) is type(expected)
     tokens_BT = torch.tensor(np.random.default_rng(0).integers(0, files.LLAMA.vocab_size, (3, 50)))
     with torch.no_grad():
-        ours, theirs = loaded(tokens_BT).logits, expected(tokens_BT).logits
+        ours = loaded(tokens_BT).logits
+        theirs = expected(tokens_BT).logits
     assert theirs.std() > 0.1
     assert torch.equal(ours, theirs)
 
 
 @each_case
 def test_config(name, converted):
-    expected, folder = reference(name).config, converted(name)[1]
+    expected = reference(name).config
+    folder = converted(name)[1]
     loaded = AutoModelForCausalLM.from_pretrained(folder).config
     written = json.loads((folder / "config.json").read_text())
-    ours, theirs = loaded.to_dict(), expected.to_dict()
+    ours = loaded.to_dict()
+    theirs = expected.to_dict()
     ids = {"bos_token_id": 630, "eos_token_id": 632, "pad_token_id": 630}
     assert {key: ours[key] for key in ids} == ids
     assert json.loads((folder / "generation_config.json").read_text()) == ids
@@ -195,7 +200,8 @@ def test_smollm2(tmp_path):
         "<|im_end|>",
     )
     assert ours.chat_template == theirs.chat_template
-    # transformers 5.23 does not know the rule of this file, and takes GPT-2's, which does not cut at digits
+    # transformers 5.23 does not know the rule of this file, and takes GPT-2's, which does not cut
+    # at digits
     gpt2 = [text for text in files.TEXTS if not any(char.isnumeric() for char in text)]
     assert len(gpt2) >= 4
     assert [ours.encode(text) for text in gpt2] == [theirs.encode(text) for text in gpt2]

@@ -63,7 +63,9 @@ def test_truncated_anywhere(whole, tmp_path):
 
 
 def test_damaged_headers_raise_nothing_else(whole, tmp_path):
-    """Random bytes in the metadata and the list of tensors: refused with a message, or not noticeable."""
+    """Random bytes in the metadata and the list of tensors: refused with a message, or not
+    noticeable.
+    """
     rng = np.random.default_rng(0)
     header = whole.index(b"blk.1.ffn_down.weight") + 100
     refused = 0
@@ -224,7 +226,8 @@ def test_values_that_are_not_finite(tmp_path):
     )
 
 
-# ---------------------------------------------------------------- the directory, the package, the command
+# ---------------------------------------------------------------- the directory, the package, the
+# command
 
 
 def test_an_existing_directory_is_left_alone(tmp_path):

@@ -1,4 +1,6 @@
-"""Tokenizers rebuilt from GGUF metadata against independent ones: transformers' classes, and real tokenizer.json files."""
+"""Tokenizers rebuilt from GGUF metadata against independent ones: transformers' classes, and real
+tokenizer.json files.
+"""
 
 from __future__ import annotations
 
@@ -63,10 +65,8 @@ def independent(pre: str) -> tokenizers.Tokenizer:
     "pre", [pre for pre in RULES if pre != "default"]
 )  # which is llama.cpp's alone
 def test_ids_are_those_of_an_independent_tokenizer(pre, converted):
-    ours, theirs = (
-        tokenizers.Tokenizer.from_file(str(converted(pre) / "out" / "tokenizer.json")),
-        independent(pre),
-    )
+    ours = tokenizers.Tokenizer.from_file(str(converted(pre) / "out" / "tokenizer.json"))
+    theirs = independent(pre)
     expected = [theirs.encode(text, add_special_tokens=False).ids for text in files.TEXTS]
     assert [ours.encode(text, add_special_tokens=False).ids for text in files.TEXTS] == expected
 
@@ -97,7 +97,9 @@ def test_the_texts_tell_the_rules_apart(converted):
     ],
 )
 def test_words(pre, text, words, converted):
-    """No merge crosses these cuts. (A space is Ġ and a line end Ċ where bytes are spelt as characters.)"""
+    """No merge crosses these cuts. (A space is Ġ and a line end Ċ where bytes are spelt as
+    characters.)
+    """
     backend = tokenizers.Tokenizer.from_file(str(converted(pre) / "out" / "tokenizer.json"))
     found = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
     spelt = [
@@ -109,12 +111,14 @@ def test_words(pre, text, words, converted):
 
 @each_rule
 def test_transformers_loads_it(pre, converted):
-    """Ids, special tokens, chat template; and it agrees with transformers' own reading of the GGUF file.
+    """Ids, special tokens, chat template; and it agrees with transformers' own reading of the GGUF
+    file.
 
     That reader knows neither `smollm` nor `default`, nor that Qwen's text is normalised, nor unused ids.
     """
     folder = converted(pre, **{AT + "add_bos_token": True})
-    ours, own = AutoTokenizer.from_pretrained(folder / "out"), load_tokenizer(str(folder / "out"))
+    ours = AutoTokenizer.from_pretrained(folder / "out")
+    own = load_tokenizer(str(folder / "out"))
     assert (ours.bos_token, ours.eos_token, ours.pad_token) == (
         "<|endoftext|>",
         "<|im_end|>",
@@ -197,17 +201,17 @@ PUBLISHED = FOLDER / "tokenizer.json"
 def test_qwen3(tmp_path):
     """The published tokenizer.json, through GGUF metadata as llama.cpp writes them, and back."""
     published = PUBLISHED.read_text(encoding="utf-8")
-    spec, size = json.loads(published), 151936
+    spec = json.loads(published)
+    size = 151936
     tokens = [f"[PAD{i}]" for i in range(size)]
     types = [5] * size
     for token, i in spec["model"]["vocab"].items():
-        tokens[i], types[i] = token, 1
+        tokens[i] = token
+        types[i] = 1
     for added in spec["added_tokens"]:
         looks_special = added["content"].startswith("<|") and added["content"].endswith("|>")
-        tokens[added["id"]], types[added["id"]] = (
-            added["content"],
-            3 if added["special"] or looks_special else 4,
-        )
+        tokens[added["id"]] = added["content"]
+        types[added["id"]] = 3 if added["special"] or looks_special else 4
     cfg = files.dataclasses.replace(files.QWEN3, vocab_size=size, hidden_size=32)
     values = files.model_fields("qwen3", cfg) | files.tokenizer_fields() | {
         AT + "tokens": tokens,
@@ -221,10 +225,8 @@ def test_qwen3(tmp_path):
     convert(
         files.write(tmp_path / "x.gguf", "qwen3", values, arrays, files.Kind.F16), tmp_path / "out"
     )
-    ours, theirs = (
-        AutoTokenizer.from_pretrained(tmp_path / "out"),
-        tokenizers.Tokenizer.from_str(published),
-    )
+    ours = AutoTokenizer.from_pretrained(tmp_path / "out")
+    theirs = tokenizers.Tokenizer.from_str(published)
     assert ours.get_vocab() == theirs.get_vocab()
     flags = {
         added["id"]: added | {"special": types[added["id"]] == 3} for added in spec["added_tokens"]

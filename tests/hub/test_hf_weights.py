@@ -1,4 +1,6 @@
-"""Weights to and from Hugging Face directories: bit-equal both ways, on any mesh, and every damage told by name."""
+"""Weights to and from Hugging Face directories: bit-equal both ways, on any mesh, and every damage
+told by name.
+"""
 
 from __future__ import annotations
 
@@ -190,7 +192,9 @@ def test_loading_gives_the_tensors_bit_for_bit(name, tmp_path):
 @each_case
 @pytest.mark.parametrize("shard_size", ["5GB", "10KB"])
 def test_round_trip_is_bit_equal(name, shard_size, tmp_path):
-    """Their directory -> our parameters -> our directory: the same tensors, which transformers loads."""
+    """Their directory -> our parameters -> our directory: the same tensors, which transformers
+    loads.
+    """
     original = saved(name, tmp_path / "theirs", max_shard_size=shard_size)
     assert (original / INDEX).exists() == (shard_size == "10KB")
     params = load_case(name, original)
@@ -216,7 +220,9 @@ def test_round_trip_is_bit_equal(name, shard_size, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_survives_the_round_trip(dtype, tmp_path):
-    """Loaded into float32 exactly, written back exactly; numbers beyond the range of float16 are refused."""
+    """Loaded into float32 exactly, written back exactly; numbers beyond the range of float16 are
+    refused.
+    """
     model = hf.model(CASES["moe"], seed=5).to(getattr(torch, dtype))
     model.save_pretrained(tmp_path / "theirs")
     params = load_case("moe", tmp_path / "theirs")

@@ -1,4 +1,6 @@
-"""The real SmolLM2, and what `make smollm2` made of it: exported, loaded in transformers, the same logits."""
+"""The real SmolLM2, and what `make smollm2` made of it: exported, loaded in transformers, the same
+logits.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ def test_logits_tokens_and_greedy_answers_are_those_of_transformers(folder):
     cfg = Model(
         **{k: tuple(v) if isinstance(v, list) else v for k, v in read_model_keys(folder).items()}
     )
-    policy, tokenizer = make_policy(cfg), load_tokenizer(str(folder))
+    policy = make_policy(cfg)
+    tokenizer = load_tokenizer(str(folder))
     template = load_template("auto", tokenizer)
     params = load_params(folder, policy, sharding.make_mesh(Mesh(), jax.devices()[:1]))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -59,12 +62,14 @@ def test_logits_tokens_and_greedy_answers_are_those_of_transformers(folder):
             chat, add_generation_prompt=True, return_dict=False
         )
         tokens = np.array([ids], np.int32)
-        found, expected = logits(params, tokens), exact(torch.tensor(tokens)).logits.numpy()
-        float32, scale = model(torch.tensor(tokens)).logits.numpy(), np.abs(expected).max()
-        error = np.abs(found - expected).max()
+        ours = logits(params, tokens)
+        expected = exact(torch.tensor(tokens)).logits.numpy()
+        float32 = model(torch.tensor(tokens)).logits.numpy()
+        scale = np.abs(expected).max()
+        error = np.abs(ours - expected).max()
         assert error < 1e-5 * scale  # logits go to 38: float32 itself is off by 1e-4
         assert error < 2 * np.abs(float32 - expected).max()  # transformers in float32 is no closer
-        assert np.abs(found - float32).max() < 1e-5 * scale
+        assert np.abs(ours - float32).max() < 1e-5 * scale
         sampler = Sampler(
             policy, SamplingParams(temperature=0.0), 1, 16, tokenizer.stop_ids, tokenizer.pad_id
         )

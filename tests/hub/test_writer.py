@@ -40,7 +40,9 @@ def test_one_file(dtype, tmp_path):
 
 
 def test_shards_are_bounded_and_in_order(tmp_path):
-    """Sizes in bytes: 60, 28, 4, 0, 32, 120; at most 96 a file, but for a tensor that is larger by itself."""
+    """Sizes in bytes: 60, 28, 4, 0, 32, 120; at most 96 a file, but for a tensor that is larger by
+    itself.
+    """
     expected = arrays(np.float32)
     paths = write_shards(tmp_path, SHAPES, np.dtype("float32"), expected.values(), 96)
     assert [path.name for path in paths] == [

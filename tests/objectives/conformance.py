@@ -1,7 +1,9 @@
-"""The conformance suite: what every objective must do, as checks `check(objective, cfg)` that raise AssertionError.
+"""The conformance suite: what every objective must do, as checks `check(objective, cfg)` that raise
+AssertionError.
 
-`test_conformance.py` runs every check on every entry of OBJECTIVES in every variant of its config below, and shows on a
-deliberately broken objective that each check can fail. A new objective needs an entry in VARIANTS, nothing else.
+`test_conformance.py` runs every check on every entry of OBJECTIVES in every variant of its config
+below, and shows on a deliberately broken objective that each check can fail. A new objective needs
+an entry in VARIANTS, nothing else.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ GARBAGE = (np.nan, np.inf, -np.inf, 200.0, -200.0)
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """The inputs of an objective, in numpy. weight_BT is made for the whole batch: rows taken from it keep theirs."""
+    """The inputs of an objective, in numpy. weight_BT is made for the whole batch: rows taken from
+    it keep theirs.
+    """
 
     log_ratio_BT: np.ndarray
     adv_BT: np.ndarray
@@ -59,7 +63,9 @@ def weighted(log_ratio_BT, adv_BT, mask_BT, segment_ids_BT=None) -> Tokens:
 
 
 def unweighted(log_ratio_BT, adv_BT, mask_BT=None) -> Tokens:
-    """Tokens of weight 1, for which `gradient` is that of the plain sum; none are masked by default."""
+    """Tokens of weight 1, for which `gradient` is that of the plain sum; none are masked by
+    default.
+    """
     if mask_BT is None:
         mask_BT = np.ones(log_ratio_BT.shape, bool)
     adv_BT = np.broadcast_to(adv_BT, mask_BT.shape).astype(log_ratio_BT.dtype)
@@ -67,7 +73,9 @@ def unweighted(log_ratio_BT, adv_BT, mask_BT=None) -> Tokens:
 
 
 def example() -> Tokens:
-    """Six sequences: two masked prompt tokens, a completion, padding. Near and far off-policy, A of both signs."""
+    """Six sequences: two masked prompt tokens, a completion, padding. Near and far off-policy, A of
+    both signs.
+    """
     rng = np.random.default_rng(0)
     length_B = np.array([6, 4, 5, 1, 6, 3])
     scale_B1 = np.array([1e-4, 1e-4, 0.2, 0.2, 1.0, 1.0])[:, None]
@@ -81,7 +89,8 @@ def example() -> Tokens:
 
 
 def extremes() -> list[Tokens]:
-    """Log-ratios up to +-200 for A of both signs: constant rows, so that the sequence ratio gets there, and mixed ones.
+    """Log-ratios up to +-200 for A of both signs: constant rows, so that the sequence ratio gets
+    there, and mixed ones.
 
     In batches of the shape of `example`, for which everything is compiled already.
     """
@@ -99,7 +108,9 @@ def extremes() -> list[Tokens]:
 
 
 def outputs(objective, cfg, log_ratio_BT, adv_BT, mask_BT, weight_BT, segment_ids_BT):
-    """surrogate, diagnostics, and the gradient of sum(weight * surrogate) with respect to the log-ratio."""
+    """surrogate, diagnostics, and the gradient of sum(weight * surrogate) with respect to the
+    log-ratio.
+    """
 
     def total(log_ratio_BT):
         surrogate_BT, diagnostics = objective(
@@ -141,7 +152,9 @@ def check_reinforce_at_ratio_one(objective, cfg):
 
 
 def check_masked_is_never_read(objective, cfg):
-    """Whatever is in masked positions, NaN and inf included, all outputs there are 0 and the others are the same."""
+    """Whatever is in masked positions, NaN and inf included, all outputs there are 0 and the others
+    are the same.
+    """
     tokens = example()
     expected = evaluate(objective, cfg, tokens)
     for value in expected.values():
@@ -178,7 +191,8 @@ def check_packing(objective, cfg):
     def pack(x):
         return x.reshape(B // 3, 3 * T)
 
-    # Prompts belong to their sequence's segment, padding (here also between the sequences) to segment 0.
+    # Prompts belong to their sequence's segment, padding (here also between the sequences) to
+    # segment 0.
     inside_BT = tokens.mask_BT | (np.arange(T) < 2)
     segment_ids = pack(np.where(inside_BT, np.tile([[1], [2], [3]], (B // 3, 1)), 0))
     packed = weighted(
@@ -191,13 +205,16 @@ def check_packing(objective, cfg):
 
 def check_row_permutation(objective, cfg):
     """Permuting the rows permutes the outputs."""
-    tokens, order = example(), np.array([3, 0, 5, 1, 4, 2])
+    tokens = example()
+    order = np.array([3, 0, 5, 1, 4, 2])
     expected = jax.tree.map(lambda x: x[order], evaluate(objective, cfg, tokens))
     assert_close(evaluate(objective, cfg, tokens.rows(order)), expected)
 
 
 def check_micro_batches(objective, cfg):
-    """Splitting the rows into micro-batches, with the weights of the whole, changes neither outputs nor gradients."""
+    """Splitting the rows into micro-batches, with the weights of the whole, changes neither outputs
+    nor gradients.
+    """
     tokens = example()
     parts = [
         evaluate(objective, cfg, tokens.rows(part))
@@ -216,13 +233,16 @@ def check_jit(objective, cfg):
 
 
 def check_zero_advantage(objective, cfg):
-    """A = 0: exactly no surrogate and no gradient, however far off-policy; the other sequences do not notice."""
+    """A = 0: exactly no surrogate and no gradient, however far off-policy; the other sequences do
+    not notice.
+    """
     for tokens in (example(), *extremes()):
         silent_B = np.arange(len(tokens.mask_BT)) % 2 == 0
         some = tokens.replace(
             adv_BT=np.where(silent_B[:, None], 0, tokens.adv_BT).astype(np.float32)
         )
-        result, expected = evaluate(objective, cfg, some), evaluate(objective, cfg, tokens)
+        result = evaluate(objective, cfg, some)
+        expected = evaluate(objective, cfg, tokens)
         for name in ("surrogate", "gradient", "centered"):
             np.testing.assert_array_equal(result[name][silent_B], 0)
             assert_close(result[name][~silent_B], expected[name][~silent_B])
@@ -236,7 +256,9 @@ def check_finite(objective, cfg):
 
 
 def check_grad_weight(objective, cfg):
-    """The reported multiplier is the one autodiff finds: d surrogate / d log r = grad_weight * A, and it is >= 0."""
+    """The reported multiplier is the one autodiff finds: d surrogate / d log r = grad_weight * A,
+    and it is >= 0.
+    """
     for dtype, tolerance in ((np.float32, 1e-6), (np.float64, 1e-10)):
         with jax.enable_x64(dtype == np.float64):
             for tokens in (example(), *extremes()):
@@ -258,7 +280,9 @@ def check_clipped(objective, cfg):
 
 
 def check_centered(objective, cfg):
-    """`centered` is the surrogate less its value at r = 1: 0 there, and different by the same constant everywhere."""
+    """`centered` is the surrogate less its value at r = 1: 0 there, and different by the same
+    constant everywhere.
+    """
     with jax.enable_x64(True):
         tokens = example().astype(np.float64)
         at_one = evaluate(
@@ -279,7 +303,9 @@ def check_scales_with_advantage(objective, cfg):
 
 
 def check_output_form(objective, cfg):
-    """[B, T] arrays under the agreed names; float32 for float32 and bfloat16 inputs, float64 for float64."""
+    """[B, T] arrays under the agreed names; float32 for float32 and bfloat16 inputs, float64 for
+    float64.
+    """
     for input_dtype, output_dtype in (
         (jnp.bfloat16, "float32"),
         (np.float32, "float32"),

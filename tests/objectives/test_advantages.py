@@ -47,8 +47,10 @@ def test_by_hand(xp):
 @pytest.mark.parametrize("junk", [5.0, np.nan, np.inf, -np.inf])
 def test_invalid_samples_are_left_out(kind, junk):
     """The valid samples get what they would get in a group of their own; the invalid one gets 0."""
-    reward_PG, valid_PG = REWARD_PG.copy(), VALID_PG.copy()
-    reward_PG[:, 1], valid_PG[:, 1] = junk, False
+    reward_PG = REWARD_PG.copy()
+    valid_PG = VALID_PG.copy()
+    reward_PG[:, 1] = junk
+    valid_PG[:, 1] = False
     cfg = Advantage(kind, ddof=1)
     kept = [0, 2, 3]
     adv_PG = advantages(reward_PG, valid_PG, cfg)
@@ -63,11 +65,15 @@ def test_invalid_samples_are_left_out(kind, junk):
 )
 @pytest.mark.parametrize("xp", [np, jnp])
 def test_groups_without_preference_get_exact_zeros(cfg, xp):
-    """Equal rewards (the mean of seven 0.1 is not quite 0.1), one valid sample, none; and no warning."""
+    """Equal rewards (the mean of seven 0.1 is not quite 0.1), one valid sample, none; and no
+    warning.
+    """
     reward_PG = np.full((4, 7), 0.1, np.float32)
-    reward_PG[1], reward_PG[2, 3] = 0.7, 0.9
+    reward_PG[1] = 0.7
+    reward_PG[2, 3] = 0.9
     valid_PG = np.ones((4, 7), bool)
-    valid_PG[2], valid_PG[3] = np.arange(7) == 3, False
+    valid_PG[2] = np.arange(7) == 3
+    valid_PG[3] = False
     assert np.any(
         reward_PG[:2] != reward_PG[:2].mean(axis=1, keepdims=True)
     )  # the noise that must not come through
@@ -84,7 +90,9 @@ def test_an_invalid_reward_that_differs_does_not_make_a_preference():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_properties_on_random_rewards(kind):
-    """Zero mean, unit std in `group`; shifts change nothing, permutations permute, leave_one_out is what it says."""
+    """Zero mean, unit std in `group`; shifts change nothing, permutations permute, leave_one_out is
+    what it says.
+    """
     rng = np.random.default_rng(0)
     reward_PG = rng.standard_normal((16, 8))
     valid_PG = np.ones(reward_PG.shape, bool)

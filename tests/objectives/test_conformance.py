@@ -1,4 +1,6 @@
-"""Every objective in every variant passes every check, and every check fails on an objective broken on purpose."""
+"""Every objective in every variant passes every check, and every check fails on an objective broken
+on purpose.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ class Variants(chex.TestCase):
     )  # with and without jit, on device and from numpy; pmap is not used here
     @parameterized.named_parameters((name, name) for name in OBJECTIVES)
     def test_same_numbers_under_every_transformation(self, name):
-        tokens, cfg = example(), VARIANTS[name][0]
+        tokens = example()
+        cfg = VARIANTS[name][0]
 
         def objective(log_ratio_BT, adv_BT, mask_BT):
             return OBJECTIVES[name](log_ratio_BT, adv_BT, mask_BT, cfg)

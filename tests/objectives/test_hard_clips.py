@@ -39,7 +39,9 @@ def test_sign_table(objective, cfg, adv, ratio, surrogate, passes):
 
 
 def test_gspo_by_hand():
-    """Log-ratios (0.1, 0.3) and, after a masked token, (-0.4): s = e^0.2 = 1.2214 and e^-0.4 = 0.67032."""
+    """Log-ratios (0.1, 0.3) and, after a masked token, (-0.4): s = e^0.2 = 1.2214 and e^-0.4 =
+    0.67032.
+    """
     log_ratio_BT = np.array([[9.0, 0.1, 0.3], [9.0, -0.4, 9.0]], np.float32)
     mask_BT = np.array([[False, True, True], [False, True, False]])
     adv_BT = np.array([[2.0] * 3, [-1.0] * 3], np.float32)
@@ -85,7 +87,9 @@ def test_gspo_levels_have_the_same_gradient_when_advantages_are_per_sequence(cli
 
 
 def test_cispo_by_hand():
-    """The gradient is clip(r) A on every token: 1.27 at r = 2, r = 0.25 itself without lower bound, 0.8 with one."""
+    """The gradient is clip(r) A on every token: 1.27 at r = 2, r = 0.25 itself without lower bound,
+    0.8 with one.
+    """
     log_ratio_1T = np.log(np.array([[2.0, 1.0, 0.25]], np.float32))
     adv_1T = np.array([[3.0, -3.0, -3.0]], np.float32)
     for cfg, weights in ((CISPO(), [1.27, 1, 0.25]), (CISPO(clip_low=0.2), [1.27, 1, 0.8])):
@@ -104,7 +108,9 @@ def test_cispo_drops_no_token_however_far_off_policy():
 
 
 def test_gspo_levels_have_the_same_ratio_to_the_last_bit():
-    """Also where a token's log-ratio dwarfs the sequence's mean: pi_t / sg[pi_t] is exactly 1, not 1 after rounding."""
+    """Also where a token's log-ratio dwarfs the sequence's mean: pi_t / sg[pi_t] is exactly 1, not
+    1 after rounding.
+    """
     log_ratio_1T = np.array([[100.0, -99.0, 57.3, -58.2999]], np.float32)
     tokens = unweighted(log_ratio_1T, 1.0)
     sequence_ratio_1T = evaluate(gspo, GSPO(level="sequence"), tokens)["ratio"]

@@ -85,7 +85,9 @@ def test_gradients_as_a_loss(policies):
 
 @pytest.mark.parametrize("name", KL_ESTIMATORS)
 def test_safe(name):
-    """Finite at +-200, 0 where masked whatever is there, and no gradient of the wrong sign at the bound."""
+    """Finite at +-200, 0 where masked whatever is there, and no gradient of the wrong sign at the
+    bound.
+    """
     x_1T = np.array([[-200.0, -21.0, -1.0, 0.0, 1.0, 200.0, np.nan, -np.inf]], np.float32)
     mask_1T = np.arange(8)[None] < 6
     value_1T = np.asarray(JITTED[name](x_1T, mask_1T))

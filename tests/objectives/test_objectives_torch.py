@@ -1,4 +1,6 @@
-"""Loss values and gradients, through the token weights, against plain torch written from the papers' formulas."""
+"""Loss values and gradients, through the token weights, against plain torch written from the
+papers' formulas.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,8 @@ CASES = [
 
 
 def sequences():
-    """logp, old_logp (float32 numbers, so that both precisions start from the same ones) and adv of each sequence.
+    """logp, old_logp (float32 numbers, so that both precisions start from the same ones) and adv of
+    each sequence.
 
     Log-ratios reach about +-1; those of the second half are tiny, so that GSPO's narrow clip lets some sequences pass.
     """
@@ -126,7 +129,9 @@ def test_loss_and_gradient(cfg, paper, normalization, dtype, tolerance):
 
 
 def test_the_examples_are_worth_testing():
-    """For both signs of A, GRPO's clip drops some tokens but not all, and GSPO's some sequences but not all."""
+    """For both signs of A, GRPO's clip drops some tokens but not all, and GSPO's some sequences but
+    not all.
+    """
     logp, old_logp, adv = sequences()
     for paper in (
         lambda *x: ref.mean_over_tokens(ref.grpo_terms(*x, **CLIPS)),

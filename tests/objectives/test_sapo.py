@@ -24,7 +24,9 @@ def run(ratio_N, adv, cfg):
 
 
 def test_by_hand():
-    """r = 2, tau = 1: sigmoid(1) = 0.731059, f = 4 * 0.731059 = 2.924234, f' = 4 * 0.731059 * 0.268941 = 0.786448."""
+    """r = 2, tau = 1: sigmoid(1) = 0.731059, f = 4 * 0.731059 = 2.924234, f' = 4 * 0.731059 *
+    0.268941 = 0.786448.
+    """
     surrogate, gradient, d = run([2.0], 1.5, SAPO())
     np.testing.assert_allclose(surrogate, 1.5 * 2.924234, rtol=1e-6)
     np.testing.assert_allclose(gradient, 1.5 * 2 * 0.786448, rtol=1e-6)
@@ -52,7 +54,8 @@ def test_at_ratio_one(tau):
 @pytest.mark.parametrize("tau", [0.5, 1.0, 1.05, 3.0])
 def test_gate_is_sech_squared(tau):
     """f'(r) = sech^2(tau/2 (r - 1)); and it is the derivative of the value, by central differences."""
-    ratio_N, h = np.linspace(0.01, 4, 50), 1e-5
+    ratio_N = np.linspace(0.01, 4, 50)
+    h = 1e-5
     _, _, d = run(ratio_N, 1.0, SAPO(tau_pos=tau))
     np.testing.assert_allclose(d["gate"], 1 / np.cosh(tau / 2 * (ratio_N - 1)) ** 2, rtol=1e-12)
     above, below = (run(ratio_N + sign * h, 1.0, SAPO(tau_pos=tau))[0] for sign in (1, -1))
@@ -60,7 +63,9 @@ def test_gate_is_sech_squared(tau):
 
 
 def test_gradient_weight_peaks_at_1_575_at_ratio_2_06():
-    """The multiplier on grad log pi is r f'(r), whose peak lies off-policy, and not f'(r), whose peak is at r = 1."""
+    """The multiplier on grad log pi is r f'(r), whose peak lies off-policy, and not f'(r), whose
+    peak is at r = 1.
+    """
     ratio_N = np.linspace(0.01, 10, 1000)
     _, gradient, d = run(ratio_N, 1.0, SAPO(tau_pos=1.0))
     np.testing.assert_allclose(gradient, d["grad_weight"], rtol=1e-10)
@@ -78,7 +83,8 @@ def test_tau_neg_is_used_where_the_advantage_is_negative_and_only_there():
         np.testing.assert_array_equal(unmoved[0], base[0])
         np.testing.assert_array_equal(unmoved[1], base[1])
         assert np.all(np.abs(moved[1]) < np.abs(base[1]))  # a larger tau fades out faster
-    # One batch with both signs: a faster-fading tau_neg damps the negative tokens and leaves the positive ones. Where
+    # One batch with both signs: a faster-fading tau_neg damps the negative tokens and leaves the
+    # positive ones. Where
     # A = 0 there is no gradient; the gate is reported with the paper's "otherwise", tau_neg.
     adv_1N = np.array([[1.0, -1.0, 0.0]], np.float32)
     log_ratio_1N = np.log(np.array([[3.0, 3.0, 3.0]], np.float32))
@@ -88,7 +94,9 @@ def test_tau_neg_is_used_where_the_advantage_is_negative_and_only_there():
 
 
 def test_small_tau_converges_to_importance_weighted_reinforce():
-    """tau -> 0: the gate opens, r f'(r) -> r and the centred surrogate -> (r - 1) A, with an error of order tau^2."""
+    """tau -> 0: the gate opens, r f'(r) -> r and the centred surrogate -> (r - 1) A, with an error
+    of order tau^2.
+    """
     ratio_N = np.array([0.1, 0.5, 1.0, 2.0, 5.0])
     errors = []
     for tau in (1e-1, 1e-2, 1e-3):
@@ -100,7 +108,9 @@ def test_small_tau_converges_to_importance_weighted_reinforce():
 
 
 def test_float32_gradient_keeps_its_relative_precision_far_off_policy():
-    """With sigmoid(x) in place of 1 - sigmoid(-x), 1 - sigmoid rounds: 0.4 % off at r = 15 and a plain 0 at r = 20."""
+    """With sigmoid(x) in place of 1 - sigmoid(-x), 1 - sigmoid rounds: 0.4 % off at r = 15 and a
+    plain 0 at r = 20.
+    """
     ratio_1N = np.array([[5.0, 10.0, 15.0, 20.0, 40.0]])
     log_ratio_1N = np.log(ratio_1N.astype(np.float32))
     gradient_1N = evaluate(sapo, SAPO(), unweighted(log_ratio_1N, 1.0))["gradient"]

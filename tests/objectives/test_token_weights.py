@@ -47,7 +47,8 @@ def test_packing_and_jit_change_nothing(normalization):
 
 
 def test_the_same_segment_id_in_two_rows_is_two_sequences():
-    mask_BT, ids_BT = np.ones((2, 3), bool), np.array([[1, 1, 2], [1, 2, 2]])
+    mask_BT = np.ones((2, 3), bool)
+    ids_BT = np.array([[1, 1, 2], [1, 2, 2]])
     np.testing.assert_allclose(
         token_weights(mask_BT, ids_BT, "sequence_mean", 3),
         [[1 / 8, 1 / 8, 1 / 4], [1 / 4, 1 / 8, 1 / 8]],
