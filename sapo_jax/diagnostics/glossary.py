@@ -92,7 +92,8 @@ class Section:
 
 
 _SMALLER_STEPS = (
-    "the policy moves too far within a step: lower the learning rate, or `mini_batches`"
+    "the policy moves too far within a step: lower `optimizer.learning_rate`, or "
+    "`train.mini_batches`"
 )
 
 GLOSSARY = (
@@ -114,7 +115,8 @@ GLOSSARY = (
                 "mean reward, and share of correct answers, over the completions of the rollout "
                 "whose verifier worked",
                 "rises",
-                "look at `samples.jsonl`; lower the learning rate if it falls from the start",
+                "look at `samples.jsonl`; lower `optimizer.learning_rate` if it falls from the "
+                "start",
             ),
             Entry(
                 ("reward/std",),
@@ -176,7 +178,7 @@ GLOSSARY = (
                 "completions whose verifier failed; they count as wrong, because a failing "
                 "verifier must not improve a score",
                 "0",
-                "`rewards.deadline`, `memory_mb`, or the verifier",
+                "`rewards.deadline`, `rewards.memory_mb`, or the verifier",
             ),
             Entry(
                 ("held_out/length_mean",),
@@ -204,7 +206,7 @@ GLOSSARY = (
                 ("verifier/timeout_fraction", "verifier/error_fraction"),
                 "share of the completions that are masked because their verifier failed",
                 "0",
-                "`rewards.deadline`, `memory_mb`, or the verifier",
+                "`rewards.deadline`, `rewards.memory_mb`, or the verifier",
             ),
             Entry(
                 ("verifier/unparsable_fraction",),
@@ -420,7 +422,7 @@ GLOSSARY = (
                 "updates that were skipped because their gradient was not finite: in all, and "
                 "the last ones in a row",
                 "0",
-                "a lower learning rate or `max_grad_norm`, or float32; the run stops at "
+                "a lower learning rate or `optimizer.max_grad_norm`, or float32; the run stops at "
                 "`train.max_nonfinite` in a row",
             ),
         ),

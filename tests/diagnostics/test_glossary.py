@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import numpy as np
 import pytest
 
-from sapo_jax.config import Model
+from sapo_jax.config import Config, Model
 from sapo_jax.diagnostics import collect_token_stats, finalize_evidence, finalize_token_stats
 from sapo_jax.diagnostics.glossary import (
     GLOSSARY,
@@ -52,6 +53,17 @@ def test_entries_are_whole_and_names_are_given_once():
     assert all(entry.meaning for entry in ENTRIES)
     used = {placeholder for name in names for placeholder in re.findall(r"\{(\w+)\}", name)}
     assert used == PLACEHOLDERS.keys()
+
+
+def test_the_settings_that_it_names_are_keys_of_the_config():
+    cfg = Config()
+    named = set()
+    for entry in ENTRIES:
+        text = f"{entry.meaning} {entry.healthy} {entry.otherwise}"
+        named |= set(re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)(?:=\w+)?`", text)) - {"samples.jsonl"}
+    assert len(named) > 10
+    for key in named:
+        assert hasattr(functools.reduce(getattr, key.split(".")[:-1], cfg), key.split(".")[-1]), key
 
 
 def test_what_the_update_makes_is_in_it():
