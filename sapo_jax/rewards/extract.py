@@ -94,6 +94,7 @@ def _last_boxed(text: str) -> str | None:
 
 
 def _last_number(text: str) -> str | None:
+    """The last number, without thousands separators and with an ASCII minus."""
     numbers = _NUMBER.findall(text)
     if not numbers:
         return None
