@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from sapo_jax.batch import Rollout
 from sapo_jax.distributed.processes import (
@@ -108,8 +110,8 @@ def test_teams_rows_are_of_one_plan(micro_batch):
         Packing(1, 1, True, max_prompt=30, max_new=40, shards=2, micro_batch=micro_batch),
     )
     for team in range(teams):
-        share = ProcessShard(team, teams)
-        own = share.positions(P, N)
+        shard = ProcessShard(team, teams)
+        own = shard.local_indices(P, N)
         b = np.array([p * G + g for p in own for g in range(G)])
         rollout = Rollout(
             tokens_BC[b],
@@ -118,7 +120,7 @@ def test_teams_rows_are_of_one_plan(micro_batch):
             np.zeros(len(b), np.int32),
         )
         rows = pack_rollout(
-            [prompts[p] for p in own], rollout, tiny.PAD, N, packing, shard=share, lengths=lengths
+            [prompts[p] for p in own], rollout, tiny.PAD, N, packing, shard=shard, lengths=lengths
         )
         shapes.add((rows.micro_batch, *(x.shape for x in rows.arrays.values())))
         assert len(rows.mask_BT) // N % (rows.micro_batch or packing.shards) == 0
@@ -143,3 +145,54 @@ def test_weights_of_a_part_are_those_of_the_whole(normalization):
     whole = token_weights(mask_BT, None, normalization, 12)
     parts = [token_weights(part, None, normalization, 12, totals) for part in np.split(mask_BT, 2)]
     np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
+@st.composite
+def meshes(draw: st.DrawFn) -> tuple[np.ndarray, int]:
+    """Processes of the devices of a mesh with axes (data, fsdp, expert, context, tensor).
+
+    Devices are numbered in the mesh's order, and a process has equally many neighbours.
+    """
+    shape = tuple(draw(st.sampled_from([1, 2, 3])) for _ in range(5))
+    assume(np.prod(shape) <= 36)
+    num_devices = int(np.prod(shape))
+    divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
+    devices_of_process = draw(st.sampled_from(divisors))
+    process = np.arange(num_devices) // devices_of_process
+    return process.reshape(shape), num_devices // devices_of_process
+
+
+@settings(max_examples=100, deadline=None)
+@given(meshes(), st.sampled_from([1, 2, 3]), st.sampled_from([1, 2]))
+def test_the_processes_of_any_mesh_share_the_work_out(mesh, blocks, part):
+    """Whatever the mesh: every process has a shard, or all get the same refusal.
+
+    Where they have one, the teams' parts are the whole work, each block of it divided equally, and
+    the members of a team grade each of its groups once.
+    """
+    process, num_processes = mesh
+    process_SX = process.reshape(process.shape[0] * process.shape[1] * process.shape[2], -1)
+    shards = []
+    refused = 0
+    for p in range(num_processes):
+        try:
+            shards.append(shard_of_process(process_SX, p))
+        except ProcessError:
+            refused += 1
+    assert refused in (0, num_processes)
+    if refused:
+        return
+    assert len(set(shards)) == num_processes
+    assert {(s.teams, s.members) for s in shards} == {(shards[0].teams, shards[0].members)}
+    assert shards[0].teams * shards[0].members == num_processes
+
+    n = blocks * shards[0].teams * part
+    graded = []
+    for shard in shards:
+        indices = shard.local_indices(n, blocks)
+        assert len(indices) == blocks * part
+        for block in range(blocks):
+            in_block = [i for i in indices if i // (n // blocks) == block]
+            assert len(in_block) == part
+        graded += indices[shard.member_slice()]
+    assert sorted(graded) == list(range(n))

@@ -8,7 +8,7 @@ import math
 import jax
 import pytest
 
-from sapo_jax.training import malloc_trim as memory
+from sapo_jax.training import malloc_trim
 
 
 @pytest.fixture
@@ -21,20 +21,20 @@ def calls(monkeypatch):
     register = jax.monitoring.register_event_duration_secs_listener
     keep = lambda listener: (listeners.append(listener), register(listener))
     monkeypatch.setattr(jax.monitoring, "register_event_duration_secs_listener", keep)
-    memory.trim_after_compiling.cache_clear()
+    malloc_trim.trim_after_compiling.cache_clear()
     yield calls
-    memory.trim_after_compiling.cache_clear()
+    malloc_trim.trim_after_compiling.cache_clear()
     for listener in listeners:
         jax.monitoring.unregister_event_duration_listener(listener)
 
 
 def test_once_for_each_long_compilation(calls, monkeypatch):
     for _ in range(3):  # as several runs in a process
-        memory.trim_after_compiling()
-    monkeypatch.setattr(memory, "LONG", math.inf)
+        malloc_trim.trim_after_compiling()
+    monkeypatch.setattr(malloc_trim, "LONG_COMPILATION", math.inf)
     jax.jit(lambda x: x + 1)(1.0)
     assert calls == [], "that was a short one"
-    monkeypatch.setattr(memory, "LONG", 0.0)
+    monkeypatch.setattr(malloc_trim, "LONG_COMPILATION", 0.0)
     function = jax.jit(lambda x: x + 2)
     function(1.0)
     assert calls == [0]
@@ -44,7 +44,7 @@ def test_once_for_each_long_compilation(calls, monkeypatch):
 
 def test_a_c_library_without_it_is_left_alone(calls, monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
-    monkeypatch.setattr(memory, "LONG", 0.0)
-    memory.trim_after_compiling()
+    monkeypatch.setattr(malloc_trim, "LONG_COMPILATION", 0.0)
+    malloc_trim.trim_after_compiling()
     jax.jit(lambda x: x + 3)(1.0)
     assert calls == []

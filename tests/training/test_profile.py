@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from sapo_jax.cli import main
-from sapo_jax.training import profile as trace
+from sapo_jax.training import profile
 
 
 @pytest.mark.slow
 def test_profile_leaves_a_trace_of_steps_after_warm_up(tiny_config, tmp_path, monkeypatch):
-    begun, start = [], trace.jax.profiler.start_trace
+    begun, start = [], profile.jax.profiler.start_trace
     monkeypatch.setattr(
-        trace.jax.profiler, "start_trace", lambda folder: (begun.append(folder), start(folder))
+        profile.jax.profiler, "start_trace", lambda folder: (begun.append(folder), start(folder))
     )
     words = ["cold_start.steps=1", "train.steps=3", "evaluate.every=0", f"run_dir={tmp_path}"]
     assert main(["train", str(tiny_config), "--profile", "1", *words]) == 0
@@ -40,10 +40,10 @@ def test_profile_wants_a_number_of_steps(tiny_config, number):
 def test_which_steps_are_traced(steps, first, after, tmp_path, monkeypatch):
     calls, now = [], [0]
     monkeypatch.setattr(
-        trace.jax.profiler, "start_trace", lambda _: calls.append(("start", now[0]))
+        profile.jax.profiler, "start_trace", lambda _: calls.append(("start", now[0]))
     )
-    monkeypatch.setattr(trace.jax.profiler, "stop_trace", lambda: calls.append(("stop", now[0])))
-    with trace.Trace(tmp_path, steps) as traced:
+    monkeypatch.setattr(profile.jax.profiler, "stop_trace", lambda: calls.append(("stop", now[0])))
+    with profile.Trace(tmp_path, steps) as traced:
         for now[0] in range(6):
             traced.next()
     assert calls == [("start", first), ("stop", after)]
