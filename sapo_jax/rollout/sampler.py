@@ -202,9 +202,13 @@ def _sample(
 ) -> Rollout:
     """The sampler's program; its arguments are those of `SamplerInputs`, and a random key."""
     model = sampler.policy.bind(params)
-    requests, prompt_ids_PSLk = prefill(sampler, model, tokens_PS, length_P, index_P, limit_N, key)
-    slots = fill_slots(sampler, requests)
-    slots = decode(model, requests, slots, sampler.sampling, sampler.stop_ids)
+    with jax.named_scope("prefill"):
+        requests, prompt_ids_PSLk = prefill(
+            sampler, model, tokens_PS, length_P, index_P, limit_N, key
+        )
+    with jax.named_scope("decode"):
+        slots = fill_slots(sampler, requests)
+        slots = decode(model, requests, slots, sampler.sampling, sampler.stop_ids)
 
     last_column_N = jnp.maximum(slots.length_N - 1, 0)
     last_token_N = jnp.take_along_axis(slots.tokens_NC, last_column_N[:, None], axis=1)[:, 0]
