@@ -5,7 +5,7 @@ import pytest
 from sapo_jax.config import PRESETS, Config, Data, Mesh, Model, Rollout, Train, load
 from sapo_jax.config.schema import ColdStart, Evaluate, Loss
 from sapo_jax.models.size import ParameterCount, parameter_count, routing_bytes
-from sapo_jax.plan.dry_run import Flops, describe, flops, memory
+from sapo_jax.plan.dry_run import Flops, Memory, describe, flops, memory
 
 TINY = Model(
     hidden_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=4, intermediate_size=16,
@@ -75,9 +75,11 @@ def test_flops_by_hand():
         train=Train(mini_batches=2, epochs=2, old_logp="sampler"), loss=Loss(kl="k3", kl_coef=0.1)
     )
     assert flops(twice, 10) == Flops(prefill + decode, forward, 2 * (3 * forward + head))
-    with_remat = lambda remat: (
-        flops(config(model=Model(**vars(TINY) | {"remat": remat})), 10).update
-    )  # noqa: E731
+
+    def with_remat(remat: str) -> float:
+        model = Model(**vars(TINY) | {"remat": remat})
+        return flops(config(model=model), 10).update
+
     assert with_remat("dots") == 3 * forward + head + keys  # a short row: its attention is not kept
     assert with_remat("attention") == 4 * forward
     assert with_remat("full") == 4 * forward
@@ -86,14 +88,20 @@ def test_flops_by_hand():
 def test_rows_that_are_not_short_keep_attention():
     """T = 40. Kept of a token and layer, float32: D 3 times, q, k and v, gate and up, and with them attention's output;
     no scores. A mini-batch is 2 rows."""
-    long = {"data": Data(max_prompt_tokens=30, held_out=2),
-            "rollout": Rollout(prompts_per_step=2, group_size=2, max_new_tokens=10)}  # fmt: skip
-    with_remat = lambda remat: config(model=Model(**vars(TINY) | {"remat": remat}), **long)  # noqa: E731
+    long = {
+        "data": Data(max_prompt_tokens=30, held_out=2),
+        "rollout": Rollout(prompts_per_step=2, group_size=2, max_new_tokens=10),
+    }
+
+    def with_remat(remat: str) -> Config:
+        return config(model=Model(**vars(TINY) | {"remat": remat}), **long)
+
     update = {
         remat: flops(with_remat(remat), 10).update
         for remat in ("none", "dots", "attention", "full")
     }
-    body, keys = 4 * 40 * 2416, 4 * 820 * 64
+    body = 4 * 40 * 2416
+    keys = 4 * 820 * 64
     assert update["dots"] == update["none"]
     assert (
         update["attention"] - update["none"] == body
@@ -101,8 +109,12 @@ def test_rows_that_are_not_short_keep_attention():
     )
     kept = {remat: memory(with_remat(remat), 10).activations for remat in update}
     layer = 80 * 4 * (32 + 36 + 48)
-    assert kept == {"none": 2 * layer, "dots": 2 * 80 * 4 * (24 + 16 + 32 + 8) + layer,
-                    "attention": 2 * 80 * 4 * (8 + 8) + layer, "full": 2 * 80 * 4 * 8 + layer}  # fmt: skip
+    assert kept == {
+        "none": 2 * layer,
+        "dots": 2 * 80 * 4 * (24 + 16 + 32 + 8) + layer,
+        "attention": 2 * 80 * 4 * (8 + 8) + layer,
+        "full": 2 * 80 * 4 * 8 + layer,
+    }
 
 
 def test_flops_count_active_experts_and_one_head():
@@ -112,10 +124,8 @@ def test_flops_count_active_experts_and_one_head():
     assert (
         flops(config(model=moe), 10).scoring == 20 * 2 * (968 - 288 - 80) + 4 * 15 * 64 + 16 * 160
     )
-    forward, again = (
-        20 * 1200 + 4 * 15 * 64 + 16 * 160,
-        20 * 2 * 2 * (2 * 8 * 2),
-    )  # gate and up of one expert a layer
+    forward = 20 * 1200 + 4 * 15 * 64 + 16 * 160
+    again = 20 * 2 * 2 * (2 * 8 * 2)  # gate and up of one expert a layer
     dots = Model(**vars(moe) | {"remat": "dots"})
     assert flops(config(model=dots), 10).update == 3 * forward + again + 4 * 15 * 64 + 16 * 160
     untied = Model(**vars(TINY) | {"tie_word_embeddings": False})
@@ -140,16 +150,18 @@ def test_memory_by_hand():
 
 
 def test_memory_by_remat_dtype_and_batch():
-    layer, results = 10 * (4 * (32 + 36 + 48) + 80), 10 * 4 * (24 + 16 + 32)
-    with_model = lambda **keys: memory(config(model=Model(**vars(TINY) | keys)), 10)  # noqa: E731
+    layer = 10 * (4 * (32 + 36 + 48) + 80)
+    results = 10 * 4 * (24 + 16 + 32)
+
+    def with_model(**keys) -> Memory:
+        return memory(config(model=Model(**vars(TINY) | keys)), 10)
+
     assert with_model(remat="dots").activations == 2 * results + layer
     assert with_model(remat="full").activations == 2 * 10 * 4 * 8 + layer
     assert with_model(remat="attention").activations == 2 * 10 * 4 * 8 + layer
     moe = {"num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 2}
-    sparse, results = (
-        10 * (4 * (32 + 16 + 36 + 6) + 80),
-        10 * 4 * (24 + 16),
-    )  # nothing of experts is kept with `dots`
+    sparse = 10 * (4 * (32 + 16 + 36 + 6) + 80)
+    results = 10 * 4 * (24 + 16)  # nothing of experts is kept with `dots`
     assert with_model(**moe).activations == 2 * sparse
     assert with_model(remat="dots", **moe).activations == 2 * results + sparse
     assert with_model(compute_dtype="bfloat16").activations == 2 * 10 * (2 * (32 + 36 + 48) + 60)
@@ -170,7 +182,10 @@ def test_memory_by_remat_dtype_and_batch():
 def test_experts_to_replay_by_hand(tmp_path):
     """4 sequences of 5 tokens, 3 sparse layers of 2 ids; 256 experts need two bytes, as E itself is an id."""
     sparse = {"num_hidden_layers": 4, "num_experts": 255, "mlp_only_layers": (0,)}
-    moe = lambda **keys: Model(**vars(TINY) | sparse | keys)  # noqa: E731
+
+    def moe(**keys) -> Model:
+        return Model(**vars(TINY) | sparse | keys)
+
     assert (routing_bytes(moe()), routing_bytes(moe(num_experts=256)), routing_bytes(TINY)) == (
         6,
         12,
@@ -211,10 +226,11 @@ def test_memory_is_split_over_the_mesh():
     assert memory(config(model=moe, mesh=Mesh(expert=2)), 10).parameters == 4 * (
         968 - 384 + 384 / 2
     )
-    whole, split = memory(config(), 10), memory(config(mesh=Mesh(data=1, fsdp=2)), 10)
-    assert (split.parameters, split.activations, split.kv_cache) == (
-        whole.parameters / 2, whole.activations / 2, whole.kv_cache / 2,
-    )  # fmt: skip
+    whole = memory(config(), 10)
+    split = memory(config(mesh=Mesh(data=1, fsdp=2)), 10)
+    assert split.parameters == whole.parameters / 2
+    assert split.activations == whole.activations / 2
+    assert split.kv_cache == whole.kv_cache / 2
     tensor = memory(config(mesh=Mesh(tensor=2)), 10)
     assert (
         tensor.activations == 2 * 10 * (4 * (32 + 18 + 24) + 40)
