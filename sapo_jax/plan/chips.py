@@ -1,15 +1,15 @@
 """TPU chips and topologies: what the roofline model divides by.
 
-Sources: peaks, HBM bandwidth and link bandwidth from Google's "System architecture" pages of Cloud TPU (v4, v5e, v5p,
-v6e) and the table of "How to Scale Your Model" (Google DeepMind, 2025), chapter 2; usable HBM is what the compiler
-(libtpu 0.0.42.1) allows a program, read from its refusals; clock = peak / (2 * multipliers), so that the compiler's
-`estimated_cycles` of a large matmul come to 87-90 % of the peak.
+Sources: peaks, HBM bandwidth and link bandwidth are from Google's "System architecture" pages of
+Cloud TPU (v4, v5e, v5p, v6e) and from the table of "How to Scale Your Model" (Google DeepMind,
+2025), chapter 2. Usable HBM is what the compiler (libtpu 0.0.42.1) allows a program, read from its
+refusals. The clock is peak / (2 * multipliers), so that the compiler's `estimated_cycles` of a
+large matmul come to 87-90 % of the peak.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib.util
 import math
 import re
@@ -17,12 +17,17 @@ import re
 import jax
 
 from sapo_jax.errors import PlanError
+from sapo_jax.text import did_you_mean
 
-GB, GiB, TERA = 1e9, 2**30, 1e12
+GB = 1e9
+GiB = 2**30
+TERA = 1e12
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
+    """The figures of one kind of TPU; a device is a chip (v4 as a megacore)."""
+
     name: str
     flops: float  # peak bfloat16 FLOP/s of a device
     hbm: float  # bytes per second
@@ -31,18 +36,52 @@ class Chip:
     clock: float  # Hz
     dims: int  # of the torus
     ring: int  # a torus dim closes to a ring when its size is a multiple of this
-    chip_config: str | None = None  # as libtpu names it
+    chip_config: str | None = None  # the chip's configuration as libtpu names it, if it needs one
 
 
-CHIPS = {
-    chip.name: chip
-    for chip in (
-        Chip("v4", 275 * TERA, 1228 * GB, 45 * GB, 30.75 * GiB, 1.05e9, 3, 4, "megacore"),
-        Chip("v5e", 197 * TERA, 819 * GB, 45 * GB, 15.75 * GiB, 1.5e9, 2, 16),
-        Chip("v5p", 459 * TERA, 2765 * GB, 90 * GB, 95.74 * GiB, 1.75e9, 3, 4),
-        Chip("v6e", 918 * TERA, 1640 * GB, 90 * GB, 31.25 * GiB, 1.75e9, 2, 16),
-    )
-}
+V4 = Chip(
+    name="v4",
+    flops=275 * TERA,
+    hbm=1228 * GB,
+    link=45 * GB,
+    memory=30.75 * GiB,
+    clock=1.05e9,
+    dims=3,
+    ring=4,
+    chip_config="megacore",
+)
+V5E = Chip(
+    name="v5e",
+    flops=197 * TERA,
+    hbm=819 * GB,
+    link=45 * GB,
+    memory=15.75 * GiB,
+    clock=1.5e9,
+    dims=2,
+    ring=16,
+)
+V5P = Chip(
+    name="v5p",
+    flops=459 * TERA,
+    hbm=2765 * GB,
+    link=90 * GB,
+    memory=95.74 * GiB,
+    clock=1.75e9,
+    dims=3,
+    ring=4,
+)
+V6E = Chip(
+    name="v6e",
+    flops=918 * TERA,
+    hbm=1640 * GB,
+    link=90 * GB,
+    memory=31.25 * GiB,
+    clock=1.75e9,
+    dims=2,
+    ring=16,
+)
+CHIPS = {chip.name: chip for chip in (V4, V5E, V5P, V6E)}
+
 EXAMPLES = (
     "v5e:2x2, v5e:4x4, v5e:16x16, v6e:2x4, v6e:16x16, v5p:2x2x2, v5p:4x4x4, v5p:8x8x8, v4:4x4x4"
 )
@@ -50,6 +89,8 @@ EXAMPLES = (
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
+    """Chips of one kind in a torus."""
+
     name: str
     chip: Chip
     shape: tuple[int, ...]  # chips along each torus dim
@@ -64,16 +105,19 @@ class Topology:
 
 
 def parse_topology(name: str) -> Topology:
-    """`v5p:4x4x4` -> Topology. Raises PlanError that lists what there is."""
-    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
-    chip = CHIPS.get(found[1]) if found else None
-    if chip is None:
-        near = difflib.get_close_matches(name.split(":")[0], CHIPS, n=1)
-        hint = f"; did you mean {near[0]}?" if near and near[0] != name.split(":")[0] else ""
+    """`v5p:4x4x4` -> Topology. Raises PlanError that lists the chips and examples."""
+    parts = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
+    if parts is None or parts[1] not in CHIPS:
+        chip_name = name.split(":")[0]
+        hint = ""
+        if chip_name not in CHIPS:
+            hint = did_you_mean(chip_name, CHIPS)
         raise PlanError(
-            f"unknown topology {name!r}{hint}. Chips: {', '.join(CHIPS)}. Examples: {EXAMPLES}, or cpu"
+            f"unknown topology {name!r}{hint}. "
+            f"Chips: {', '.join(CHIPS)}. Examples: {EXAMPLES}, or cpu"
         )
-    shape = tuple(int(n) for n in found[2].split("x"))
+    chip = CHIPS[parts[1]]
+    shape = tuple(int(size) for size in parts[2].split("x"))
     if len(shape) != chip.dims:
         raise PlanError(
             f"topology {name!r}: a {chip.name} torus has {chip.dims} dims. Examples: {EXAMPLES}"
@@ -82,18 +126,22 @@ def parse_topology(name: str) -> Topology:
 
 
 def tpu_devices(topology: Topology) -> list[jax.Device]:
-    """Devices of the topology, as the compiler sees them; none of them need be here. Raises PlanError."""
+    """The devices of the topology as the compiler sees them. None of them need exist here.
+
+    Raises PlanError where libtpu is not installed, and where it does not have the topology.
+    """
     from jax.experimental import topologies
 
     if importlib.util.find_spec("libtpu") is None:
         install = "pip install -c .ci/constraints.txt -e '.[plan]'"
         raise PlanError(f"the TPU compiler, libtpu (640 MB), is not installed: {install}")
-    options = (
-        {} if topology.chip.chip_config is None else {"chip_config_name": topology.chip.chip_config}
-    )
+    options = {}
+    if topology.chip.chip_config is not None:
+        options["chip_config_name"] = topology.chip.chip_config
     try:
-        return topologies.get_topology_desc(
+        description = topologies.get_topology_desc(
             platform="tpu", topology_name=topology.name, **options
-        ).devices
+        )
     except jax.errors.JaxRuntimeError as error:
         raise PlanError(f"topology {topology.name}: {error}. Examples: {EXAMPLES}") from error
+    return description.devices

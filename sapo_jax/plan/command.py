@@ -1,4 +1,7 @@
-"""What `sapo-jax plan` does. Exit code 0: all fits; 1: something does not, or there is no plan."""
+"""What `sapo-jax plan` does.
+
+Exit code 0: everything fits. Exit code 1: something does not fit, or there is no plan.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,14 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from sapo_jax.config import Config
 from sapo_jax.errors import PlanError
-from sapo_jax.plan import plan, sweep
-from sapo_jax.plan.report import show, show_measured, show_ranking
+from sapo_jax.plan.planner import plan, rank_meshes
+from sapo_jax.plan.tables import show, show_measured, show_ranking
 
 
 def run_plan(
@@ -23,40 +27,53 @@ def run_plan(
     mean_tokens: float | None = None,
     sweep_mesh: bool = False,
 ) -> int:
-    """Print the plan, with sweep_mesh a ranking of the meshes and the plan of the best, and write it."""
+    """Print the plan and write it to `out` as JSON. Returns the exit code.
+
+    With `sweep_mesh` a ranking of the meshes and the plan of the best one are printed. The topology
+    `cpu` runs the programs on the devices of this machine, to check the model against a clock.
+    """
     console = Console(width=120)
     if topology == "cpu":
         from sapo_jax.plan.measure import measure
 
-        found = measure(cfg, functions)
-        show_measured(found, console)
-        _write(found, out)
+        measured = measure(cfg, functions)
+        show_measured(measured, console)
+        _write(measured, out)
         return 0
+
     try:
         if sweep_mesh:
-            found = sweep(cfg, topology, functions)
+            plans = rank_meshes(cfg, topology, functions)
         else:
-            found = [plan(cfg, topology, functions, mean_tokens)]
+            plans = [plan(cfg, topology, functions, mean_tokens)]
     except PlanError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if not found:
+    if not plans:
         print(f"error: no mesh over the devices of {topology} suits this config", file=sys.stderr)
         return 1
+
+    best = plans[0]
+    written = best
     if sweep_mesh:
-        show_ranking(found, console)
-    show(found[0], console)
-    _write(found[0] | ({"sweep": [_summary(one) for one in found]} if sweep_mesh else {}), out)
-    return 0 if all(report["fits"] for report in found[0]["functions"].values()) else 1
+        show_ranking(plans, console)
+        written = best | {"sweep": [_summary(ranked) for ranked in plans]}
+    show(best, console)
+    _write(written, out)
+    all_fit = all(report["fits"] for report in best["functions"].values())
+    return 0 if all_fit else 1
 
 
-def _write(found: dict, out: Path | None) -> None:
+def _write(result: dict[str, Any], out: Path | None) -> None:
     if out is not None:
-        out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def _summary(one: dict) -> dict:
-    keys = "fits", "peak_fraction", "bound", "mfu", "seconds"
-    return {"mesh": one["mesh"]} | {
-        name: {k: r.get(k) for k in keys} for name, r in one["functions"].items()
-    }
+def _summary(plan: dict[str, Any]) -> dict[str, Any]:
+    """The mesh of a plan, and what tells it from the others."""
+    summary = {"mesh": plan["mesh"]}
+    for name, report in plan["functions"].items():
+        summary[name] = {
+            key: report.get(key) for key in ("fits", "peak_fraction", "bound", "mfu", "seconds")
+        }
+    return summary

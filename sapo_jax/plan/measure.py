@@ -1,13 +1,15 @@
-"""`sapo-jax plan CONFIG --topology cpu`: the model against a clock, on the devices that are here.
+"""`sapo-jax plan CONFIG --topology cpu`: the model against a clock, on the devices of this machine.
 
-The same programs are compiled for them, priced by the same reading of their HLO, and run. The machine's own matmul
-speed and memory bandwidth take the place of the chip table; nothing is assumed to overlap on a CPU, so the seconds
-add up. What the prediction leaves out (exponentials, gathers, sorting, dispatch) shows as measured / predicted > 1.
+The same programs are compiled for these devices, priced by the same reading of their HLO, and run.
+The machine's own matmul speed and memory bandwidth take the place of the chip table. Nothing is
+assumed to overlap on a CPU, so the seconds add up. What the prediction leaves out (exponentials,
+gathers, sorting, dispatch) shows as measured / predicted > 1.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,53 +23,81 @@ from sapo_jax.distributed import sharding
 from sapo_jax.plan.costs import program_costs
 from sapo_jax.plan.hlo import parse
 from sapo_jax.plan.programs import Programs
-from sapo_jax.plan.roofline import useful_flops
+from sapo_jax.plan.workload import useful_flops
 
-RUNS = 3  # timed runs of each program, after one that is not; the median counts
+RUNS = 3  # timed runs of each program, after one that is not timed; the median counts
 
 
 def median_seconds(
-    run: Callable[..., Any], runs: int = RUNS, arguments: Callable[[], Sequence[Any]] = tuple
+    run: Callable[..., Any],
+    runs: int = RUNS,
+    make_arguments: Callable[[], Sequence[Any]] = tuple,
 ) -> float:
-    """Seconds of run(*arguments()), the arguments made before the clock starts: donated ones serve one run."""
+    """The median seconds of `run(*make_arguments())`.
 
-    def once() -> float:
-        inputs = jax.block_until_ready(arguments())
+    The arguments are made anew for each run, because donated ones serve one run, and before the
+    clock starts.
+    """
+
+    def timed_run() -> float:
+        arguments = jax.block_until_ready(make_arguments())
         start = time.perf_counter()
-        jax.block_until_ready(run(*inputs))
+        jax.block_until_ready(run(*arguments))
         return time.perf_counter() - start
 
-    once()
-    return float(np.median([once() for _ in range(runs)]))
+    timed_run()
+    return float(np.median([timed_run() for _ in range(runs)]))
 
 
 def calibrate(rounds: int = 16) -> dict[str, float]:
-    """FLOP/s of a float32 matmul of 1024, and bytes/s of x + 1 over 128 MB, read and written, in place: a program's
-    memory is mapped once, not by each of its operations."""
-    x, big = jnp.ones((1024, 1024), jnp.float32), jnp.ones(2**25, jnp.float32)
-    matmul = jax.jit(lambda x: x @ x)
-    add = jax.jit(lambda x: jax.lax.fori_loop(0, rounds, lambda _, x: x + 1, x))
+    """The machine's speed: FLOP/s, and bytes/s of its memory.
+
+    FLOP/s are those of a float32 matmul of 1024. Bytes/s are those of x + 1 over 128 MB, read and
+    written in place, `rounds` times in one program: a program's memory is mapped once, not by each
+    of its operations.
+    """
+    matrix = jnp.ones((1024, 1024), jnp.float32)
+    big = jnp.ones(2**25, jnp.float32)
+
+    @jax.jit
+    def matmul(x: jax.Array) -> jax.Array:
+        return x @ x
+
+    @jax.jit
+    def add_one_repeatedly(x: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, rounds, lambda _, x: x + 1, x)
+
+    matmul_seconds = median_seconds(lambda: matmul(matrix), runs=10)
+    add_seconds = median_seconds(lambda: add_one_repeatedly(big), runs=5)
     return {
-        "flops": 2 * 1024**3 / median_seconds(lambda: matmul(x), 10),
-        "hbm": rounds * 2 * big.nbytes / median_seconds(lambda: add(big), 5),
+        "flops": 2 * 1024**3 / matmul_seconds,
+        "hbm": rounds * 2 * big.nbytes / add_seconds,
     }
 
 
 def measure(cfg: Config, functions: Sequence[str]) -> dict[str, Any]:
-    """{"calibration", "functions": {name: predicted and measured seconds, ...}}; prefill and decode of one replica."""
-    speed, reports = calibrate(), {}
+    """Predicted and measured seconds of each function, as JSON values, with the calibration.
+
+    Prefill and decode are those of one replica.
+    """
+    speed = calibrate()
     programs = Programs(cfg, sharding.make_mesh(cfg.mesh))
+    reports = {}
     for name in functions:
-        own = programs.of(name)
-        devices = own.mesh.size
-        compiled = own.lower(name).compile()
+        running = programs.running(name)
+        devices = running.mesh.size
+        compiled = running.lower(name).compile()
         costs = program_costs(
-            parse(compiled.as_text()), open_trips=own.open_trips(name), live=own.live
+            parse(compiled.as_text() or ""),
+            open_trips=running.open_trips(name),
+            live_cache_fraction=running.live_cache_fraction,
         )
-        predicted = devices * (costs.flops / speed["flops"] + costs.hbm_bytes / speed["hbm"])
-        arguments = lambda name=name, own=own: _arguments(own, name)
-        measured = median_seconds(compiled, arguments=arguments)
-        useful = useful_flops(own.cfg, own.work)[name]
+        compute_seconds = costs.flops / speed["flops"]
+        memory_seconds = costs.hbm_bytes / speed["hbm"]
+        predicted = devices * (compute_seconds + memory_seconds)
+        make_arguments = functools.partial(_arguments, running, name)
+        measured = median_seconds(compiled, make_arguments=make_arguments)
+        useful = useful_flops(running.cfg, running.work)[name]
         reports[name] = {
             "flops": costs.flops * devices,
             "flops_ratio": costs.flops * devices / useful,
@@ -76,32 +106,42 @@ def measure(cfg: Config, functions: Sequence[str]) -> dict[str, Any]:
             "measured_seconds": measured,
             "measured_over_predicted": measured / predicted,
         }
-    return {"config": cfg.name, "topology": "cpu", "mesh": dict(programs.mesh.shape), "calibration": speed,
-            "functions": reports}  # fmt: skip
+    return {
+        "config": cfg.name,
+        "topology": "cpu",
+        "mesh": dict(programs.mesh.shape),
+        "calibration": speed,
+        "functions": reports,
+    }
 
 
-def _arguments(programs: Programs, name: str) -> list:
-    """Of prompts and completions that have their full lengths."""
-    found, work = [jax.tree.map(_array, x) for x in programs.arguments(name)], programs.work
+def _arguments(programs: Programs, name: str) -> tuple[Any, ...]:
+    """Arguments of a function, of prompts and completions that have their full lengths."""
+    work = programs.work
+    arguments = jax.tree.map(_array, programs.program(name).arguments)
     if name == "prefill":
-        found[2], found[4] = (
-            jnp.full_like(found[2], work.prompt_tokens),
-            jnp.full_like(found[4], work.new_tokens),
-        )
-    elif name == "decode":
-        found[1] = dataclasses.replace(
-            found[1], limit_N=jnp.full_like(found[1].limit_N, work.new_tokens)
-        )
-    return found
+        params, tokens_PS, length_P, index_P, limit_N, key = arguments
+        length_P = jnp.full_like(length_P, work.prompt_tokens)
+        limit_N = jnp.full_like(limit_N, work.new_tokens)
+        return params, tokens_PS, length_P, index_P, limit_N, key
+    if name == "decode":
+        params, requests = arguments
+        limit_N = jnp.full_like(requests.limit_N, work.new_tokens)
+        return params, dataclasses.replace(requests, limit_N=limit_N)
+    return arguments
 
 
 def _array(x: jax.ShapeDtypeStruct) -> jax.Array:
-    """Ones: segments are real, weights are not 0, and no time depends on the values but that of the experts' loads."""
+    """An array of ones or, of floats, of 0.01: so segments are real and weights are not 0.
+
+    No time depends on the values but that of the experts' loads.
+    """
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jax.device_put(jax.random.split(jax.random.key(0), x.shape), x.sharding)
-    value = (
-        jnp.zeros(x.shape, x.dtype)
-        if x.dtype == jnp.bool_
-        else jnp.full(x.shape, 0.01 if x.dtype.kind == "f" else 1)
-    )
+    if x.dtype == jnp.bool_:
+        value = jnp.zeros(x.shape, x.dtype)
+    elif x.dtype.kind == "f":
+        value = jnp.full(x.shape, 0.01)
+    else:
+        value = jnp.full(x.shape, 1)
     return jax.device_put(value.astype(x.dtype), x.sharding)

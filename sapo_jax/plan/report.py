@@ -1,26 +1,37 @@
-"""The plan as JSON-ready dicts and as a table."""
+"""The plan of a function, and of an RL iteration, as dicts of JSON values."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from sapo_jax.plan.chips import GiB, Topology
 from sapo_jax.plan.compile import Compiled, largest_refused
 from sapo_jax.plan.costs import program_costs
-from sapo_jax.plan.hlo import Module, parse
-from sapo_jax.plan.programs import Programs, Workload
-from sapo_jax.plan.roofline import Fabric, collective_rows, times, useful_flops
+from sapo_jax.plan.hlo import HBM, Module, parse
+from sapo_jax.plan.programs import FUNCTIONS, Programs
+from sapo_jax.plan.roofline import Fabric, collective_rows, times
+from sapo_jax.plan.workload import Workload, useful_flops
 
 FACTS = (
     "fits, memory, FLOPs, HBM bytes, collectives: read from the program that the TPU compiler made"
 )
 MODEL = (
-    "seconds, bound, MFU: a roofline over these; estimate, tokens/s, iteration: the compiler's own cycle counts, and "
-    "70 % of the peak for Pallas kernels (sapo_jax/plan/roofline.py); of decoding also how often its loops run and how "
-    "much of the cache is read (sapo_jax/plan/programs.py). Nothing ran on a TPU"
+    "seconds, bound, MFU: a roofline over these; estimate, tokens/s, iteration: the compiler's own "
+    "cycle counts, and 70 % of the peak for Pallas kernels (sapo_jax/plan/roofline.py); "
+    "of decoding also how often its loops run (sapo_jax/plan/decode_trips.py) "
+    "and how much of the cache is read (sapo_jax/plan/programs.py). Nothing ran on a TPU"
+)
+MOST_COLLECTIVES = 20  # rows of collectives in a report
+
+# Instructions that make no array of their own.
+WITHOUT_BUFFER = (
+    "parameter",
+    "tuple",
+    "while",
+    "get-tuple-element",
+    "bitcast",
+    "conditional",
+    "call",
 )
 
 
@@ -30,218 +41,152 @@ def function_report(
     programs: Programs,
     topology: Topology,
     fabric: Fabric,
-    resident: int,
+    resident_bytes: int,
 ) -> dict[str, Any]:
-    """One function, over all devices. fabric: of those that one program runs on (`Programs.of`). resident: bytes
-    on a device that stay there, unseen by the program."""
-    limit, work = topology.chip.memory, programs.work
+    """The report of one function, over all devices.
+
+    `programs` are those of the whole mesh. `fabric` is that of the devices that one program runs on
+    (`Programs.running`). `resident_bytes` stay on each device meanwhile, unseen by the program.
+    """
+    limit = topology.chip.memory
     common = {
         "usable_gib": limit / GiB,
-        "resident_elsewhere_gib": resident / GiB,
+        "resident_elsewhere_gib": resident_bytes / GiB,
         "compile_seconds": compiled.seconds,
     }
     if not compiled.fits:
-        needed = compiled.needed
-        return {
-            "fits": False,
-            "peak_fraction": None if needed is None else (needed + resident) / limit,
-            "missing_gib": None if needed is None else (needed + resident - limit) / GiB,
-            "largest_buffers": largest_refused(compiled.refusal),
-            "verdict": compiled.refusal.splitlines()[0][:300],
-            **common,
-        }
-    module = parse(compiled.hlo)
-    own = programs.of(name)
-    costs = program_costs(module, open_trips=own.open_trips(name), live=own.live)
-    found = times(costs, topology.chip, fabric)
-    useful, peak = useful_flops(programs.cfg, work)[name], compiled.peak + resident
-    at_peak = topology.chip.flops * topology.devices
-    return {
+        return _refusal_report(compiled, limit, resident_bytes) | common
+
+    # Memory.
+    peak = compiled.peak + resident_bytes
+    memory = {
         "fits": peak <= limit,
         "peak_fraction": peak / limit,
         "missing_gib": max(0.0, (peak - limit) / GiB),
-        **{f"{key}_gib": value / GiB for key, value in compiled.memory.items()},
+    }
+    for kind, size in compiled.memory.items():
+        memory[f"{kind}_gib"] = size / GiB
+
+    # Costs. The program is that of one device; the devices of all replicas do the same.
+    module = parse(compiled.hlo)
+    running = programs.running(name)
+    costs = program_costs(
+        module,
+        open_trips=running.open_trips(name),
+        live_cache_fraction=running.live_cache_fraction,
+    )
+    devices = topology.devices
+    flops = costs.flops * devices
+    useful = useful_flops(programs.cfg, programs.work)[name]
+    kernel_flops = {kernel: value * devices for kernel, value in costs.kernels.items()}
+
+    # Seconds.
+    seconds = times(costs, topology.chip, fabric)
+    peak_flops = topology.chip.flops * devices
+    tokens = _tokens(name, programs.work)
+    return {
+        **memory,
         **common,
-        "flops": costs.flops * topology.devices,
-        "flops_xla_loops_once": compiled.xla_flops * topology.devices,
-        "flops_kernels": {k: v * topology.devices for k, v in costs.kernels.items()},
+        "flops": flops,
+        "flops_xla_loops_once": compiled.xla_flops * devices,
+        "flops_kernels": kernel_flops,
         "useful_flops": useful,
-        "flops_ratio": costs.flops * topology.devices / useful,
+        "flops_ratio": flops / useful,
         "hbm_bytes": costs.hbm_bytes,
-        "collectives": collective_rows(costs, fabric)[:20],
+        "collectives": collective_rows(costs, fabric)[:MOST_COLLECTIVES],
         "largest_buffers": largest_buffers(module),
-        "seconds": found.all,
-        "bound": found.bound,
-        "mfu": useful / (at_peak * found.roof),
-        "mfu_estimate": useful / (at_peak * found.estimate),
-        "mfu_serial": useful / (at_peak * found.serial),
+        "seconds": seconds.all,
+        "bound": seconds.bound,
+        "mfu": useful / (peak_flops * seconds.roof),
+        "mfu_estimate": useful / (peak_flops * seconds.estimate),
+        "mfu_serial": useful / (peak_flops * seconds.serial),
         "open_loops": costs.open_loops,
-        **_rates(name, work, topology, found.estimate),
+        "tokens": tokens,
+        "tokens_per_second_per_chip": tokens / seconds.estimate / devices,
     }
 
 
-def _rates(name: str, work: Workload, topology: Topology, seconds: float) -> dict[str, float]:
-    rows = work.sequences / work.mini_batches * (work.prompt_tokens + work.new_tokens)
-    tokens = {"update": rows, "score": rows, "prefill": work.prompts * work.prompt_tokens,
-              "decode": work.sequences * work.new_tokens}[name]  # fmt: skip
-    return {"tokens": tokens, "tokens_per_second_per_chip": tokens / seconds / topology.devices}
+def _refusal_report(compiled: Compiled, limit: float, resident_bytes: int) -> dict[str, Any]:
+    """The report of a program that the compiler refused; how much is missing it may not say."""
+    peak_fraction = None
+    missing_gib = None
+    if compiled.needed is not None:
+        peak = compiled.needed + resident_bytes
+        peak_fraction = peak / limit
+        missing_gib = (peak - limit) / GiB
+    return {
+        "fits": False,
+        "peak_fraction": peak_fraction,
+        "missing_gib": missing_gib,
+        "largest_buffers": largest_refused(compiled.refusal),
+        "verdict": compiled.refusal.splitlines()[0][:300],
+    }
+
+
+def _tokens(name: str, work: Workload) -> float:
+    """The tokens that one call of a function is about."""
+    if name == "prefill":
+        return work.prompts * work.prompt_tokens
+    if name == "decode":
+        return work.sequences * work.new_tokens
+    sequences_per_mini_batch = work.sequences / work.mini_batches
+    return sequences_per_mini_batch * (work.prompt_tokens + work.new_tokens)
 
 
 def largest_buffers(module: Module, n: int = 5) -> list[str]:
-    """The largest results in HBM of single instructions: size, shape, source line. (They do not all live at once.)"""
-    found: dict[tuple, int] = {}
+    """The largest results in HBM of single instructions: size, shape, source line.
+
+    They do not all live at the same time.
+    """
+    sizes: dict[tuple[str, str], int] = {}
     for computation in module.computations.values():
-        for i in computation.instructions.values():
-            if i.op in (
-                "parameter",
-                "tuple",
-                "while",
-                "get-tuple-element",
-                "bitcast",
-                "conditional",
-                "call",
-            ):
+        if "fused" in computation.name:
+            continue  # what a fusion computes inside stays on chip
+        for instruction in computation.instructions.values():
+            if instruction.op in WITHOUT_BUFFER:
                 continue
-            for shape in i.shapes:
-                if shape.space == 0 and "fused" not in computation.name:
-                    key = f"{shape.dtype}{list(shape.dims)}", module.source(i)
-                    found[key] = shape.bytes
-    largest = sorted(found.items(), key=lambda item: -item[1])[:n]
+            for shape in instruction.shapes:
+                if shape.space == HBM:
+                    text = f"{shape.dtype}{list(shape.dims)}"
+                    sizes[text, module.source(instruction)] = shape.bytes
+    largest = sorted(sizes.items(), key=lambda item: -item[1])[:n]
     return [f"{size / GiB:.3f} GiB  {shape}  {source}" for (shape, source), size in largest]
 
 
 def iteration_report(
-    functions: dict[str, dict], work: Workload, topology: Topology, mean_tokens: float
-) -> dict | None:
-    """Seconds of one RL iteration whose completions have `mean_tokens` on average and the longest max_new_tokens.
+    functions: dict[str, dict[str, Any]], work: Workload, topology: Topology, mean_tokens: float
+) -> dict[str, Any] | None:
+    """The seconds of one RL iteration; None unless all functions were planned and fit.
 
-    Rows of scoring and updates are full, so their number goes with the mean; decoding goes with
+    Completions have `mean_tokens` on average, and the longest has max_new_tokens. Rows of scoring
+    and updates are full, so their number goes with the mean; decoding goes with
     `Workload.decode_steps`, refills and all. Verification overlaps nothing here and takes no time.
     """
-    if not all(
-        functions.get(name, {}).get("seconds") for name in ("update", "score", "prefill", "decode")
-    ):
-        return None
-    filled = (work.prompt_tokens + mean_tokens) / (work.prompt_tokens + work.new_tokens)
-    step = {name: report["seconds"]["estimate"] for name, report in functions.items()}
+    seconds_of_call = {}
+    for name in FUNCTIONS:
+        seconds = functions.get(name, {}).get("seconds")
+        if not seconds:
+            return None
+        seconds_of_call[name] = seconds["estimate"]
+
+    planned_tokens = work.prompt_tokens + work.new_tokens
+    filled = (work.prompt_tokens + mean_tokens) / planned_tokens  # of the planned rows
+    steps = work.decode_steps(mean_tokens)
+    planned_steps = work.decode_steps(work.new_tokens)
     phases = {
-        "prefill": step["prefill"],
-        "decode": step["decode"]
-        * work.decode_steps(mean_tokens)
-        / work.decode_steps(work.new_tokens),
-        "score": step["score"] * work.mini_batches * filled,
-        "update": step["update"] * work.mini_batches * filled,
+        "prefill": seconds_of_call["prefill"],
+        "decode": seconds_of_call["decode"] * steps / planned_steps,
+        "score": seconds_of_call["score"] * work.mini_batches * filled,
+        "update": seconds_of_call["update"] * work.mini_batches * filled,
     }
-    seconds, tokens = sum(phases.values()), work.sequences * mean_tokens
-    lengths = f"prompts {work.prompt_tokens}, completions mean {mean_tokens:g}, longest {work.new_tokens} tokens"
+    total = sum(phases.values())
+    completion_tokens = work.sequences * mean_tokens
     return {
-        "lengths": lengths,
-        "seconds": seconds,
+        "lengths": (
+            f"prompts {work.prompt_tokens}, completions mean {mean_tokens:g}, "
+            f"longest {work.new_tokens} tokens"
+        ),
+        "seconds": total,
         "phases": phases,
-        "completion_tokens_per_second_per_chip": tokens / seconds / topology.devices,
+        "completion_tokens_per_second_per_chip": completion_tokens / total / topology.devices,
     }
-
-
-def show(plan: dict[str, Any], console: Console) -> None:
-    """The table, and what in it is fact and what model."""
-    table = Table(
-        title=f"{plan['config']} on {plan['topology']} ({plan['devices']} devices, {_axes(plan['mesh'])})"
-    )
-    for column in ("", *plan["functions"]):
-        table.add_column(column, justify="right" if column else "left")
-    for title, cell in _ROWS.items():
-        cells = []
-        for report in plan["functions"].values():
-            try:
-                cells.append(cell(report))
-            except (KeyError, TypeError):  # what a program that does not fit has no figures for
-                cells.append("-")
-        table.add_row(title, *cells)
-    console.print(table)
-    for name, report in plan["functions"].items():
-        if not report["fits"]:
-            console.print(f"{name} does not fit: {report.get('verdict', '')}\n  largest buffers:")
-            console.print(
-                "\n".join(f"    {line}" for line in report["largest_buffers"]), markup=False
-            )
-        for row in report.get("collectives", [])[:4]:
-            console.print(
-                f"{name}: {row['kind']} over {row['axis']}, {row['times']} times, {row['bytes'] / 1e9:.2f} GB, "
-                f"{row['seconds']:.3g} s, {row['source']}", markup=False,
-            )  # fmt: skip
-    if iteration := plan.get("iteration"):
-        phases = ", ".join(f"{name} {seconds:.3g}" for name, seconds in iteration["phases"].items())
-        console.print(
-            f"one RL iteration ({iteration['lengths']}): {iteration['seconds']:.3g} s = {phases}"
-        )
-    console.print(f"compiled facts: {FACTS}\nmodel: {MODEL}", markup=False)
-
-
-def _axes(mesh: dict[str, int]) -> str:
-    return " x ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "one device"
-
-
-def show_ranking(plans: list[dict[str, Any]], console: Console) -> None:
-    """The meshes of a sweep, best first."""
-    table = Table(
-        "mesh", "fits", "peak, of usable HBM", "estimate, s", "bound", title="meshes, best first"
-    )
-    for one in plans:
-        reports = one["functions"].values()
-        join = lambda cell, reports=reports: ", ".join(cell(r) for r in reports)
-        table.add_row(
-            _axes(one["mesh"]),
-            "yes" if all(r["fits"] for r in reports) else "NO",
-            join(
-                lambda r: "?" if r["peak_fraction"] is None else f"{100 * r['peak_fraction']:.0f} %"
-            ),
-            join(lambda r: f"{r['seconds']['estimate']:.3g}" if "seconds" in r else "-"),
-            join(lambda r: r.get("bound", "-")),
-        )
-    console.print(table)
-
-
-def show_measured(found: dict[str, Any], console: Console) -> None:
-    """Predicted against measured seconds."""
-    speed = found["calibration"]
-    title = f"{found['config']} here: matmul {speed['flops'] / 1e9:.0f} GFLOP/s, memory {speed['hbm'] / 1e9:.1f} GB/s"
-    table = Table(
-        "",
-        "FLOPs",
-        "FLOPs / useful",
-        "traffic, GB",
-        "predicted, s",
-        "measured, s",
-        "ratio",
-        title=title,
-    )
-    for name, r in found["functions"].items():
-        table.add_row(
-            name, f"{r['flops']:.3g}", f"{r['flops_ratio']:.2f}", f"{r['hbm_bytes'] / 1e9:.3g}",
-            f"{r['predicted_seconds']:.3g}", f"{r['measured_seconds']:.3g}", f"{r['measured_over_predicted']:.2f}",
-        )  # fmt: skip
-    console.print(table)
-
-
-_ROWS = {
-    "fits": lambda r: "yes" if r["fits"] else "NO",
-    "peak, of usable HBM": lambda r: f"{100 * r['peak_fraction']:.0f} %",
-    "usable HBM, GiB": lambda r: f"{r['usable_gib']:.2f}",
-    "arguments, GiB": lambda r: f"{r['arguments_gib']:.2f}",
-    "temporaries, GiB": lambda r: f"{r['temporaries_gib']:.2f}",
-    "resident elsewhere, GiB": lambda r: f"{r['resident_elsewhere_gib']:.2f}",
-    "FLOPs": lambda r: f"{r['flops']:.3g}",
-    "FLOPs / useful": lambda r: f"{r['flops_ratio']:.2f}",
-    "HBM traffic, GB": lambda r: f"{r['hbm_bytes'] / 1e9:.3g}",
-    "compute, s": lambda r: f"{r['seconds']['compute']:.3g}",
-    "HBM, s": lambda r: f"{r['seconds']['hbm']:.3g}",
-    "interconnect, s": lambda r: f"{r['seconds']['interconnect']:.3g}",
-    "bound": lambda r: r["bound"],
-    "cores, by cycles, s": lambda r: f"{r['seconds']['cores']:.3g}",
-    "MFU, roofline": lambda r: f"{100 * r['mfu']:.0f} %",
-    "MFU, estimate (no overlap)": lambda r: (
-        f"{100 * r['mfu_estimate']:.0f} % ({100 * r['mfu_serial']:.0f} %)"
-    ),
-    "tokens/s/chip": lambda r: f"{r['tokens_per_second_per_chip']:,.0f}",
-    "compile time, s": lambda r: f"{r['compile_seconds']:.0f}",
-}

@@ -7,16 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sapo_jax.plan.costs import (
-    Collective,
-    Costs,
-    Loop,
-    hbm_bytes,
-    kernel_flops,
-    matmul_flops,
-    program_costs,
-)
-from sapo_jax.plan.hlo import Computation, Shape, _instruction, parse, shapes
+from sapo_jax.plan.collectives import Collective
+from sapo_jax.plan.costs import Costs, program_costs
+from sapo_jax.plan.hbm_traffic import hbm_bytes
+from sapo_jax.plan.hlo import Computation, Shape, parse, parse_instruction, shapes
+from sapo_jax.plan.instruction_flops import kernel_flops, kernel_name, matmul_flops
+from sapo_jax.plan.loops import OpenLoop
 from sapo_jax.plan.report import largest_buffers
 
 # A loop of 7 around: a fusion with a matmul, one collective written in two links of a chain, a gradient's
@@ -171,9 +167,11 @@ def test_a_loop_that_ends_on_data_runs_as_often_as_told():
 
 def test_loops_that_end_on_data_are_told_one_by_one():
     open_ended = parse(MODULE.replace("s32[] constant(7)", "s32[] negate(%i)"))
-    assert program_costs(open_ended, open_trips=(Loop(3),)).cycles == 3 * 5100
+    three = OpenLoop("three times", trips=3)
+    two = OpenLoop("twice", trips=2)
+    assert program_costs(open_ended, open_trips=(three,)).cycles == 3 * 5100
     with pytest.raises(ValueError, match="1 loops that end on data, expected 2"):
-        program_costs(open_ended, open_trips=(Loop(3), Loop(2)))
+        program_costs(open_ended, open_trips=(three, two))
 
 
 @pytest.mark.parametrize(("start", "step", "trips"), [(0, 2, 4), (3, 1, 4), (1, 3, 2)])
@@ -211,7 +209,7 @@ def test_matmuls_as_convolutions(lhs, rhs, out, attributes, flops):
         f"%b = {rhs} parameter(1)",
         f"%c = {out} convolution(%a, %b), {attributes}",
     )
-    computation = Computation("c", {i.name: i for i in map(_instruction, lines)})
+    computation = Computation("c", {i.name: i for i in map(parse_instruction, lines)})
     assert matmul_flops(computation, computation.instructions["c"]) == flops
 
 
@@ -222,7 +220,9 @@ def test_grouped_matmul_counts_the_tiles_it_visits():
         "s32[5]{0}, s32[6]{0}, s32[6]{0}, bf16[1024,32]{1,0}, bf16[3,32,64]{2,1,0}}, "
         'backend_config={"cost_estimate":{"flops":"4194304"}}'
     )
-    assert kernel_flops(_instruction(line)) == ("gmm", 2 * 1024 * 32 * 64 * 6 / 4)
+    gmm = parse_instruction(line)
+    assert kernel_name(gmm) == "gmm"
+    assert kernel_flops(gmm) == 2 * 1024 * 32 * 64 * 6 / 4
 
 
 def test_costs_add_up():
@@ -254,7 +254,10 @@ def test_flops_of_paged_attention():
         "operand_layout_constraints={s32[16]{0}, s32[48]{0}, s32[1]{0}, s32[1]{0}, f32[16,2,1,128]{3,2,1,0}, "
         "bf16[1,48,64,128]{3,2,1,0}, bf16[1,48,64,128]{3,2,1,0}}, frontend_attributes={kernel_metadata={}}"
     )
-    assert kernel_flops(_instruction(line)) == ("paged_attention", 2 * 2 * 16 * 2 * 128 * 192)
+    kernel = parse_instruction(line)
+    assert kernel_name(kernel) == "paged_attention"
+    assert kernel_flops(kernel) == 2 * 2 * 16 * 2 * 128 * 192
     module = parse(f"HloModule m\n\nENTRY %main () -> f32[16,2,1,128] {{\n  ROOT {line}\n}}\n")
-    whole, half = program_costs(module), program_costs(module, live=0.5)
+    whole = program_costs(module)
+    half = program_costs(module, live_cache_fraction=0.5)
     assert half.flops == whole.flops / 2 > 0 and half.hbm_bytes == whole.hbm_bytes / 2 > 0

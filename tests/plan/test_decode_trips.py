@@ -11,7 +11,9 @@ import pytest
 
 from sapo_jax.batch import Rollout
 from sapo_jax.ops.tiles import PAGE
-from sapo_jax.plan.programs import NO_STOP, Workload, decode_trips
+from sapo_jax.plan.decode_trips import decode_trips
+from sapo_jax.plan.programs import NO_STOP
+from sapo_jax.plan.workload import Workload
 from sapo_jax.rollout import SamplingParams
 from sapo_jax.rollout import decode as decode_module
 from sapo_jax.rollout import sampler as sampler_module
@@ -44,11 +46,11 @@ def test_trips_are_those_of_a_rollout(page, monkeypatch):
     completions are those of 12 slots."""
     common = dict(group_size=4, max_new_tokens=130, stop_ids=NO_STOP, sampling=SamplingParams(0.8))
     expected = sample(make(**common))
-    monkeypatch.setattr("sapo_jax.ops.attention.page", lambda *_: page)
+    monkeypatch.setattr("sapo_jax.ops.attention.cache_page_size", lambda *_: page)
     work = Workload(
-        3,
-        12,
-        3,
+        prompts=3,
+        sequences=12,
+        slots=3,
         prompt_tokens=16,
         new_tokens=130,
         row_tokens=146,
@@ -56,28 +58,31 @@ def test_trips_are_those_of_a_rollout(page, monkeypatch):
         rows=12,
         mini_batches=1,
     )
-    start, *nested = decode_trips(work, page)
-    placed, steps = start.trips, 0.0
-    for fills, ((turns, (refill, step)),) in nested:
-        placed, steps = placed + fills * turns * refill.trips, steps + fills * turns * step.trips
+    trips = decode_trips(work, page)
+    admitted = trips.first_admissions + sum(phase.admissions for phase in trips.phases)
+    steps = sum(phase.steps for phase in trips.phases)
     found, rollout = counted(
-        monkeypatch, ["_placed", "_step", "_shifted"], lambda: sample(make(**common, slots=3))
+        monkeypatch, ["_admit_next", "_step", "_compact"], lambda: sample(make(**common, slots=3))
     )
     chex.assert_trees_all_close(rollout, expected, atol=2e-5, rtol=1e-5)
-    assert found["_placed"] == pytest.approx(placed) and found["_step"] == pytest.approx(steps)
-    assert (
-        len(nested) < found["_shifted"] <= sum(fill.trips for fill in nested)
-    )  # here all slots are free at once
+    assert found["_admit_next"] == pytest.approx(admitted)
+    assert found["_step"] == pytest.approx(steps)
+    # Here all slots become free at the same time, so the cache is compacted less often than planned.
+    most_compactions = sum(phase.compactions for phase in trips.phases)
+    assert len(trips.phases) < found["_compact"] <= most_compactions
 
 
 def test_a_free_slot_is_refilled_at_once(monkeypatch):
     """As many steps as when each completion, of its own length, starts in the slot that is free first."""
-    limits, free_at = [40, 3, 1, 17, 40, 2, 9, 33, 25, 40, 5, 12], [0, 0, 0]
+    limits = [40, 3, 1, 17, 40, 2, 9, 33, 25, 40, 5, 12]
+    free_at = [0, 0, 0]  # the step at which each of the three slots is free
     for limit in limits:
         heapq.heapreplace(free_at, free_at[0] + limit)
-    run = lambda: sample(
-        make(group_size=4, max_new_tokens=40, stop_ids=NO_STOP, slots=3), limit_B=limits
-    )
-    found, rollout = counted(monkeypatch, ["_placed", "_step"], run)
+
+    def run() -> Rollout:
+        sampler = make(group_size=4, max_new_tokens=40, stop_ids=NO_STOP, slots=3)
+        return sample(sampler, limit_B=limits)
+
+    found, rollout = counted(monkeypatch, ["_admit_next", "_step"], run)
     assert rollout.length_B.tolist() == limits
-    assert found == {"_placed": 12, "_step": max(free_at)}
+    assert found == {"_admit_next": 12, "_step": max(free_at)}

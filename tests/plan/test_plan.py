@@ -15,12 +15,13 @@ from rich.console import Console
 from sapo_jax.cli import main
 from sapo_jax.config import Config, Data, Mesh, Model, ReasoningGymTask, Rollout, Train
 from sapo_jax.errors import PlanError
-from sapo_jax.plan import TPU_ENV, plan, sweep
+from sapo_jax.plan import plan, rank_meshes
 from sapo_jax.plan.chips import parse_topology, tpu_devices
 from sapo_jax.plan.compile import Compiled, compile_cached, largest_refused
 from sapo_jax.plan.hlo import parse
-from sapo_jax.plan.programs import Programs, mesh_of
-from sapo_jax.plan.report import show_ranking
+from sapo_jax.plan.planner import TPU_ENV, topology_mesh
+from sapo_jax.plan.programs import Programs
+from sapo_jax.plan.tables import show, show_ranking
 from sapo_jax.rollout.sampler import _sample
 
 needs_libtpu = pytest.mark.skipif(
@@ -112,14 +113,14 @@ def test_decoding_moves_tokens_to_the_weights(tpu, mesh):
     decode = plan(
         dataclasses.replace(CFG, model=model, mesh=Mesh(data=1, **mesh)), "v5e:2x2", ["decode"]
     )
-    decode, B, steps = decode["functions"]["decode"], 32, CFG.rollout.max_new_tokens
+    decode = decode["functions"]["decode"]
+    steps = CFG.rollout.max_new_tokens
     each_step = [
         row["bytes"] / row["times"] for row in decode["collectives"] if row["times"] >= steps
     ]
-    logits, weight = (
-        4 * B * model.vocab_size,
-        2 * model.hidden_size * 1024,
-    )  # bytes; of one MLP or expert matrix
+    B = 32
+    logits = 4 * B * model.vocab_size  # bytes
+    weight = 2 * model.hidden_size * 1024  # bytes of one MLP or expert matrix
     assert decode["fits"] and each_step and max(each_step) <= logits < weight
 
 
@@ -140,10 +141,10 @@ def test_decoding_reads_pages_and_copies_no_cache(tpu, slots):
     cfg = dataclasses.replace(
         CFG, model=dataclasses.replace(CFG.model, head_dim=128), rollout=rollout
     )
-    programs = Programs(cfg, mesh_of(cfg, tpu_devices(parse_topology("v5e:2x2"))))
+    programs = Programs(cfg, topology_mesh(cfg, tpu_devices(parse_topology("v5e:2x2"))))
     sampler = programs.sampler
     with jax.set_mesh(programs.mesh):
-        traced = _sample.trace(sampler, programs.params, *programs.arguments("prefill")[1:])
+        traced = _sample.trace(sampler, programs.params, *programs.program("prefill").arguments[1:])
     module = parse(traced.lower(lowering_platforms=("tpu",)).compile().as_text())
     rows, widths = (16 // 4, [320]) if slots else (32 // 4, [192])
     steps = [
@@ -177,24 +178,27 @@ def _writes_a_part(module, i) -> bool:
 
 
 @needs_libtpu
-def test_what_does_not_fit_is_a_verdict(tpu):
+def test_what_does_not_fit_is_a_verdict(tpu, capsys):
     """12 billion parameters with their moments on four chips of 16 GB."""
     model = dataclasses.replace(
         CFG.model, hidden_size=8192, num_hidden_layers=32, intermediate_size=16384
     )
-    update = plan(dataclasses.replace(CFG, model=model), "v5e:2x2", ["update"])["functions"][
-        "update"
-    ]
+    result = plan(dataclasses.replace(CFG, model=model), "v5e:2x2", ["update"])
+    update = result["functions"]["update"]
     assert update["fits"] is False and update["peak_fraction"] > 1 and update["missing_gib"] > 1
     assert "RESOURCE_EXHAUSTED" in update["verdict"]
     assert any("['gate']" in line or "['up']" in line for line in update["largest_buffers"])
+    show(result, Console(width=200))
+    printed = capsys.readouterr().out
+    assert "update does not fit: RESOURCE_EXHAUSTED" in printed
+    assert update["largest_buffers"][0] in printed
 
 
 @needs_libtpu
 @pytest.mark.slow
 def test_sweep_ranks_the_meshes(tpu, capsys):
     """Every mesh of four chips that the config allows comes once, by the estimated seconds."""
-    found = sweep(CFG, "v5e:2x2", ["prefill"])
+    found = rank_meshes(CFG, "v5e:2x2", ["prefill"])
     meshes = sorted(tuple(one["mesh"].values()) for one in found)
     assert meshes == [
         (1, 2, 1, 1, 2),
@@ -228,7 +232,7 @@ def test_a_mesh_that_does_not_cover_the_topology():
     with pytest.raises(
         PlanError, match="mesh.data=1, mesh.fsdp=3, .* makes 3 devices, the topology has 4"
     ):
-        mesh_of(cfg, [None] * 4)
+        topology_mesh(cfg, [None] * 4)
 
 
 def test_functions_that_do_not_exist():

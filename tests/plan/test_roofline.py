@@ -9,11 +9,12 @@ import pytest
 
 from sapo_jax.config import Config, Data, Mesh, Model, ReasoningGymTask, Rollout, Train
 from sapo_jax.errors import PlanError
-from sapo_jax.plan import valid_meshes
 from sapo_jax.plan.chips import CHIPS, parse_topology
-from sapo_jax.plan.costs import Collective, Costs, Loop
+from sapo_jax.plan.collectives import Collective, first_group
+from sapo_jax.plan.costs import Costs
+from sapo_jax.plan.decode_trips import StepsPhase, decode_trips
 from sapo_jax.plan.dry_run import flops
-from sapo_jax.plan.programs import Workload, decode_trips
+from sapo_jax.plan.planner import valid_meshes
 from sapo_jax.plan.report import iteration_report
 from sapo_jax.plan.roofline import (
     HOP,
@@ -21,10 +22,9 @@ from sapo_jax.plan.roofline import (
     Fabric,
     Times,
     collective_rows,
-    first_group,
     times,
-    useful_flops,
 )
+from sapo_jax.plan.workload import Workload, useful_flops
 from sapo_jax.rollout.decode import phases
 from sapo_jax.rollout.packing import bucket
 
@@ -159,23 +159,32 @@ def test_steps_of_decoding_in_slots():
 
 def test_trips_of_the_decode_loops():
     """The steps of all phases are those of the rollout, and each request gets a slot once."""
-    assert decode_trips(Workload.of(CFG), page=1) == (Loop(32), Loop(24))
+    plain = decode_trips(Workload.of(CFG), page=1)
+    assert plain.first_admissions == 32
+    assert plain.phases == (StepsPhase(24),)
+    assert [loop.trips for loop in plain.open_loops()] == [32, 24]
     long = dataclasses.replace(SLOTS, new_tokens=256, prompt_tokens=8)
     for work, page in ((SLOTS, 1), (long, 1), (long, 64)):
-        start, *nested = decode_trips(work, page)
-        placed, steps = start.trips, []
-        for fills, ((turns, (refill, step)),) in nested:
-            placed += fills * turns * refill.trips
-            steps.append(fills * turns * step.trips)
+        trips = decode_trips(work, page)
+        steps = [phase.steps for phase in trips.phases]
+        admissions = sum(phase.admissions for phase in trips.phases)
         assert sum(steps) == pytest.approx(work.decode_steps(work.new_tokens)) and min(steps) > 0
-        assert placed == pytest.approx(32)
-        assert len(nested) == len(
-            phases(bucket(work.prompt_tokens), work.new_tokens, 32, 8, False, page)
-        )
+        assert trips.first_admissions + admissions == pytest.approx(32)
+        in_turn = phases(bucket(work.prompt_tokens), work.new_tokens, 32, 8, False, page)
+        assert len(trips.phases) == len(in_turn)
+        # The program runs a loop of admissions first, and three nested loops in each phase.
+        first, *nested = trips.open_loops()
+        assert first.trips == trips.first_admissions
+        for phase, compacting in zip(trips.phases, nested, strict=True):
+            (turns,) = compacting.inside
+            admitting, stepping = turns.inside
+            assert compacting.trips == phase.compactions
+            assert compacting.trips * turns.trips * admitting.trips == phase.admissions
+            assert compacting.trips * turns.trips * stepping.trips == phase.steps
 
 
 def test_useful_flops_are_the_dry_run_s_without_recomputation():
-    """describe.flops counts the head for every next token of a row, also the prompt's; scoring predicts completions."""
+    """dry_run.flops counts the head for every next token of a row, also the prompt's; scoring predicts completions."""
     useful, dry = useful_flops(CFG, Workload.of(CFG)), flops(CFG, 10)
     head = 2 * 10 * CFG.model.hidden_size
     prompt_head = 32 * (8 - 1) * head
