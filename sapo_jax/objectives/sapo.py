@@ -39,6 +39,7 @@ def sapo(
     # is nothing but rounding noise for a large ratio.
     f_BT = 4 / tau_BT * (1 - jax.nn.sigmoid(-x_BT))
     slope_BT = 4 * jax.nn.sigmoid(x_BT) * jax.nn.sigmoid(-x_BT)
+    surrogate_BT = f_BT * adv_BT
     diagnostics = token_diagnostics(
         mask_BT,
         ratio_BT=ratio_BT,
@@ -46,4 +47,4 @@ def sapo(
         clipped_BT=jnp.zeros_like(ratio_BT),
         centered_BT=2 / tau_BT * jnp.tanh(x_BT / 2) * adv_BT,
     )
-    return f_BT * adv_BT, diagnostics
+    return surrogate_BT, diagnostics
