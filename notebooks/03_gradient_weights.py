@@ -13,12 +13,13 @@
 # %% [markdown]
 # # 3. Gradient weights of a real run
 #
-# Every RL run of this project writes `diagnostics.jsonl`: histograms of log r by sign of A, sums of gate and gradient
-# weight, per-sequence statistics; 6 to 8 kB per step. This notebook reads one. Set the environment variable `SAPO_RUN`
-# to the folder of your run, or `RUN` below. Otherwise it takes a committed one: the tiny dense policy (0.1 M
-# parameters, 54 RL steps of 4 updates) of `python experiments/fig2_fig3_assumptions.py`. Its completions are short (2
-# to 6 tokens) and its steps are large, so that the gate has something to do. The numbers of a large model differ; the
-# plots are read alike.
+# Every RL run of this project writes `diagnostics.jsonl`: histograms of log r by sign of A, sums
+# of gate and gradient weight, per-sequence statistics; 6 to 8 kB per step. This notebook reads
+# one. Set the environment variable `SAPO_RUN` to the folder of your run, or `RUN` below.
+# Otherwise it takes a committed one: the tiny dense policy (0.1 M parameters, 54 RL steps of 4
+# updates) of `python experiments/fig2_fig3_assumptions.py`. Its completions are short (2 to 6
+# tokens) and its steps are large, so that the gate has something to do. The numbers of a large
+# model differ; the plots are read alike.
 
 # %%
 import os
@@ -27,23 +28,22 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from sapo_jax.analysis.phases import show
-from sapo_jax.analysis.read import read_diagnostics
+import sapo_jax as sj
 from sapo_jax.analysis import figures
-from sapo_jax.diagnostics import finalize_evidence, ratio_quantiles
+from sapo_jax.analysis.phases import show
 
-ROOT = next(
-    p for p in (Path.cwd(), *Path.cwd().parents) if (p / "experiments" / "results").is_dir()
-)
+ROOT = Path(sj.__file__).parents[1]  # of the repository
 COMMITTED = ROOT / "experiments" / "results" / "fig2_fig3_runs" / "tiny_dense"
 RUN = os.environ.get("SAPO_RUN", COMMITTED)
 
 plt.rcParams.update({"figure.dpi": 80, "font.size": 11, "legend.frameon": False})
-BLUE, ORANGE = figures.BLUE, figures.ORANGE
+BLUE = figures.BLUE
+ORANGE = figures.ORANGE
 
-found = read_diagnostics(RUN)
-evidence, gates = found.pooled(), found.gates
-metrics = [{name: float(x) for name, x in finalize_evidence(e).items()} for e in found.evidence]
+run = sj.analysis.read_run_evidence(RUN)
+evidence = run.pooled()  # of all steps together
+gates = run.gates
+metrics = run.metrics()  # of each step
 
 figure, panels = plt.subplots(1, 2, figsize=(14, 4.8), layout="constrained")
 for axes, sign in zip(panels, ("pos", "neg"), strict=True):
@@ -52,48 +52,36 @@ for axes, sign in zip(panels, ("pos", "neg"), strict=True):
 plt.show()
 
 # %% [markdown]
-# Grey: the density of r over all tokens of the run (logarithmic). Blue: the gate f'(r) = sech^2(tau/2 (r - 1)) (Eq.
-# 16). Orange: r f'(r), the factor on A grad log pi. The spike at 1 is in part by construction: the first of the N
-# updates of a rollout has r = 1 on every token.
+# Grey: the density of r over all tokens of the run (logarithmic). Blue: the gate f'(r) =
+# sech^2(tau/2 (r - 1)) (Eq. 16). Orange: r f'(r), the factor on A grad log pi. The spike at 1 is
+# in part by construction: the first of the N updates of a rollout has r = 1 on every token.
 #
 # ## The weights, over training
 #
-# Quantiles of r f'(r) at each RL step: the bands hold the middle 50, 90 and 98 % of the tokens. The gate falls when r
-# goes up *or* down; the weight follows r below 1, and above 1 it rises to its peak (1.575 for tau = 1).
+# Quantiles of r f'(r) at each RL step: the bands hold the middle 50, 90 and 98 % of the tokens.
+# The gate falls when r goes up *or* down; the weight follows r below 1, and above 1 it rises to
+# its peak (1.575 for tau = 1).
 
 # %%
+BANDS = ((0, 6, 0.15, "98 %"), (1, 5, 0.25, "90 %"), (2, 4, 0.5, "50 %"))
+SIGNS = (("pos", gates.tau_pos, BLUE), ("neg", gates.tau_neg, ORANGE))
 r = np.linspace(0.01, 20, 20_000)
-gate_of = lambda r, sign: (
-    1 / np.cosh((gates.tau_pos if sign == "pos" else gates.tau_neg) / 2 * (r - 1)) ** 2
-)
-quantiles = [ratio_quantiles(e, gates)["grad_weight"] for e in found.evidence]
+quantiles = [sj.diagnostics.ratio_quantiles(e, gates)["grad_weight"] for e in run.evidence]
 figure, panels = plt.subplots(1, 2, figsize=(14, 4), layout="constrained", sharey=True)
-for axes, sign, colour in zip(panels, ("pos", "neg"), (BLUE, ORANGE), strict=True):
+for axes, (sign, tau, colour) in zip(panels, SIGNS, strict=True):
     with_tokens = [i for i, q in enumerate(quantiles) if q[sign]]
-    steps, q = (
-        [found.steps[i] for i in with_tokens],
-        np.array([quantiles[i][sign] for i in with_tokens]).T,
-    )
-    for low, high, alpha, label in (
-        (0, 6, 0.15, "98 %"),
-        (1, 5, 0.25, "90 %"),
-        (2, 4, 0.5, "50 %"),
-    ):
-        axes.fill_between(
-            steps, q[low], q[high], color=colour, alpha=alpha, linewidth=0, label=label
-        )
+    steps = [run.steps[i] for i in with_tokens]
+    q = np.array([quantiles[i][sign] for i in with_tokens]).T
+    for low, high, alpha, label in BANDS:
+        style = {"color": colour, "alpha": alpha, "linewidth": 0}
+        axes.fill_between(steps, q[low], q[high], label=label, **style)
     axes.plot(steps, q[3], color="black", linewidth=1.2, label="median")
-    axes.axhline(
-        (r * gate_of(r, sign)).max(),
-        color="black",
-        linewidth=1,
-        linestyle=":",
-        label="most that can be",
-    )
+    largest = (r / np.cosh(tau / 2 * (r - 1)) ** 2).max()
+    dotted = {"color": "black", "linewidth": 1, "linestyle": ":"}
+    axes.axhline(largest, label="most that can be", **dotted)
     axes.spines["right"].set_visible(False)
-    figures.finish(
-        axes, f"r f'(r) of the tokens, {figures.NAMES[sign]}", "RL step", "gradient weight"
-    )
+    title = f"r f'(r) of the tokens, {figures.NAMES[sign]}"
+    figures.finish(axes, title, "RL step", "gradient weight")
     axes.legend(loc="lower right", ncol=3, fontsize=9)
     axes.set_ylim(0, 1.7)
 plt.show()
@@ -101,27 +89,22 @@ plt.show()
 # %% [markdown]
 # ## Drift within a step
 #
-# A rollout is used for N updates. The policy moves away from the one that sampled, update by update: mean |log r| (A1)
-# in each of them.
+# A rollout is used for N updates. The policy moves away from the one that sampled, update by
+# update: mean |log r| (A1) in each of them.
 
 # %%
-drift = np.array([d for d in found.drift if len(d) == len(found.drift[-1])])
+updates_of_a_step = len(run.drift[-1])
+drift = np.array([d for d in run.drift if len(d) == updates_of_a_step])
 updates = np.arange(1, drift.shape[1] + 1)
 figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
 thirds = np.array_split(drift, min(3, len(drift)))
 shades = plt.get_cmap("viridis")((0.05, 0.45, 0.8))
 for part, label, colour in zip(thirds, ("early", "middle", "late"), shades, strict=False):
-    axes.plot(
-        updates,
-        part.mean(axis=0),
-        "o-",
-        color=colour,
-        linewidth=2,
-        label=f"{label} third of the run",
-    )
-    axes.fill_between(
-        updates, part.min(axis=0), part.max(axis=0), color=colour, alpha=0.12, linewidth=0
-    )
+    mean = part.mean(axis=0)
+    axes.plot(updates, mean, "o-", color=colour, linewidth=2, label=f"{label} third of the run")
+    low = part.min(axis=0)
+    high = part.max(axis=0)
+    axes.fill_between(updates, low, high, color=colour, alpha=0.12, linewidth=0)
 axes.set_xticks(updates)
 figures.finish(axes, "Mean |log r| in each update of a rollout", "update", "nats per token")
 axes.spines["right"].set_visible(False)
@@ -131,10 +114,10 @@ plt.show()
 # %% [markdown]
 # ## What a hard clip would have thrown away
 #
-# Of the summed norms of the gradient on the logits, weight |A| r f'(r) ||e_y - pi||, which part sits on tokens whose
-# gradient GRPO's clip (on the token's ratio) or GSPO's (on the sequence's) would set to zero? And over how many tokens
-# is the update spread: the effective fraction (sum w)^2 / (n sum w^2) of the weights w = r f'(r) is 1 if all weigh
-# alike.
+# Of the summed norms of the gradient on the logits, weight |A| r f'(r) ||e_y - pi||, which part
+# sits on tokens whose gradient GRPO's clip (on the token's ratio) or GSPO's (on the sequence's)
+# would set to zero? And over how many tokens is the update spread: the effective fraction (sum
+# w)^2 / (n sum w^2) of the weights w = r f'(r) is 1 if all weigh alike.
 
 # %%
 figure, (shares, effective) = plt.subplots(1, 2, figsize=(14, 4), layout="constrained")
@@ -148,7 +131,8 @@ for axes, curves, title in (
     (effective, spread, "Effective tokens"),
 ):
     for (name, label), colour in zip(curves.items(), (BLUE, ORANGE), strict=True):
-        axes.plot(found.steps, [m[name] for m in metrics], color=colour, linewidth=2, label=label)
+        values = [step_metrics[name] for step_metrics in metrics]
+        axes.plot(run.steps, values, color=colour, linewidth=2, label=label)
     figures.finish(axes, title, "RL step", "")
     axes.spines["right"].set_visible(False)
     axes.yaxis.set_major_formatter(lambda v, _: f"{100 * v:.4g} %")
@@ -159,30 +143,27 @@ plt.show()
 # %% [markdown]
 # ## A1 and A2
 #
-# A1: r near 1. A2: log r varies little within a sequence i, Var_i is small. Then the gates of its tokens act as one
-# gate of the sequence: D_i = |mean_t g(z_it) - g(mu_i)| <= tau^2/4 Var_i for the log gate g(z) = sech^2(tau/2 z), z =
-# log r. No sequence may break that. For the real gate f'(r) it is a rule of thumb.
+# A1: r near 1. A2: log r varies little within a sequence i, Var_i is small. Then the gates of its
+# tokens act as one gate of the sequence: D_i = |mean_t g(z_it) - g(mu_i)| <= tau^2/4 Var_i for
+# the log gate g(z) = sech^2(tau/2 z), z = log r. No sequence may break that. For the real gate
+# f'(r) it is a rule of thumb.
 
 # %%
 figure, (ratio, variance, bound) = plt.subplots(1, 3, figsize=(16, 4.4), layout="constrained")
 figures.ratio_histogram(ratio, evidence, gates)
 figures.variance_histogram(variance, evidence)
-figures.bound_panel(bound, found.samples(), gates)
+figures.bound_panel(bound, run.samples(), gates)
 plt.show()
 
-breaches = [int(m["a2/breaches"]) for m in metrics]
-print(
-    "sequences whose log gate breaks the bound:",
-    sum(breaches),
-    "of",
-    evidence.sum["sequences"].sum(),
-)
-assert not any(breaches)
+breaches = sum(int(step_metrics["a2/breaches"]) for step_metrics in metrics)
+sequences = evidence.sequences.count.sum()
+print("sequences whose log gate breaks the bound:", breaches, "of", sequences)
+assert breaches == 0
 
 # %% [markdown]
-# Below Var_i of about 0.01 the points lie *on* the line: there the gate is a parabola, and the bound is an equality. So
-# what matters is how small Var_i is, not whether the bound holds. All of it in numbers, as `sapo-jax analyze RUN`
-# prints them:
+# Below Var_i of about 0.01 the points lie *on* the line: there the gate is a parabola, and the
+# bound is an equality. So what matters is how small Var_i is, not whether the bound holds. All of
+# it in numbers, as `sapo-jax analyze RUN` prints them:
 
 # %%
-print(show(found))
+print(show(run))

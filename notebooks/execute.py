@@ -1,9 +1,10 @@
-"""Runs the notebooks and stores them with their outputs: NN_NAME.py (jupytext's percent format) -> NN_NAME.ipynb.
+"""Runs the notebooks and stores them with their outputs.
 
-    python notebooks/execute.py              all of them (`make notebooks`): some minutes on two cores
+    python notebooks/execute.py            all of them (`make notebooks`): some minutes on two cores
     python notebooks/execute.py 02 04        those whose names begin so
 
-Expected: every cell runs; the first error ends it. The tests run them in the same way (tests/test_notebooks.py).
+NN_NAME.py, in jupytext's percent format, becomes NN_NAME.ipynb. Expected: every cell runs; the
+first error ends it. The tests run them in the same way (tests/experiments/test_notebooks.py).
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from nbformat import NotebookNode
 HERE = Path(__file__).parent
 SECONDS = 1500  # for a cell, on a machine that is busy with other things
 
+# Environment variables by which a user names a run or a sweep of their own.
 YOURS = ("SAPO_RUN", "SAPO_SWEEP")
-QUICK = "--xla_backend_optimization_level=0"  # these programs are tiny and run once: it halves what compiling takes
+# These programs are tiny and run once: this halves what compiling takes.
+FAST_COMPILE = "--xla_backend_optimization_level=0"
 
 
 def scripts() -> list[Path]:
@@ -31,12 +34,17 @@ def scripts() -> list[Path]:
 def execute(script: Path) -> NotebookNode:
     """The notebook with its outputs, run in its own folder. Raises CellExecutionError.
 
-    The package is this repository's, the platform CPU; a run or sweep that the user has named (YOURS) is not looked at.
-    What would differ from one execution to the next, times and ids of cells, is left out.
+    The package is this repository's, the platform is CPU, and a run or sweep that the user has
+    named (YOURS) is not looked at. What would differ from one execution to the next, such as
+    times and ids of cells, is left out.
     """
     notebook = jupytext.read(script)
     environment = {name: value for name, value in os.environ.items() if name not in YOURS}
-    environment |= {"PYTHONPATH": str(HERE.parent), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK}
+    environment |= {
+        "PYTHONPATH": str(HERE.parent),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": FAST_COMPILE,
+    }
     where = {"metadata": {"path": str(script.parent)}}
     client = NotebookClient(
         notebook, timeout=SECONDS, kernel_name="python3", record_timing=False, resources=where
