@@ -22,6 +22,9 @@ define them. As attributes of this package these names are the functions.
 To add an objective: write one file, add one line to this table, and one member to the config union.
 """
 
+from collections.abc import Callable, Mapping
+
+from sapo_jax.batch import Array
 from sapo_jax.objectives.advantages import advantages
 from sapo_jax.objectives.cispo import cispo
 from sapo_jax.objectives.correction import CORRECTIONS
@@ -31,12 +34,16 @@ from sapo_jax.objectives.kl import KL_ESTIMATORS
 from sapo_jax.objectives.sapo import sapo
 from sapo_jax.objectives.weights import token_weights
 
-OBJECTIVES = {"sapo": sapo, "grpo": grpo, "gspo": gspo, "cispo": cispo}
+# (log_ratio_BT, adv_BT, mask_BT, cfg, *, segment_ids_BT) -> (surrogate_BT, diagnostics)
+Objective = Callable[..., tuple[Array, Mapping[str, Array]]]
+
+OBJECTIVES: dict[str, Objective] = {"sapo": sapo, "grpo": grpo, "gspo": gspo, "cispo": cispo}
 
 __all__ = [
     "CORRECTIONS",
     "KL_ESTIMATORS",
     "OBJECTIVES",
+    "Objective",
     "advantages",
     "cispo",
     "grpo",
