@@ -34,7 +34,9 @@ def test_every_name_of_every_public_face_is_there():
 
 def test_the_package_itself_imports_nothing_heavy():
     code = "import sapo_jax, sys; print('jax' in sys.modules, 'numpy' in sys.modules)"
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert answer.stdout.split() == ["False", "False"]
 
 

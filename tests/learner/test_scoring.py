@@ -12,6 +12,7 @@ from tests.models import tiny
 from tests.models.tiny import quick_jit
 
 N, D = 24, 6
+head_logprobs_jitted = quick_jit(head_logprobs, static_argnums=(3, 4))  # temperature, chunk
 CASES = [  # V, chunk, temperature; 37 and 41 are prime
     (40, 40, 1.0), (40, 64, 0.7), (40, 20, 0.7), (40, 16, 1.0), (40, 7, 0.7),
     (37, 37, 0.7), (37, 16, 1.0), (41, 1, 0.7),
@@ -71,8 +72,8 @@ def test_head_logprobs(V, chunk, temperature):
 
 def test_log_probs_agree_with_jax():
     hidden_ND, head_VD, targets_N = example(37)
-    logp_N = head_logprobs(hidden_ND, head_VD, targets_N, 0.7, 16).logp_N
-    expected_NV = jax.nn.log_softmax(hidden_ND @ head_VD.T / 0.7)
+    logp_N = head_logprobs_jitted(hidden_ND, head_VD, targets_N, 0.7, 16).logp_N
+    expected_NV = np.asarray(jax.nn.log_softmax(hidden_ND @ head_VD.T / 0.7))
     np.testing.assert_allclose(logp_N, expected_NV[np.arange(N), targets_N], atol=1e-5)
 
 
@@ -110,7 +111,7 @@ def test_ties_are_all_greedy():
     head_VD = np.array([[0.0], [2.0], [1.0], [2.0]], np.float32)
     targets_N = np.arange(4, dtype=np.int32)
     for chunk in (4, 2, 1):
-        out = head_logprobs(np.ones((4, 1), np.float32), head_VD, targets_N, 1.0, chunk)
+        out = head_logprobs_jitted(np.ones((4, 1), np.float32), head_VD, targets_N, 1.0, chunk)
         assert out.greedy_N.tolist() == [0, 1, 0, 1]
 
 

@@ -61,9 +61,20 @@ def drifted_batch(seed: int = 0, model=DENSE) -> Batch:
     return changed(batch, old_logp_BT=np.asarray(logp_BT) + noise_BT)
 
 
+@functools.cache
+def state_maker(tx):
+    """params -> the state at step 0 on copies of them, in one program."""
+    return tiny.quick_jit(lambda params: init_state(jax.tree.map(jnp.copy, params), tx))
+
+
 def fresh_state(tx, model=DENSE) -> TrainState:
     """On copies: the update donates its state."""
-    return init_state(jax.tree.map(jnp.array, tiny.params(model)), tx)
+    return state_maker(tx)(tiny.params(model))
+
+
+# The statistics that an update returns: those of its micro-batches together, and their names.
+reduced = tiny.quick_jit(diagnostics.reduce_token_stats)
+finalized = tiny.quick_jit(diagnostics.finalize_token_stats)
 
 
 def test_log_probs_that_a_loss_needs_must_be_in_the_batch():
@@ -99,7 +110,7 @@ def test_schedules_by_hand(schedule, warmup_steps, total_steps, expected):
     cfg = Optimizer(
         learning_rate=2e-3, schedule=schedule, warmup_steps=warmup_steps, final_fraction=0.4
     )
-    rate = make_schedule(cfg, total_steps)
+    rate = tiny.quick_jit(make_schedule(cfg, total_steps))
     np.testing.assert_allclose(
         [rate(i) for i in range(len(expected))], 2e-3 * np.array(expected), rtol=1e-5
     )
@@ -145,14 +156,19 @@ def test_three_steps_equal_those_of_torch():
     reference = torch.optim.AdamW(groups, lr=1.0, betas=(cfg.b1, cfg.b2), eps=cfg.eps)
     tx = make_optimizer(cfg, 10)
     state = tx.init(params)
+
+    @tiny.quick_jit
+    def step(gradient, state, params):
+        updates, state = tx.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
     for rate, gradient in zip((0.005, 0.01, 0.01), gradients, strict=True):
         w.grad, scale.grad = torch.tensor(gradient["w"]), torch.tensor(gradient["norm"]["scale"])
         torch.nn.utils.clip_grad_norm_([w, scale], cfg.max_grad_norm)
         for group in reference.param_groups:
             group["lr"] = rate
         reference.step()
-        updates, state = tx.update(gradient, state, params)
-        params = optax.apply_updates(params, updates)
+        params, state = step(gradient, state, params)
     expected = {"w": w.detach().numpy(), "norm": {"scale": scale.detach().numpy()}}
     chex.assert_trees_all_close(params, expected, rtol=1e-5, atol=1e-6)
 
@@ -171,9 +187,9 @@ def loss_and_gradient(monkeypatch):
     monkeypatch.setattr(learner, "score", given)
 
     def run(cfg, batch, logp_BT):
-        evaluate = jax.value_and_grad(policy_loss(cfg), has_aux=True)
-        (loss, (stats, _)), gradient_BT = evaluate(jnp.asarray(logp_BT), batch)
-        return float(loss), diagnostics.finalize_token_stats(stats), np.asarray(gradient_BT)
+        evaluate = tiny.quick_jit(jax.value_and_grad(policy_loss(cfg), has_aux=True))
+        (loss, (stats, _)), gradient_BT = evaluate(logp_BT, batch)
+        return float(loss), jax.device_get(finalized(stats)), np.asarray(gradient_BT)
 
     return run
 
@@ -324,8 +340,8 @@ GOLDEN = {
 def test_golden_step():
     """Stored numbers of one AdamW step. A change here changes training: know why before you store new ones."""
     tx, update = adam_update()
-    state, aux = update(fresh_state(tx), drifted_batch())
-    stats = diagnostics.finalize_token_stats(diagnostics.reduce_token_stats(aux["stats"]))
+    state, aux = jax.device_get(update(fresh_state(tx), drifted_batch()))
+    stats = finalized(reduced(aux["stats"]))
     layers = state.params["layers"][0]
     found = {
         "loss": aux["loss"],
@@ -367,7 +383,7 @@ def test_a_non_finite_batch_is_skipped_and_counted():
 
     undisturbed, _ = update(jax.tree.map(jnp.array, before), good)
     chex.assert_trees_all_equal(state.params, undisturbed.params)
-    assert np.any(state.params["embed"] != before.params["embed"])
+    assert np.any(np.asarray(state.params["embed"]) != before.params["embed"])
 
 
 def test_the_state_is_donated_and_the_batch_is_not():
@@ -410,13 +426,14 @@ def test_placed_states_run_one_program_and_micro_batches_change_nothing():
 def assert_same_step(a, b):
     """Parameters, optimiser state, loss, gradient norm and statistics; float32's rounding apart."""
     (state_a, aux_a), (state_b, aux_b) = a, b
+    state_a, state_b = jax.device_get((state_a, state_b))
     chex.assert_trees_all_close(
         (state_a.params, state_a.opt_state), (state_b.params, state_b.opt_state), atol=1e-6
     )
     for name in ("loss", "grad_norm"):
         assert aux_a[name] == pytest.approx(float(aux_b[name]), rel=1e-6)
     chex.assert_trees_all_close(
-        *(diagnostics.reduce_token_stats(aux["stats"]) for aux in (aux_a, aux_b)),
+        *(jax.device_get(reduced(aux["stats"])) for aux in (aux_a, aux_b)),
         rtol=1e-5,
         atol=2e-6,
     )
@@ -461,7 +478,7 @@ def test_aux_loss_is_weighted_by_real_tokens():
         batch, weight_BT=np.zeros_like(batch.weight_BT)
     )  # no policy loss: what is left is the aux loss
     update = make_update(tiny.policy(model), SGD, policy_loss(CFG), 2)
-    state, aux = update(fresh_state(SGD, model), zeros)
+    state, aux = jax.device_get(update(fresh_state(SGD, model), zeros))
     routing = aux["routing"]
     np.testing.assert_array_equal(routing.tokens, [[19, 19], [26, 26]])
     np.testing.assert_array_equal(routing.routes_E.sum(axis=-1), 2 * routing.tokens)
@@ -472,14 +489,17 @@ def test_aux_loss_is_weighted_by_real_tokens():
     assert aux["loss"] == pytest.approx(
         0.25 * float((19 * aux_nL[0] + 26 * aux_nL[1]).mean() / 45), rel=1e-6
     )
-    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.params, tiny.params(model))
+    start = jax.device_get(tiny.params(model))
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), state.params, start)
     assert moved["layers"][0]["mlp"]["router"] > 1e-3 and moved["norm"]["scale"] == 0
 
-    padded_state, padded = update(fresh_state(SGD, model), with_rows_of_padding(zeros, 2))
+    padded_state, padded = jax.device_get(
+        update(fresh_state(SGD, model), with_rows_of_padding(zeros, 2))
+    )
     assert padded["routing"].tokens.tolist() == [[19, 19], [26, 26], [0, 0]]
     assert padded["loss"] == aux["loss"]
     chex.assert_trees_all_equal(padded_state.params, state.params)
-    logged = [router_metrics([jax.device_get(x["routing"])], model) for x in (aux, padded)]
+    logged = [router_metrics([x["routing"]], model) for x in (aux, padded)]
     assert logged[0] == logged[1] and logged[0]["router/load_max"] > 1
 
 

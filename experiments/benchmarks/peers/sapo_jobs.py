@@ -232,7 +232,8 @@ class Parity:
 
 def iteration_job(work: Work) -> Job:
     setting = Setting.of(work)
-    step = RLStep.build(setting.cfg, setting.policy, Parity(), VerifierPool(), setting.mesh)
+    verifiers = VerifierPool(**dataclasses.asdict(setting.cfg.rewards))
+    step = RLStep.build(setting.cfg, setting.policy, Parity(), verifiers, setting.mesh)
     prompts = prompts_of(work.prompts)
     state = fresh_state(setting.policy, step.optimizer, setting.mesh, setting.params)
     numbers = itertools.count()
