@@ -17,8 +17,6 @@ from sapo_jax.hub.gguf_tensors import plan_tensors, planned_shapes, tensor_probl
 from sapo_jax.hub.gguf_tokenizer import GGUFTokenizer, read_tokenizer
 from sapo_jax.hub.writer import MAX_SHARD_BYTES, new_model_dir, write_json, write_shards
 
-__all__ = ["Converted", "GGUFError", "convert"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Converted:

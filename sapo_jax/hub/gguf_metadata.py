@@ -90,6 +90,7 @@ class Metadata:
                 self.add_problem(key, f"this setting ({shorten(value)}) is not supported")
 
     def add_problem(self, key: str, message: str) -> None:
+        """Report what is wrong with the value under `key`."""
         self.problems.append(f"{key}: {message}")
 
     def _value(self, key: str, default: Any) -> Any:
@@ -150,7 +151,8 @@ def read_model(
 ) -> Model | None:
     """The shape of the model, or None if `meta` has problems.
 
-    vocab_size: the number of tokens; None if it is not known.  tied: the file has no output head.
+    vocab_size: the number of tokens; None if it is not known.
+    tied: whether the file has no output head.
     num_tensors: how many tensors the file has, which bounds the number of layers.
     """
     prefix = f"{architecture}."

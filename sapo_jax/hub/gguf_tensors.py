@@ -30,6 +30,7 @@ class PlannedTensor:
     permuted_heads: int  # 0, or the number of heads whose rows are in llama.cpp's order
 
     def hub_names(self) -> list[str]:
+        """The Hugging Face tensors that it becomes: one, or one per expert."""
         return self.param.tensor_names(self.layer)
 
 

@@ -23,7 +23,7 @@ from tokenizers import (
 
 from sapo_jax.hub.gguf_metadata import REQUIRED, Metadata
 
-PREFIX = "tokenizer.ggml."  # of all keys but the chat template's
+PREFIX = "tokenizer.ggml."  # all keys but the chat template's begin like this
 
 # The types of a token (tokenizer.ggml.token_type) that byte-level BPE knows.
 NORMAL = 1
@@ -86,9 +86,11 @@ class GGUFTokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    tokens: list[str]
-    types: list[int]
-    merges: list[tuple[str, str]]
+    """The tokens of a file and how they are merged."""
+
+    tokens: list[str]  # by id
+    types: list[int]  # of each token: NORMAL, CONTROL, ...
+    merges: list[tuple[str, str]]  # pairs of tokens that make a third, the first to apply first
 
 
 def read_tokenizer(meta: Metadata) -> GGUFTokenizer | None:

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from sapo_jax.config import Model
+from sapo_jax.models.qwen3 import layer_runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +35,11 @@ class TensorKind:
 
     @property
     def per_expert(self) -> bool:
+        """Whether there is one tensor for each expert of a layer."""
         return "{e}" in self.hub_name
 
     def param_path(self) -> tuple[str, ...]:
+        """The keys of our parameter in the nested dict: `norm.scale` -> (norm, scale)."""
         return tuple(self.param.split("."))
 
     def hub_dim_groups(self) -> list[list[str]]:
@@ -113,6 +116,7 @@ class HubParam:
 
     @property
     def stacked(self) -> bool:
+        """Whether the array holds a parameter of layers, with a leading dim for them."""
         return bool(self.layers)
 
     @property
@@ -143,14 +147,14 @@ def hub_params(cfg: Model) -> list[HubParam]:
         layer_kinds += QK_NORM
 
     params = [HubParam(kind, kind.param_path(), (), 0) for kind in EMBEDDING + FINAL_NORM]
-    # Neighbouring layers of one kind (sparse or dense) form a run, which is one stacked array.
-    runs = itertools.groupby(enumerate(cfg.sparse_layers), key=lambda layer: layer[1])
-    for run, (sparse, members) in enumerate(runs):
-        layers = tuple(i for i, _ in members)
-        mlp_kinds = SPARSE_MLP if sparse else DENSE_MLP
+    first_layer = 0
+    for i, run in enumerate(layer_runs(cfg)):  # the layers of a run are stacked in one array
+        layers = tuple(range(first_layer, first_layer + run.length))
+        first_layer += run.length
+        mlp_kinds = SPARSE_MLP if run.sparse else DENSE_MLP
         for kind in layer_kinds + mlp_kinds:
             num_experts = cfg.num_experts if kind.per_expert else 0
-            params.append(HubParam(kind, ("layers", run, *kind.param_path()), layers, num_experts))
+            params.append(HubParam(kind, ("layers", i, *kind.param_path()), layers, num_experts))
     if not cfg.tie_word_embeddings:
         params += [HubParam(kind, kind.param_path(), (), 0) for kind in HEAD]
     return params

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
 
@@ -22,11 +24,16 @@ from sapo_jax.batch import Params
 from sapo_jax.config import Model, read_json_object
 from sapo_jax.distributed import sharding
 from sapo_jax.errors import ModelDirError
-from sapo_jax.hub.table import HEAD, HubParam, TensorKind, dim_sizes, hub_params, tensor_kinds
+from sapo_jax.hub.safetensors_header import TensorHeader, read_header
+from sapo_jax.hub.table import EMBEDDING, HEAD, HubParam, TensorKind, dim_sizes, hub_params, tensor_kinds
 from sapo_jax.hub.writer import INDEX
 from sapo_jax.models import Policy
 
 SUPPORTED_DTYPES = ("F32", "F16", "BF16")  # as a safetensors header spells them
+SINGLE_FILE = "model.safetensors"
+# Tensors of older files that are no parameters: both are computed from the configuration.
+BUFFERS = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$")
+_ROWS_COMPARED = 4096  # of the embedding and the head at a time
 
 
 # ---------------------------------------------------------------- the files
@@ -35,9 +42,13 @@ SUPPORTED_DTYPES = ("F32", "F16", "BF16")  # as a safetensors header spells them
 class WeightFiles:
     """The safetensors files of a model directory.
 
-    The constructor reads and checks all headers, but no tensor. It raises ModelDirError with ALL
-    that is wrong: files that are missing or damaged, and tensors that are missing, unknown, in two
-    files, or of another shape or dtype than `cfg` asks for.
+    The constructor reads and checks all headers. It raises ModelDirError with ALL that is wrong:
+    files that are missing or damaged, or of which it is not clear which are meant; and tensors that
+    are missing, unknown, in two files, or of another shape or dtype than `cfg` asks for. It reads no
+    tensor, but for an output head that the files bring although `cfg` ties it to the embedding: it
+    must equal the embedding.
+
+    notes: sentences about files and tensors that are there and not used.
 
     A file that `read` needs is opened and stays open until the end of the `with` block around it:
     what was read of an open file is mapped and so counts as memory of this process.
@@ -46,13 +57,17 @@ class WeightFiles:
     def __init__(self, folder: str | Path, cfg: Model):
         self.folder = Path(folder)
         self.sizes = dim_sizes(cfg)
+        self.notes: list[str] = []
         self._file_of: dict[str, str] = {}  # the name of the file by the name of the tensor
+        self._headers: dict[str, TensorHeader] = {}  # by the name of the tensor
         self._open_files: dict[str, safe_open] = {}
         self._exit_stack = contextlib.ExitStack()  # closes the open files
         with self:
             problems = self._read_headers()
             if not problems:
                 problems = self._check_tensors(cfg)
+            if not problems and cfg.tie_word_embeddings:
+                problems = self._check_tied_head()
         if problems:
             raise ModelDirError(folder, problems)
 
@@ -72,25 +87,28 @@ class WeightFiles:
     def _read_headers(self) -> list[str]:
         """Find out which tensor is in which file. Returns what is wrong with the files."""
         file_names, index, problems = _list_files(self.folder)
+        self.notes += _unused_files(self.folder, file_names)
         readable_files = set()
         for file_name in file_names:
             try:
-                tensor_names = list(self._file(file_name).keys())
+                headers = read_header(self.folder / file_name)
+                self._file(file_name)
             except FileNotFoundError:
                 problems.append(
                     f"{file_name}: {INDEX} names this file, but it is not there; fetch it again"
                 )
                 continue
-            except (SafetensorError, OSError) as error:
+            except (SafetensorError, OSError, ValueError) as error:
                 problems.append(
                     f"{file_name}: truncated, or not a safetensors file ({error}); fetch it again"
                 )
                 continue
             readable_files.add(file_name)
-            for name in tensor_names:
+            for name, header in headers.items():
                 if name in self._file_of:
                     problems.append(f"{file_name}: tensor {name} is in {self._file_of[name]} too")
                 self._file_of[name] = file_name
+                self._headers[name] = header
         for name, file_name in index.items():
             if file_name in readable_files and name not in self._file_of:
                 problems.append(f"{file_name}: {INDEX} says it holds {name}, but it does not")
@@ -101,29 +119,64 @@ class WeightFiles:
         expected = dict(tensor_kinds(cfg))
         problems = [f"tensor {name} is missing" for name in expected if name not in self._file_of]
         ignored = set()
+        num_buffers = 0
         if cfg.tie_word_embeddings:
-            # Some files hold the tied head, too, which is the embedding once more.
+            # Some files hold the tied head, too. `_check_tied_head` compares it.
             ignored = {kind.hub_name for kind in HEAD}
         for name, file_name in self._file_of.items():
             where = f"{file_name}: tensor {name}"
             if name not in expected:
-                if name not in ignored:
+                if BUFFERS.search(name):
+                    num_buffers += 1
+                elif name not in ignored:
                     problems.append(f"{where} is unknown to this model")
                 continue
-            header = self._file(file_name).get_slice(name)
-            shape = tuple(header.get_shape())
+            header = self._headers[name]
             expected_shape = expected[name].hub_shape(self.sizes)
-            if shape != expected_shape:
+            if header.shape != expected_shape:
                 problems.append(
-                    f"{where} has the shape {list(shape)}, "
+                    f"{where} has the shape {list(header.shape)}, "
                     f"config.json asks for {list(expected_shape)}"
                 )
-            if header.get_dtype() not in SUPPORTED_DTYPES:
+            if header.dtype not in SUPPORTED_DTYPES:
                 problems.append(
-                    f"{where} has dtype {header.get_dtype()}; "
+                    f"{where} has dtype {header.dtype}; "
                     f"supported are {', '.join(SUPPORTED_DTYPES)}"
                 )
+        if num_buffers > 0:
+            self.notes.append(
+                f"{num_buffers} tensors rotary_emb.inv_freq or position_ids are not used; the model"
+                " computes them from config.json"
+            )
         return problems
+
+    def _check_tied_head(self) -> list[str]:
+        """Compare an output head in the files with the embedding that `cfg` ties it to.
+
+        Where they differ, transformers keeps both and unties them, with a warning.
+        """
+        (head,) = (kind.hub_name for kind in HEAD)
+        (embedding,) = (kind.hub_name for kind in EMBEDDING)
+        if head not in self._file_of:
+            return []
+        where = f"{self._file_of[head]}: tensor {head}"
+        remedy = (
+            "config.json ties the two (tie_word_embeddings); to use the head, set"
+            " model.tie_word_embeddings to false"
+        )
+        if self._headers[head].shape != self._headers[embedding].shape:
+            return [f"{where} has another shape than {embedding}, but {remedy}"]
+        if self._headers[head].dtype not in SUPPORTED_DTYPES:
+            return [f"{where} has dtype {self._headers[head].dtype}, but {remedy}"]
+        head_rows = self._file(self._file_of[head]).get_slice(head)
+        embedding_rows = self._file(self._file_of[embedding]).get_slice(embedding)
+        for start in range(0, self._headers[head].shape[0], _ROWS_COMPARED):
+            rows = slice(start, start + _ROWS_COMPARED)
+            head_part = head_rows[rows].astype(np.float32, copy=False)
+            embedding_part = embedding_rows[rows].astype(np.float32, copy=False)
+            if not np.array_equal(head_part, embedding_part, equal_nan=True):
+                return [f"{where} differs from {embedding}, but {remedy}"]
+        return []
 
     def read(self, kind: TensorKind, name: str, cuts: dict[str, slice]) -> np.ndarray:
         """A part of the tensor `name`, as float32 with the dims of our parameter.
@@ -156,9 +209,12 @@ class WeightFiles:
 def _list_files(folder: Path) -> tuple[list[str], dict[str, str], list[str]]:
     """The names of the safetensors files, the index, and what is wrong with either.
 
-    The index is {tensor: file}, or {} if there is no index: then all files of the folder count.
+    The index is {tensor: file}, or {} if there is no index. Then model.safetensors is the model,
+    and if there is none either, all safetensors files of the folder are.
     """
-    if not (folder / INDEX).is_file():
+    if not (folder / INDEX).exists():
+        if (folder / SINGLE_FILE).exists():
+            return [SINGLE_FILE], {}, []
         file_names = sorted(file.name for file in folder.glob("*.safetensors"))
         if not file_names:
             return [], {}, ["there is no *.safetensors file"]
@@ -172,12 +228,33 @@ def _list_files(folder: Path) -> tuple[list[str], dict[str, str], list[str]]:
     for file_name in file_names:
         if Path(file_name).name != file_name:
             return [], {}, [f"{INDEX}: {file_name!r} is not the name of a file beside it"]
+    if (folder / SINGLE_FILE).exists() and SINGLE_FILE not in file_names:
+        problem = (
+            f"{SINGLE_FILE} lies beside {INDEX}, which names other files: which are the weights?"
+            f" (transformers reads {SINGLE_FILE}, others the index.) Remove the one that is stale"
+        )
+        return [], {}, [problem]
     return file_names, index, []
 
 
-def check_weights(folder: str | Path, cfg: Model) -> None:
-    """Raise ModelDirError if `load_params` would, for any reason that the files' headers show."""
-    WeightFiles(folder, cfg)
+def _unused_files(folder: Path, file_names: list[str]) -> list[str]:
+    """A note about the safetensors files of the folder that are not the model's: adapters, say."""
+    there = {file.name for file in folder.glob("*.safetensors")}
+    unused = sorted(there - set(file_names))
+    if not unused or not file_names:
+        return []
+    text = ", ".join(unused[:5])
+    if len(unused) > 5:
+        text += f" and {len(unused) - 5} more"
+    return [f"not part of the model and not read: {text}"]
+
+
+def check_weights(folder: str | Path, cfg: Model) -> list[str]:
+    """Sentences about what is there and not used.
+
+    Raises ModelDirError if `load_params` would, for any reason that the files' headers show.
+    """
+    return WeightFiles(folder, cfg).notes
 
 
 # ---------------------------------------------------------------- in
@@ -191,7 +268,7 @@ def load_params(folder: str | Path, policy: Policy, mesh: jax.sharding.Mesh) -> 
     """
     targets = sharding.shardings(mesh, policy.logical_axes)
     files = WeightFiles(folder, policy.cfg)
-    params: Params = {}
+    array_of_path = {}
     for param in hub_params(policy.cfg):
         shape = _get(policy.shapes, param.path).shape
         target = _get(targets, param.path)
@@ -199,21 +276,15 @@ def load_params(folder: str | Path, policy: Policy, mesh: jax.sharding.Mesh) -> 
             array = _load_stacked(files, param, shape, target)
         else:
             array = _load_slice(files, param, 0, shape, target)
-        _set(params, param.path, array)
-    return params
+        array_of_path[param.path] = array
+    return traverse_util.unflatten_dict(array_of_path)
 
 
 def _get(tree: Any, path: tuple[str | int, ...]) -> Any:
+    """The leaf at a path of nested dicts."""
     for key in path:
         tree = tree[key]
     return tree
-
-
-def _set(tree: Any, path: tuple[str | int, ...], value: Any) -> None:
-    *parents, last = path
-    for key in parents:
-        tree = tree.setdefault(key, {})
-    tree[last] = value
 
 
 def _load_stacked(

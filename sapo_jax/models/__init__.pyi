@@ -1,5 +1,5 @@
-from .attention import KVCache as KVCache
-from .policy import Policy as Policy
-from .policy import make_policy as make_policy
-from .qwen3 import Forward as Forward
-from .qwen3 import Qwen3 as Qwen3
+from .attention import KVCache
+from .policy import Policy, make_policy
+from .qwen3 import Forward, Qwen3
+
+__all__ = ["Forward", "KVCache", "Policy", "Qwen3", "make_policy"]

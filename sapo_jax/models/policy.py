@@ -11,7 +11,7 @@ import dataclasses
 from typing import Any
 
 import jax
-from flax import nnx
+from flax import nnx, traverse_util
 
 from sapo_jax.batch import Params
 from sapo_jax.config.schema import Model
@@ -55,24 +55,16 @@ def make_policy(cfg: Model) -> Policy:
         return Qwen3(cfg, rngs=nnx.Rngs(params=0))
 
     graphdef, state = nnx.split(nnx.eval_shape(make_model))
-    logical_axes: Params = {}
+    axes_of_path = {}
     for path, variable in nnx.to_flat_state(state):
         axes = variable.get_metadata()["logical_axes"]
         if path[0] == "layers":
             axes = ("layers", *axes)  # parameters of layers are stacked, see Qwen3
-        _set_at_path(logical_axes, path, axes)
+        axes_of_path[path] = axes
     return Policy(
         cfg=cfg,
         graphdef=graphdef,
         state=state,
         shapes=nnx.to_pure_dict(state),
-        logical_axes=logical_axes,
+        logical_axes=traverse_util.unflatten_dict(axes_of_path),
     )
-
-
-def _set_at_path(tree: Params, path: tuple[Any, ...], value: Any) -> None:
-    """Sets a leaf of nested dicts, and makes the dicts on the way to it."""
-    *parents, last = path
-    for key in parents:
-        tree = tree.setdefault(key, {})
-    tree[last] = value
