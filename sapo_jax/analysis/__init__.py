@@ -6,7 +6,7 @@
     curves   learning curves of the arms of a sweep, or of runs, over their seeds
     report   `sapo-jax report`: these curves as a picture, CSV files and a table
 
-The names of this package are loaded when they are first used (SPEC 1); `__init__.pyi` lists them.
+The names of this package are loaded when they are first used; `__init__.pyi` lists them.
 """
 
 import lazy_loader

@@ -28,9 +28,9 @@ from sapo_jax.sweeps.results import MANIFEST, read_manifest
 from sapo_jax.text import did_you_mean
 
 DEFAULT_METRICS = ("held_out/avg", "reward/mean", "entropy/mean")
-FEWEST_SEEDS = 3  # that an interval takes
-# Of a curve at most. Evaluations have all their points: they are few, and each of them is already
-# an average over many samples.
+FEWEST_SEEDS = 3  # with fewer there is no interval
+# A curve has at most so many points. Curves of evaluations have all their points: they are few, and
+# each of them is already an average over many samples.
 MOST_POINTS = 40
 
 
@@ -48,6 +48,8 @@ class LoggedRun:
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
+    """An arm of a sweep, or runs that differ in their seeds alone."""
+
     label: str
     runs: list[LoggedRun]
 

@@ -21,8 +21,9 @@ PHASES = ("early", "middle", "late")
 POSITIVE = SIGNS.index("pos")
 NEGATIVE = SIGNS.index("neg")
 
-TITLE_WIDTH = 47  # columns of the printed table
-GROUP_WIDTH = 6  # of these
+# Characters of the printed table.
+TITLE_WIDTH = 47
+GROUP_WIDTH = 6  # the group stands at the beginning of the title
 VALUE_WIDTH = 14
 
 

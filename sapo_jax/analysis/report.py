@@ -30,9 +30,9 @@ from sapo_jax.io.files import write_csv
 from sapo_jax.io.plots import BLUE, GREEN, GREY, ORANGE, finish_panel, save
 
 COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", GREY)  # Okabe-Ito
-STYLES = ("-", "--", ":", "-.")  # of the arms after the first seven, and so on
-COLUMNS = 3  # of panels
-MOST_MARKED_POINTS = 25  # of a curve whose points are marked
+STYLES = ("-", "--", ":", "-.")  # once all colours are in use, the next style begins
+COLUMNS = 3  # panels side by side
+MOST_MARKED_POINTS = 25  # a curve with more points has no marks
 LINES = "Lines: interquartile mean over seeds (IQM)."
 BANDS = " Bands: its 95 % bootstrap interval, point by point."
 TITLES = {

@@ -17,8 +17,8 @@ On the host, without JAX:
     bootstrap   means and intervals of few and noisy values
     glossary    what every logged metric means; README.md is made from it
 
-The names of this package are loaded when they are first used (SPEC 1), so that the commands which
-only read files start without JAX. `__init__.pyi` lists them.
+The names of this package are loaded when they are first used, so that the commands which only read
+files start without JAX. `__init__.pyi` lists them.
 """
 
 import lazy_loader

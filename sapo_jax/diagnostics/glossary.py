@@ -87,6 +87,8 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
+    """Entries about one subject."""
+
     title: str
     entries: tuple[Entry, ...]
 

@@ -79,8 +79,8 @@ def sequence_statistics(
     first pass found, because a float32 sum over 1e5 equal tokens is off by 1e-3 of itself.
     """
     segment_ids_BT = jnp.asarray(segment_ids_BT)
-    one_BT = mask_BT.astype(z_BT.dtype)
-    sums_BSC = segment_sum(jnp.stack([one_BT, z_BT, adv_BT], axis=-1), segment_ids_BT)
+    counted_BT = mask_BT.astype(z_BT.dtype)
+    sums_BSC = segment_sum(jnp.stack([counted_BT, z_BT, adv_BT], axis=-1), segment_ids_BT)
     count_BS = sums_BSC[..., 0]
     divisor_BS = jnp.maximum(count_BS, 1)
     m_BS = sums_BSC[..., 1] / divisor_BS
@@ -109,8 +109,8 @@ def sequence_statistics(
 
     mean_BS = m_BS + mean_from_m_BS
     variance_BS = jnp.maximum(square_from_m_BS - mean_from_m_BS**2, 0)
-    one_log_gate_BS = closed_log_gate(mean_BS, tau_BS) - closed_log_gate(m_BS, tau_BS)
-    one_real_gate_BS = closed_gate(mean_BS, tau_BS) - closed_gate(m_BS, tau_BS)
+    sequence_log_gate_BS = closed_log_gate(mean_BS, tau_BS) - closed_log_gate(m_BS, tau_BS)
+    sequence_real_gate_BS = closed_gate(mean_BS, tau_BS) - closed_gate(m_BS, tau_BS)
     # One token has no dispersion, but two roundings of its gate may differ.
     single_BS = divisor_BS == 1
     return SequenceTable(
@@ -118,8 +118,8 @@ def sequence_statistics(
         adv=adv_BS,
         mean=mean_BS,
         variance=variance_BS,
-        gap_log=jnp.where(single_BS, 0, jnp.abs(token_log_gates_BS - one_log_gate_BS)),
-        gap_real=jnp.where(single_BS, 0, jnp.abs(token_real_gates_BS - one_real_gate_BS)),
+        gap_log=jnp.where(single_BS, 0, jnp.abs(token_log_gates_BS - sequence_log_gate_BS)),
+        gap_real=jnp.where(single_BS, 0, jnp.abs(token_real_gates_BS - sequence_real_gate_BS)),
         bound=tau_BS**2 / 4 * variance_BS,
         tolerance=tau_BS**2 / 4 * ROUNDING * (variance_BS + mean_BS**2),
     )

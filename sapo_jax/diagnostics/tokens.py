@@ -52,7 +52,7 @@ def collect_token_stats(
     """Statistics of one micro-batch.
 
     diagnostics: what the objective reports of each token (`ratios.token_diagnostics`)
-    extra: further quantities to average, [B, T] by name, e.g. {"kl/ref_k3": ...}
+    extra: further quantities to average, [B, T] by name, e.g. {"kl/reference": ...}
     evidence: that of the same micro-batch, which goes along
 
     Masked tokens are never read.

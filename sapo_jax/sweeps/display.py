@@ -22,7 +22,7 @@ from sapo_jax.text import clock_time, visible
 
 _RUNS_IN_PANEL = 12
 _REFRESH = 1.0  # seconds between two looks at the logs
-_NOTE_CHARACTERS = 8000  # of a failure's note that are shown
+_NOTE_CHARACTERS = 8000  # so much of a failure's note is shown
 _STYLE = {
     "finished": "green",
     "skipped": "green",
@@ -111,6 +111,7 @@ class SweepDisplay:
             self._live.stop()
 
     def say(self, text: str) -> None:
+        """Prints a line as it is, without markup; nothing for an empty text."""
         if text:
             self.console.print(Text(text), soft_wrap=True)
 

@@ -42,7 +42,7 @@ CLAIM = ".sweep.lock"  # in a run's folder; the sweep that trains the run holds 
 LAUNCH = "launch.yaml"
 LOG = "log.txt"
 POLL = 0.2  # seconds between two looks at the processes
-LAST_LINES = 15  # of the log of a run that failed, which are shown
+LAST_LINES = 15  # so many lines of a failed run's log are shown
 
 
 class Process(Protocol):
@@ -61,7 +61,7 @@ class _Training:
 
     job: Job
     process: Process
-    log_start: int  # where the process's output begins in the log, which earlier ones wrote too
+    log_start: int  # byte of the log at which this process's output begins, after earlier ones'
     claim: contextlib.ExitStack  # holds the run's lock
 
 

@@ -35,6 +35,7 @@ FINAL_METRICS = (
 
 
 def is_begun(folder: Path) -> bool:
+    """Whether a run has been started in the folder."""
     return (folder / CONFIG).exists()
 
 
