@@ -10,13 +10,13 @@ only read files start without JAX.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeAlias
 
-from sapo_jax.config import Config, ConfigError, load, warnings, with_vocabulary
+from sapo_jax.config import ConfigError, load_file_or_run, warnings, with_vocabulary
 from sapo_jax.errors import STOPPED, Stopped, UserError
 
 OK = 0
@@ -43,6 +43,9 @@ machine is the rule, and --shard uses several machines. With --max-parallel N on
 run its share of threads: PJRT_NPROC=2 sapo-jax sweep ... (rounding depends on it: keep it over the
 whole sweep). Each run also has rewards.workers processes."""
 
+# argparse has no public name for what `add_subparsers` returns.
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
 DTYPES = ("float32", "bfloat16", "float16")
 YAML_FILE = "a YAML file"
 YAML_FILE_OR_RUN = "a YAML file, or the folder of a run"
@@ -59,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not hasattr(args, "config"):
         return report_errors(args.run, args)
     try:
-        args.config = load_config(args.config, args.overrides)
+        args.config = load_file_or_run(args.config, args.overrides)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return WRONG_USAGE
@@ -68,14 +71,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if getattr(args, "processes", None) is None:
         return report_errors(args.run, args)
     return run_as_one_of_several(args)
-
-
-def load_config(path: Path, overrides: Sequence[str]) -> Config:
-    """The configuration of a YAML file, or of a run folder, wherever that was moved to."""
-    if path.is_dir():
-        run_dir = f"run_dir={json.dumps(str(path))}"
-        return load(path / "config.yaml", [run_dir, *overrides])
-    return load(path, overrides)
 
 
 def report_errors(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
@@ -159,16 +154,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_command(
-    commands, name: str, run: Callable[[argparse.Namespace], int], summary: str, **options
+    commands: Commands,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    summary: str,
+    **options: Any,
 ) -> argparse.ArgumentParser:
-    """A command that the function `run` carries out."""
+    """A command that the function `run` carries out; it returns the exit code."""
     parser = commands.add_parser(name, help=summary, description=summary, **options)
     parser.set_defaults(run=run)
     return parser
 
 
-def add_config_arguments(parser: argparse.ArgumentParser, what: str) -> None:
-    """CONFIG and overrides; `main` replaces args.config by the loaded configuration."""
+def add_config_argument(parser: argparse.ArgumentParser, what: str) -> None:
+    """CONFIG, a path. `main` puts the loaded configuration in its place, in args.config."""
     parser.add_argument("config", metavar="CONFIG", type=Path, help=what)
 
 
@@ -215,14 +214,14 @@ def shard_of_runs(text: str) -> tuple[int, int]:
 # ---------------------------------------------------------------- commands of one run
 
 
-def add_train(commands) -> None:
+def add_train(commands: Commands) -> None:
     parser = add_command(
         commands,
         "train",
         run_train,
         "cold start (if cold_start.steps > 0), then RL; on an existing run folder, resume it",
     )
-    add_config_arguments(parser, YAML_FILE_OR_RUN)
+    add_config_argument(parser, YAML_FILE_OR_RUN)
     add_overrides(parser)
     parser.add_argument(
         "--profile",
@@ -241,9 +240,9 @@ def run_train(args: argparse.Namespace) -> int:
     return OK
 
 
-def add_sft(commands) -> None:
+def add_sft(commands: Commands) -> None:
     parser = add_command(commands, "sft", run_sft, "the cold start alone")
-    add_config_arguments(parser, YAML_FILE_OR_RUN)
+    add_config_argument(parser, YAML_FILE_OR_RUN)
     add_overrides(parser)
     add_processes_option(parser)
 
@@ -255,14 +254,14 @@ def run_sft(args: argparse.Namespace) -> int:
     return OK
 
 
-def add_config(commands) -> None:
+def add_config(commands: Commands) -> None:
     parser = add_command(
         commands,
         "config",
         run_config,
         "dry run: the resolved config, parameters, tokens, FLOPs, memory; compiles nothing",
     )
-    add_config_arguments(parser, YAML_FILE_OR_RUN)
+    add_config_argument(parser, YAML_FILE_OR_RUN)
     add_overrides(parser)
 
 
@@ -275,14 +274,14 @@ def run_config(args: argparse.Namespace) -> int:
     return OK
 
 
-def add_eval(commands) -> None:
+def add_eval(commands: Commands) -> None:
     parser = add_command(
         commands,
         "eval",
         run_eval,
         "avg@k and pass@k of a run's checkpoint on its held-out problems",
     )
-    add_config_arguments(parser, YAML_FILE_OR_RUN)
+    add_config_argument(parser, YAML_FILE_OR_RUN)
     add_overrides(parser)
     add_step_option(parser)
     add_processes_option(parser)
@@ -295,11 +294,11 @@ def run_eval(args: argparse.Namespace) -> int:
     return OK
 
 
-def add_sample(commands) -> None:
+def add_sample(commands: Commands) -> None:
     parser = add_command(
         commands, "sample", run_sample, "look at completions of a run's checkpoint"
     )
-    add_config_arguments(parser, YAML_FILE_OR_RUN)
+    add_config_argument(parser, YAML_FILE_OR_RUN)
     add_overrides(parser)
     add_step_option(parser)
     parser.add_argument(
@@ -325,7 +324,7 @@ def run_sample(args: argparse.Namespace) -> int:
     return OK
 
 
-def add_plan(commands) -> None:
+def add_plan(commands: Commands) -> None:
     parser = add_command(
         commands,
         "plan",
@@ -333,7 +332,7 @@ def add_plan(commands) -> None:
         "compile the run's programs for a TPU topology that need not be here: what fits, what "
         "bounds it",
     )
-    add_config_arguments(parser, YAML_FILE)
+    add_config_argument(parser, YAML_FILE)
     add_overrides(parser)
     parser.add_argument(
         "--topology",
@@ -366,11 +365,11 @@ def run_plan(args: argparse.Namespace) -> int:
     )
 
 
-def add_export(commands) -> None:
+def add_export(commands: Commands) -> None:
     parser = add_command(
         commands, "export", run_export, "write a run's policy as a Hugging Face model directory"
     )
-    add_config_arguments(parser, YAML_FILE_OR_RUN)
+    add_config_argument(parser, YAML_FILE_OR_RUN)
     parser.add_argument("directory", metavar="DIRECTORY", type=Path, help="new or empty")
     add_overrides(parser)
     add_step_option(parser)
@@ -392,7 +391,7 @@ def run_export(args: argparse.Namespace) -> int:
 # ---------------------------------------------------------------- commands on files
 
 
-def add_convert(commands) -> None:
+def add_convert(commands: Commands) -> None:
     parser = add_command(
         commands,
         "convert",
@@ -423,7 +422,7 @@ def run_convert(args: argparse.Namespace) -> int:
     return OK
 
 
-def add_analyze(commands) -> None:
+def add_analyze(commands: Commands) -> None:
     parser = add_command(
         commands,
         "analyze",
@@ -449,7 +448,7 @@ def run_analyze(args: argparse.Namespace) -> int:
     return OK
 
 
-def add_metrics(commands) -> None:
+def add_metrics(commands: Commands) -> None:
     parser = add_command(
         commands, "metrics", run_metrics, "what a metric means, what is healthy, and what to do"
     )
@@ -468,7 +467,7 @@ def run_metrics(args: argparse.Namespace) -> int:
 # ---------------------------------------------------------------- commands of several runs
 
 
-def add_sweep(commands) -> None:
+def add_sweep(commands: Commands) -> None:
     parser = add_command(
         commands,
         "sweep",
@@ -524,7 +523,7 @@ def run_sweep(args: argparse.Namespace) -> int:
         raise UserError(str(error)) from error
 
 
-def add_report(commands) -> None:
+def add_report(commands: Commands) -> None:
     parser = add_command(
         commands,
         "report",

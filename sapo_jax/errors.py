@@ -7,16 +7,24 @@ Imports nothing of this package.
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
-STOPPED = (
-    75  # exit code (EX_TEMPFAIL) of a run that was told to stop, has saved, and can be resumed
-)
+# Exit code (EX_TEMPFAIL) of a run that was told to stop, has saved, and can be resumed.
+STOPPED = 75
+MISTAKES_SHOWN = 20  # by the message of a DataError
+
+
+# Exit code (EX_IOERR) of a command that the disk, or a limit on the size of files, has stopped.
+NO_SPACE = 74
+_NO_SPACE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(Exception):
     """Something that the user can put right; the message says what is wrong and what to do."""
+
+    exit_code = 1  # of a command that ends with this error
 
 
 class Stopped(Exception):
@@ -28,11 +36,25 @@ class RunError(UserError, RuntimeError):
 
 
 class FolderError(UserError, RuntimeError):
-    """The folder belongs to another process, or cannot be claimed."""
+    """The folder belongs to another process, or cannot be claimed, read or written."""
+
+
+class NoSpaceError(FolderError):
+    """The disk is full, or a file has reached the limit on the size of files."""
+
+    exit_code = NO_SPACE
+
+
+class LogError(UserError, ValueError):
+    """A log of a run lacks rows, or holds lines that are no rows; the message names them."""
 
 
 class CheckpointError(UserError, RuntimeError):
     """A checkpoint could not be written, read or trusted; the message names the folder."""
+
+
+class CheckpointSpaceError(NoSpaceError, CheckpointError):
+    """There is no room for a checkpoint; those that are complete stay."""
 
 
 class ProcessError(UserError, RuntimeError):
@@ -49,6 +71,63 @@ class AnalysisError(UserError, RuntimeError):
 
 class ReportError(UserError, RuntimeError):
     """There is nothing to report."""
+
+
+_ADVICE = {
+    errno.EACCES: "give yourself the right to it, or set another place",
+    errno.EPERM: "give yourself the right to it, or set another place",
+    errno.EROFS: "set another place, on a file system that can be written",
+    errno.ENAMETOOLONG: "set a shorter name",
+    errno.EEXIST: "something that is no folder has that name: remove it, or set another place",
+    errno.ENOTDIR: "a part of this path is no folder: set another place",
+    errno.EISDIR: "a folder is where a file belongs: remove it, or set another place",
+    errno.ELOOP: "its links lead in a circle: set another place",
+    errno.ENOENT: "set a place that exists",
+    errno.EMFILE: "this process may not open more files: raise the limit, as in `ulimit -n 1024`",
+    errno.ENFILE: "the machine has no more open files to give: end other processes",
+    errno.EIO: "the device has failed: set another place",
+    errno.ENOMEM: "there is no memory left: end other processes",
+    errno.EFBIG: "it has reached the limit on the size of files: raise `ulimit -f`, then run the "
+    "same command again",
+}
+
+
+def is_out_of_space(error: BaseException) -> bool:
+    """Whether the disk is full, or a file has reached the limit on the size of files.
+
+    Libraries wrap the operating system's error, or only quote it; so its causes and its text count.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _NO_SPACE_ERRNOS:
+            return True
+        text = str(cause)
+        if "No space left on device" in text or "File too large" in text:
+            return True
+        if "Disk quota exceeded" in text:
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
+def from_os_error(error: OSError, path: str | Path | None = None) -> FolderError:
+    """The operating system's error as a message for people: the path, what is wrong, what to do.
+
+    path: named where the error itself names none. This is the one place that words such errors.
+    """
+    place = error.filename
+    if place is None:
+        place = path
+    reason = error.strerror or str(error) or type(error).__name__
+    if place is not None:
+        reason = f"{place}: {reason}"
+    advice = _ADVICE.get(error.errno or 0, "put that right, then run the same command again")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        advice = "free some space, then run the same command again: a run goes on from its newest "
+        advice += "checkpoint"
+    if is_out_of_space(error):
+        return NoSpaceError(f"{reason}; {advice}")
+    return FolderError(f"{reason}; {advice}")
 
 
 class PlanError(UserError, ValueError):
@@ -83,9 +162,6 @@ def _listed(source: Any, problems: list[str]) -> str:
     return "\n  ".join([f"{source}: {count}", *problems])
 
 
-SHOWN = 20  # mistakes listed in one message
-
-
 class DataError(UserError, ValueError):
     """Data or its settings cannot be used.
 
@@ -94,9 +170,9 @@ class DataError(UserError, ValueError):
 
     def __init__(self, *mistakes: str):
         self.mistakes = list(mistakes)
-        lines = self.mistakes[:SHOWN]
-        if len(self.mistakes) > SHOWN:
-            lines.append(f"... and {len(self.mistakes) - SHOWN} more")
+        lines = self.mistakes[:MISTAKES_SHOWN]
+        if len(self.mistakes) > MISTAKES_SHOWN:
+            lines.append(f"... and {len(self.mistakes) - MISTAKES_SHOWN} more")
         if len(self.mistakes) > 1:
             lines.insert(0, f"{len(self.mistakes)} mistakes in the data:")
         super().__init__("\n  ".join(lines))

@@ -1,16 +1,19 @@
 """What a notebook needs beside the objectives: configurations and policies, opened in one line.
 
-import sapo_jax as sj
+    import sapo_jax as sj
 
-policy = sj.open_policy("runs/quickstart")        # or a Hugging Face model directory
-policy.sample(["Calculate 3 + 4."], n=4)
-policy.score("Calculate 3 + 4.", "7")
+    policy = sj.open_policy("runs/quickstart")        # or a Hugging Face model directory
+    policy.sample(["Calculate 3 + 4."], n=4)
+    policy.score("Calculate 3 + 4.", "7")
+
+A policy opened here is on one device.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -23,7 +26,8 @@ from sapo_jax.config.load import resolve
 from sapo_jax.data import Tokenizer, load_tokenizer
 from sapo_jax.distributed.sharding import make_mesh
 from sapo_jax.errors import RunError
-from sapo_jax.learner.scoring import make_scorer
+from sapo_jax.io.files import CONFIG
+from sapo_jax.learner.scoring import ScorerOutput, make_scorer
 from sapo_jax.models import Policy, make_policy
 from sapo_jax.rollout import SamplingParams, pad_sequences
 from sapo_jax.training.evaluate import prompt_of
@@ -37,10 +41,7 @@ def load_config(path: str | Path, *overrides: str) -> Config:
 
     Raises ConfigError with all that is wrong with it.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "config.yaml"
-    return config.load(path, overrides)
+    return config.load_file_or_run(path, overrides)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,8 @@ class OpenPolicy:
     def score(self, question: str, completion: str, *, temperature: float = 1.0) -> np.ndarray:
         """The log-probability of each token of the completion, float32 [number of tokens].
 
-        The tokens are those of the completion's text alone, without a stop token.
+        The tokens are those of the completion's text alone, without a stop token. Raises RunError
+        for a question that is too long.
         """
         prompt = self.prompt(question)
         completion_ids = self.tokenizer.encode(completion)
@@ -87,13 +89,16 @@ class OpenPolicy:
         rows = pad_sequences([sequence], self.tokenizer.pad_id)
         unused_BT = np.zeros(rows["mask_BT"].shape, np.float32)
         batch = Batch(**rows, adv_BT=unused_BT, weight_BT=unused_BT)
-        scorer = make_scorer(self.policy, temperature, micro_batch=0)
+        scorer = _scorer(self.policy, temperature)
         with jax.set_mesh(self.mesh):
             logp_BT = np.asarray(scorer(self.params, batch).logp_BT)
         return logp_BT[rows["mask_BT"]]
 
     def prompt(self, question: str, index: int = 0) -> Prompt:
-        """The question as the model sees it."""
+        """The question as the model sees it. Raises RunError where it is too long.
+
+        index: prompts of different indices draw different random numbers.
+        """
         return prompt_of(self.cfg.data, self.tokenizer, question, index)
 
 
@@ -106,8 +111,8 @@ def open_policy(folder: str | Path, *overrides: str, step: int | None = None) ->
     needed. Raises RunError, ConfigError, CheckpointError, ModelDirError.
     """
     folder = Path(folder)
-    if (folder / "config.yaml").exists():
-        cfg = config.load(folder / "config.yaml", overrides)
+    if (folder / CONFIG).exists():
+        cfg = load_config(folder, *overrides)
     elif (folder / "config.json").exists():
         cfg = _config_of_model_dir(folder, overrides)
     else:
@@ -123,6 +128,12 @@ def open_policy(folder: str | Path, *overrides: str, step: int | None = None) ->
     with jax.set_mesh(mesh):
         trained = trained_params(cfg, folder, policy, mesh, step)
     return OpenPolicy(cfg, policy, trained.params, tokenizer, mesh)
+
+
+@functools.lru_cache(maxsize=16)
+def _scorer(policy: Policy, temperature: float) -> Callable[[Params, Batch], ScorerOutput]:
+    """A scorer of one row. It is kept, so that scores of one length share a compiled program."""
+    return make_scorer(policy, temperature, micro_batch=0)
 
 
 def _config_of_model_dir(folder: Path, overrides: Sequence[str]) -> Config:

@@ -1,5 +1,4 @@
-"""Configuration: the schema (`schema.py`), its loading (`load.py`), the checks across keys
-(`checks.py`).
+"""Configuration: its schema (`schema.py`), loading (`load.py`), checks across keys (`checks.py`).
 
 Imports no JAX: a configuration is checked before anything heavy starts.
 """
@@ -7,7 +6,7 @@ Imports no JAX: a configuration is checked before anything heavy starts.
 from sapo_jax.config.advice import warnings
 from sapo_jax.config.checks import check, verify
 from sapo_jax.config.errors import ConfigError, Problem
-from sapo_jax.config.load import diff, dump, load, with_vocabulary
+from sapo_jax.config.load import diff, dump, load, load_file_or_run, with_vocabulary
 from sapo_jax.config.presets import PRESETS
 from sapo_jax.config.pretrained import read_json_object, read_model_keys, to_hugging_face
 from sapo_jax.config.schema import (
@@ -69,6 +68,7 @@ __all__ = [
     "diff",
     "dump",
     "load",
+    "load_file_or_run",
     "read_json_object",
     "read_model_keys",
     "to_hugging_face",

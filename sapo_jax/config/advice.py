@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from sapo_jax.config.errors import Problem
+from sapo_jax.config.pretrained import model_dir_notes
 from sapo_jax.config.schema import GSPO, SAPO, Config
+from sapo_jax.errors import ModelDirError
 
 REAL_MODEL_WIDTH = 1024  # hidden_size from which a model counts as a real, pre-trained one
 
@@ -138,6 +140,18 @@ def yarn_reach(cfg: Config) -> Iterator[Problem]:
         yield Problem(("model.max_position_embeddings",), text)
 
 
+def model_directory(cfg: Config) -> Iterator[Problem]:
+    """What config.json of model.path says and the model does not take over."""
+    if cfg.model.path is None:
+        return
+    try:
+        notes = model_dir_notes(cfg.model.path)
+    except ModelDirError:
+        return  # loading the configuration has said so, or nobody needs the directory any more
+    for note in notes:
+        yield Problem(("model.path",), note)
+
+
 ADVICE: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     gate_cannot_act,
     tau_order,
@@ -150,4 +164,5 @@ ADVICE: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     task_ratios,
     never_evaluated,
     yarn_reach,
+    model_directory,
 )

@@ -19,7 +19,12 @@ from typing import TypeVar
 
 from sapo_jax.config.errors import ConfigError, Problem, show
 from sapo_jax.config.schema import Config, FileTask, Optimizer, ReasoningGymTask
-from sapo_jax.config.task_rules import given_name, largest_remainder, response_template_mistake
+from sapo_jax.config.task_rules import (
+    COLUMNS,
+    given_name,
+    largest_remainder,
+    response_template_mistake,
+)
 from sapo_jax.rewards import VERIFIERS
 from sapo_jax.rewards.allowlist import REASONING_GYM_TASKS
 from sapo_jax.rewards.extract import FORMLESS
@@ -128,10 +133,13 @@ def _file_task(task: FileTask, task_key: str, plugins: tuple[str, ...]) -> Itera
         keys = (f"{task_key}.{key}",)
         if not path:
             yield Problem(keys, "the path of a JSONL or Parquet file is missing")
+        elif Path(path).is_dir():
+            continue  # its shards are looked at when they are read
         elif not Path(path).is_file():
             yield Problem(keys, f"there is no file {path!r}")
-        elif Path(path).suffix not in (".jsonl", ".parquet"):
-            yield Problem(keys, f"{path!r} must end in .jsonl or .parquet")
+        elif Path(path).suffix not in (".jsonl", ".json", ".parquet"):
+            yield Problem(keys, f"{path!r} must end in .jsonl, .json or .parquet")
+    yield from _task_columns(task, task_key)
     # With plug-ins nothing can be said: one of them may register the verifier.
     if task.verifier not in VERIFIERS and not plugins:
         text = (
@@ -139,6 +147,22 @@ def _file_task(task: FileTask, task_key: str, plugins: tuple[str, ...]) -> Itera
             f"{did_you_mean(task.verifier, VERIFIERS)}"
         )
         yield Problem((f"{task_key}.verifier", "rewards.plugins"), text)
+
+
+def _task_columns(task: FileTask, task_key: str) -> Iterator[Problem]:
+    """The columns are those of a row, and held_out_columns has a file to be of."""
+    both = {"columns": task.columns, "held_out_columns": task.held_out_columns or {}}
+    for key, columns in both.items():
+        for field, column in columns.items():
+            keys = (f"{task_key}.{key}.{field}",)
+            if field not in COLUMNS:
+                text = f"rows have {', '.join(COLUMNS)}; {field!r} is none of them"
+                yield Problem(keys, text + did_you_mean(field, COLUMNS))
+            elif not column.strip():
+                yield Problem(keys, "the name of the column is empty")
+    if task.held_out_columns is not None and task.held_out_path is None:
+        keys = (f"{task_key}.held_out_columns", f"{task_key}.held_out_path")
+        yield Problem(keys, "held_out_columns are those of held_out_path, which is not set")
 
 
 def task_shares(cfg: Config) -> Iterator[Problem]:

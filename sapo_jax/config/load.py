@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from sapo_jax.config.schema import Config
 from sapo_jax.config.source import Layer, read_files
 from sapo_jax.config.validate import validate
 from sapo_jax.config.yaml_core import dump_yaml
+
+_ABSENT = object()  # in the place of a key that one of two configurations has not
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -33,6 +36,19 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if problems:
         raise ConfigError(problems, _description(files, overrides))
     return cfg
+
+
+def load_file_or_run(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """`load` of a YAML file, or of the config.yaml in the folder of a run.
+
+    A run's `run_dir` is the folder that was given, wherever the run was moved to. Raises
+    ConfigError.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return load(path, overrides)
+    run_dir = f"run_dir={json.dumps(str(path))}"
+    return load(path / "config.yaml", [run_dir, *overrides])
 
 
 def resolve(layers: Sequence[Layer], overrides: Sequence[str]) -> tuple[Config, list[Problem]]:
@@ -89,6 +105,3 @@ def _differences(a: Any, b: Any, path: str) -> Iterator[str]:
             yield from _differences(item, other, f"{path}.{position}")
     elif type(a) is not type(b) or a != b:
         yield path
-
-
-_ABSENT = object()

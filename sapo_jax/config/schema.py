@@ -121,10 +121,10 @@ class ReasoningGymTask:
 
 @_config
 class FileTask:
-    """Problems from the rows of a JSONL or Parquet file.
+    """Problems from the rows of a JSONL, JSON or Parquet file, or of a directory of such files.
 
     A row has `prompt` (text, or messages) and `answer`; optional are `verifier`, `metadata` and
-    `tools`.
+    `tools`. The usual other names of the first two are detected (data/layouts.py).
     """
 
     kind: Literal["file"] = "file"
@@ -133,6 +133,10 @@ class FileTask:
     weight: Positive = 1.0
     verifier: str = "math"  # for rows that name none
     held_out_path: str | None = None  # None: `data.held_out` rows are set aside from `path`
+    # Which columns of `path` they are, e.g. {prompt: problem, answer: reward_model.ground_truth};
+    # a dot leads into an object. Those that are not named here are detected.
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    held_out_columns: dict[str, str] | None = None  # those of held_out_path; None: `columns`
 
 
 Task = Annotated[ReasoningGymTask | FileTask, pydantic.Field(discriminator="kind")]

@@ -16,17 +16,21 @@ from sapo_jax.config.schema import FileTask, ReasoningGymTask
 
 TaskKey = TypeVar("TaskKey")
 
+# What a row of a problem file is made of; `columns` of a file task says where each of them is.
+COLUMNS = ("prompt", "answer", "verifier", "metadata", "tools")
+
 ANSWER = "{answer}"  # the one placeholder of `cold_start.response`
 
 
 def given_name(task: FileTask | ReasoningGymTask) -> str:
-    """The task's `name`; for a file task without one its file name without folder and extension.
+    """The task's `name`; for a file task without one its file name without folder and extension
+    (the name of the directory, where the path is one).
 
     It may be "", where neither is given.
     """
     if task.name or isinstance(task, ReasoningGymTask):
         return task.name
-    file_name = task.path.replace("\\", "/").rsplit("/", 1)[-1]
+    file_name = task.path.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
     return file_name.rsplit(".", 1)[0]
 
 

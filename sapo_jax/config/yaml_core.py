@@ -2,7 +2,8 @@
 
 So `1e-3` is a number; `no`, `on`, `2026-01-01` and `1:30` are text; only true and false are
 booleans. Infinities and NaN stay text, which no number accepts. A key that is given twice is a
-mistake. Every value is a JSON value.
+mistake. Every value is a JSON value, of text that UTF-8 can write. Nesting and what aliases
+(`*name`) repeat have limits, because a small file of them is a huge value.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ _RESOLVERS = [
 ]
 
 
+MAX_DEPTH = 100  # mappings and lists within each other
+MAX_REPEATED = 100_000  # values that aliases add to those that are written out
+
+
 class _Loader(yaml.SafeLoader):
     """Reads by the rules above, and notes the keys that a mapping gives twice."""
 
@@ -36,6 +41,27 @@ class _Loader(yaml.SafeLoader):
     def __init__(self, text: str):
         super().__init__(text)
         self.duplicates: list[str] = []
+        self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            mark = self.peek_event().start_mark
+            problem = f"nested more than {MAX_DEPTH} deep"
+            raise yaml.composer.ComposerError(None, None, problem, mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None:
+            sizes: dict[int, int] = {}
+            size = _size_written_out(node, sizes)
+            if size > len(sizes) + MAX_REPEATED:
+                problem = f"its aliases repeat more than {MAX_REPEATED} values"
+                raise yaml.composer.ComposerError(None, None, problem, node.start_mark)
+        return node
 
     def compose_mapping_node(self, anchor: dict[str, yaml.Node]) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -51,6 +77,34 @@ class _Loader(yaml.SafeLoader):
             else:
                 first_line[key.value] = line
         return node
+
+
+def _size_written_out(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """How many nodes there are below a node, and itself, once every alias is written out.
+
+    sizes: those of the nodes seen so far, by their id. Raises ComposerError where a node lies
+    within itself, and for text that UTF-8 cannot write.
+    """
+    if id(node) in sizes:
+        if sizes[id(node)] == 0:
+            problem = "an alias lies within what it stands for"
+            raise yaml.composer.ComposerError(None, None, problem, node.start_mark)
+        return sizes[id(node)]
+    sizes[id(node)] = 0  # until it is known
+    size = 1
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            children += [key, value]
+    elif isinstance(node, yaml.SequenceNode):
+        children = node.value
+    elif any("\ud800" <= character <= "\udfff" for character in node.value):
+        problem = "half of a surrogate pair (\\uD800 to \\uDFFF) is not text"
+        raise yaml.composer.ComposerError(None, None, problem, node.start_mark)
+    for child in children:
+        size += _size_written_out(child, sizes)
+    sizes[id(node)] = size
+    return size
 
 
 class _Dumper(yaml.SafeDumper):
@@ -94,7 +148,7 @@ def parse_yaml(text: str) -> tuple[Any, list[str]]:
         raise ValueError(f"{where}not valid YAML: {error.problem or error.context}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"not valid YAML: {error}") from error
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, IndexError, TypeError, OverflowError) as error:
         # An explicit tag was given, such as `!!bool 3`.
         raise ValueError(f"a value does not fit its tag: {error}") from error
     try:

@@ -151,8 +151,9 @@ def single_device() -> bool:
 def num_shards(
     logical_axis: str, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None
 ) -> int:
-    """Into how many parts the mesh (default: the one in scope) splits a dim of this logical axis,
-    if the dim's size allows it.
+    """Into how many parts a dim of this logical axis is split, if its size allows it.
+
+    mesh: the mesh that splits it; None means the one in scope. With no mesh it is one part.
     """
     if mesh is None:
         mesh = jax.sharding.get_abstract_mesh()

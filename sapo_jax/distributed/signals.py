@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a request to stop after the current step."""
+"""SIGTERM, SIGINT and SIGHUP as a request to stop after the current step."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import dataclasses
 import signal
 from collections.abc import Iterator
 from types import FrameType
+
+# SIGHUP comes when the terminal goes: a closed laptop, a lost ssh.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @dataclasses.dataclass
@@ -18,23 +21,25 @@ class StopFlag:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopFlag]:
-    """For as long as the context lasts, the first SIGTERM or SIGINT sets the flag.
+    """For as long as the context lasts, the first of STOP_SIGNALS sets the flag.
 
-    A second one acts at once.
-
-    The handlers that were there before come back at the end.
+    A second one of its kind acts at once: Ctrl-C raises KeyboardInterrupt, the others end the
+    process. A SIGHUP that is ignored, as under `nohup`, stays ignored. The handlers that were there
+    before come back at the end.
     """
     flag = StopFlag()
 
     def ask_to_stop(number: int, _frame: FrameType | None) -> None:
         flag.requested = True
-        if number == signal.SIGTERM:
-            signal.signal(number, signal.SIG_DFL)
-        else:
+        if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)
+        else:
+            signal.signal(number, signal.SIG_DFL)
 
     handlers_before = {}
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP_SIGNALS:
+        if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+            continue
         handlers_before[number] = signal.signal(number, ask_to_stop)
     try:
         yield flag

@@ -1,0 +1,1 @@
+"""Everything that leaves the process: checkpoints, logs, plots, the terminal, small files."""

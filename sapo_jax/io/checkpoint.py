@@ -1,11 +1,13 @@
 """Checkpoints of one stage: train state, data position, seed, config, and a digest of every array.
 
-Orbax writes them, asynchronously and atomically. Three things are added here, because a run must
+Orbax writes them, asynchronously and atomically. Five things are added here, because a run must
 either resume exactly or say why it cannot:
 
 * every array carries a digest, computed on the device where it lives; Orbax alone restores a
   flipped byte silently;
 * what is complete is decided by looking at the folder; an incomplete one is skipped with a notice;
+* a damaged one is put aside (`<step>.damaged-<n>`), and the newest whole one restored instead;
+* before a save starts, the room that it needs is compared with what is free;
 * a save that failed in the background is raised by the next `wait`, `save` or `close`.
 
 A step folder holds `state/` (one array per leaf, named by its path in the tree), `extras/` and
@@ -18,8 +20,10 @@ import hashlib
 import json
 import logging
 import re
+import shutil
 import sys
-from typing import Any, Self
+from pathlib import Path
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +34,18 @@ from orbax.checkpoint import checkpoint_managers
 
 from sapo_jax import murmur
 from sapo_jax.config import schema
-from sapo_jax.distributed.processes import broadcast_from_first, is_first
-from sapo_jax.errors import CheckpointError
+from sapo_jax.distributed.processes import any_true, broadcast_from_first, is_first
+from sapo_jax.errors import (
+    CheckpointError,
+    CheckpointSpaceError,
+    from_os_error,
+    is_out_of_space,
+)
 
 _REQUIRED = ("_CHECKPOINT_METADATA", "state/_METADATA", "extras/metadata", "manifest/metadata")
 _SHOWN = 8  # leaves listed in an error
+# Beside the arrays a checkpoint holds small files: on a disk each takes a block or two.
+_BYTES_BESIDE_ARRAYS = 200_000
 
 
 # ---------------------------------------------------------------- digests
@@ -105,24 +116,44 @@ def _sha256(value: Any) -> str:
 # ---------------------------------------------------------------- one stage's checkpoints
 
 
+class DamagedCheckpointError(CheckpointError):
+    """The files of a checkpoint are not what was saved."""
+
+
+class Restored(NamedTuple):
+    """What was read of a checkpoint."""
+
+    step: int
+    tree: Any  # the whole state, or its parameters alone
+    extras: dict[str, Any]  # the JSON values that were saved beside the state
+
+
 class Checkpoints:
-    """The checkpoints in `directory` (local or gs://), a context manager. cfg None: reading only.
+    """The checkpoints of a stage; a context manager.
+
+    directory: a path on a disk, or gs://.
+    cfg: how many checkpoints are kept; None opens the directory for reading only.
 
     Opening for writing moves incomplete step folders aside (`<step>.incomplete-<n>`) and removes
-    Orbax's temporary ones; so only one process group may have a directory open for writing. All
+    Orbax's temporary ones, and those that an earlier start has moved aside as incomplete; so only one process group may have a directory open for writing. All
     processes make the same calls.
     """
 
     def __init__(self, directory: str | epath.PathLike, cfg: schema.Checkpoint | None = None):
         self.directory = epath.Path(directory).resolve()
         logging.getLogger("absl").addFilter(_already_raised)
+        logging.getLogger("asyncio").addFilter(_already_raised)
         self._pending: int | None = None  # the step being saved in the background
         self._last: int | None = None  # the step saved or restored last
         self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
         self._manager: ocp.CheckpointManager | None = None
         if cfg is not None:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._set_aside_incomplete()
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                self._sweep()
+                self._set_aside_incomplete()
+            except OSError as error:
+                raise from_os_error(error, str(self.directory)) from error
             kept: list[Any] = [checkpoint_managers.LatestN(cfg.keep_last)]
             if cfg.keep_every:
                 kept.append(checkpoint_managers.EveryNSteps(cfg.keep_every))
@@ -140,6 +171,8 @@ class Checkpoints:
 
     def save(self, step: int, state: Any, extras: dict[str, Any]) -> None:
         """Start to write `state` (a pytree of jax arrays) and `extras` (JSON values).
+
+        extras: the position in the data, the seed and the resolved configuration.
 
         Returns once the arrays are copied to the host, so `state` may be donated right away and
         `extras` changed. Saving the step just saved or restored does nothing. Raises
@@ -168,10 +201,15 @@ class Checkpoints:
             extras = json.loads(json.dumps(extras, allow_nan=False))
         except (TypeError, ValueError) as error:
             raise TypeError(f"the extras of a checkpoint must be JSON values: {error}") from error
+        self.check_space(leaves, step)
         described = _describe(leaves)
         for path, digest in jax.device_get(digests(leaves)).items():
             described[path]["digest"] = int(digest)
-        manifest = {"leaves": described, "sha256": _sha256([described, extras])}
+        manifest = {
+            "leaves": described,
+            "step": step,
+            "sha256": _sha256([described, extras, step]),
+        }
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(leaves),
             extras=ocp.args.JsonSave(extras),
@@ -184,7 +222,34 @@ class Checkpoints:
             raise  # this is not the disk: memory, or a collective that another process has left
         except Exception as error:
             raise self._save_error(step, error) from error
-        self._pending = self._last = step
+        self._pending = step
+        self._last = step
+
+    def check_space(self, state: Any, step: int | None = None) -> None:
+        """Raises CheckpointSpaceError where the disk has no room for one more checkpoint.
+
+        state: the arrays, or their shapes. step: of the save that is about to start, if there is
+        one. Nothing is known of the room in a bucket, so all of it counts as free.
+        """
+        arrays = jax.tree.leaves(state)
+        needed = sum(x.size * x.dtype.itemsize for x in arrays) + _BYTES_BESIDE_ARRAYS
+        lacks_space = False
+        free = 0
+        if is_first() and "://" not in str(self.directory):
+            free = _free_bytes(self.directory)
+            if free < needed:
+                self._sweep()
+                free = _free_bytes(self.directory)
+            lacks_space = free < needed
+        if any_true(lacks_space):
+            name = "the next checkpoint"
+            if step is not None:
+                name = f"checkpoint {self.directory / str(step)}"
+            raise CheckpointSpaceError(
+                f"there is no room for {name}: it needs {needed / 1e6:.1f} MB, and the disk of "
+                f"{self.directory} has {free / 1e6:.1f} MB free. Free some space, then run the "
+                f"same command again; {self._what_is_kept()}."
+            )
 
     def wait(self) -> None:
         """Wait until the save under way is complete. Raises CheckpointError if it failed."""
@@ -215,33 +280,32 @@ class Checkpoints:
         folders = self._step_folders()
         return sorted(step for step, folder in folders.items() if not _missing_part(folder))
 
-    def restore(self, abstract_state: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """(step, state, extras) of the newest complete checkpoint, verified; None if there is none.
+    def restore(self, abstract_state: Any) -> Restored | None:
+        """The state of the newest complete checkpoint, verified; None if there is none.
 
         abstract_state: a tree of jax.ShapeDtypeStruct with shardings; the mesh may differ from the
-        one that saved. Raises CheckpointError if the tree differs from what was saved, or if the
-        files are damaged.
+        one that saved. A damaged checkpoint is put aside (a reader skips it), with a notice, and
+        the one before it is tried. Raises CheckpointError if the tree differs from what was saved,
+        or if all checkpoints are damaged.
         """
-        step = self._newest()
-        if step is None:
-            return None
-        restored = self._read(step, abstract_state, "")
-        self._last = step  # a stop before the next step has nothing new to save
+        restored = self._read_newest(abstract_state, "")
+        if restored is not None:
+            self._last = restored.step  # a stop before the next step has nothing new to save
         return restored
 
-    def restore_params(
-        self, abstract_params: Any, step: int | None = None
-    ) -> tuple[int, Any, dict[str, Any]] | None:
-        """As `restore`, of the state's `params` alone: the optimiser's arrays are not read."""
+    def restore_params(self, abstract_params: Any, step: int | None = None) -> Restored | None:
+        """As `restore`, of the state's `params` alone: the optimiser's arrays are not read.
+
+        step: that of the checkpoint; None means the newest. Raises CheckpointError where there is
+        no complete checkpoint of that step.
+        """
         if step is None:
-            step = self._newest()
-        elif step not in self.steps():
+            return self._read_newest(abstract_params, "params/")
+        if step not in self.steps():
             raise CheckpointError(
                 f"{self.directory} holds no complete checkpoint of step {step}; "
                 f"it has {self.steps()}."
             )
-        if step is None:
-            return None
         return self._read(step, abstract_params, "params/")
 
     # ------------------------------------------------------------ folders
@@ -255,21 +319,73 @@ class Checkpoints:
                 folders[int(folder.name)] = folder
         return folders
 
-    def _newest(self) -> int | None:
+    def _newest(self, skipped: set[int]) -> int | None:
         """The newest complete step, as the first process sees it: no other may restore another."""
         self.wait()
         newest = None
         if is_first():
-            newest = self._newest_on_disk()
+            newest = self._newest_on_disk(skipped)
         return broadcast_from_first(newest)
 
-    def _newest_on_disk(self) -> int | None:
+    def _newest_on_disk(self, skipped: set[int]) -> int | None:
         for step, folder in sorted(self._step_folders().items(), reverse=True):
+            if step in skipped:
+                continue
             missing = _missing_part(folder)
             if missing is None:
                 return step
             _notice(f"skipped the incomplete checkpoint {folder} (no {missing}).")
         return None
+
+    def _read_newest(self, abstract: Any, prefix: str) -> Restored | None:
+        """What the newest whole checkpoint holds; damaged ones are put aside, or skipped."""
+        damaged: set[int] = set()
+        last_error: DamagedCheckpointError | None = None
+        while True:
+            step = self._newest(damaged)
+            if step is None and last_error is None:
+                return None
+            if step is None:
+                raise CheckpointError(
+                    f"{self.directory} has no whole checkpoint left: {last_error} Copy one back, "
+                    "or remove the run's folder to start again."
+                ) from last_error
+            restored = None
+            try:
+                restored = self._read(step, abstract, prefix)
+            except DamagedCheckpointError as error:
+                last_error = error
+            if not any_true(restored is None):
+                return restored
+            damaged.add(step)
+            if last_error is None:
+                last_error = DamagedCheckpointError("another process cannot read it.")
+            self._put_aside_damaged(step, last_error)
+
+    def _put_aside_damaged(self, step: int, error: DamagedCheckpointError) -> None:
+        """Rename the damaged checkpoint; a reader of the directory only says that it is skipped."""
+        if is_first():
+            folder = self.directory / str(step)
+            what_follows = "it is skipped"
+            if self._manager is not None:
+                target = folder.rename(self._free_name(f"{folder.name}.damaged"))
+                what_follows = f"it is now {target.name}, and can be removed"
+            _notice(f"{error} {what_follows}; the checkpoint before it is used instead.")
+        multihost_utils.sync_global_devices("damaged_checkpoint")
+        if self._manager is not None:
+            self._manager.reload()
+
+    def _sweep(self) -> None:
+        """Remove what can never be restored: Orbax's temporary folders, incomplete ones put aside.
+
+        They fill the disk. Damaged checkpoints stay: people may want to look at them.
+        """
+        if not is_first():
+            return
+        for folder in self.directory.iterdir():
+            is_incomplete = re.fullmatch(r"[0-9]+\.incomplete-[0-9]+", folder.name)
+            if is_incomplete or "orbax-checkpoint-tmp" in folder.name:
+                folder.rmtree(missing_ok=True)
 
     def _set_aside_incomplete(self) -> None:
         """Rename incomplete step folders, so that Orbax does not count them as steps."""
@@ -298,19 +414,28 @@ class Checkpoints:
         if self._manager is not None:
             # Orbax has already forgotten the steps that the failed one was to replace.
             self._manager.reload()
-        steps = self.steps()
-        kept = "there is no complete one"
-        if steps:
-            kept = f"the newest complete one is step {steps[-1]}"
-        return CheckpointError(
+        try:
+            self._sweep()
+        except OSError as sweep_error:
+            _notice(f"what the failed save has left in {self.directory} stays ({sweep_error}).")
+        message = (
             f"checkpoint {self.directory / str(step)} was not saved ({_cause(error)}). Check free "
-            f"space and permissions, then run the same command again; {kept}."
+            f"space and permissions, then run the same command again; {self._what_is_kept()}."
         )
+        if is_out_of_space(error):
+            return CheckpointSpaceError(f"the disk is full: {message}")
+        return CheckpointError(message)
+
+    def _what_is_kept(self) -> str:
+        steps = self.steps()
+        if steps:
+            return f"the newest complete one is step {steps[-1]}"
+        return "there is no complete one"
 
     # ------------------------------------------------------------ reading
 
-    def _read(self, step: int, abstract: Any, prefix: str) -> tuple[int, Any, dict[str, Any]]:
-        """(step, tree, extras): the arrays below `prefix`, as the abstract tree asks for them."""
+    def _read(self, step: int, abstract: Any, prefix: str) -> Restored:
+        """The arrays below `prefix`, as the abstract tree asks for them."""
         folder = self.directory / str(step)
         wanted, treedef = _flatten(abstract, prefix)
         unplaced = [path for path, x in wanted.items() if x.sharding is None]
@@ -326,10 +451,11 @@ class Checkpoints:
             texts = self._reader.restore(folder, args=json_items)
             extras = texts.extras
             stored = texts.manifest["leaves"]
-            if _sha256([stored, extras]) != texts.manifest["sha256"]:
-                raise ValueError("the digest of extras/ and manifest/ differs")
-            stored_here = {p: leaf for p, leaf in stored.items() if p.startswith(prefix)}
-            _check_structure(folder, stored_here, wanted)
+            _check_manifest(step, texts.manifest, extras)
+            stored_below_prefix = {
+                path: leaf for path, leaf in stored.items() if path.startswith(prefix)
+            }
+            _check_structure(folder, stored_below_prefix, wanted)
             request = ocp.args.PyTreeRestore(
                 item=wanted,
                 restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
@@ -345,20 +471,37 @@ class Checkpoints:
         except (CheckpointError, jax.errors.JaxRuntimeError, MemoryError, PermissionError):
             raise  # this is no damage: another model, or a lack of memory or rights
         except Exception as error:
-            raise CheckpointError(
-                f"checkpoint {folder} is damaged ({_cause(error)}). Delete this folder to go on "
-                "from the checkpoint before it."
+            raise DamagedCheckpointError(
+                f"checkpoint {folder} is damaged ({_cause(error)})."
             ) from error
         tree = jax.tree.unflatten(treedef, [leaves[path] for path in wanted])
-        return step, tree, extras
+        return Restored(step, tree, extras)
+
+
+def _check_manifest(step: int, manifest: dict[str, Any], extras: dict[str, Any]) -> None:
+    """Raises ValueError where manifest or extras are not those that were saved as this step.
+
+    Checkpoints of before the step was part of the digest have no `step` in their manifest.
+    """
+    digested = [manifest["leaves"], extras]
+    if "step" in manifest:
+        digested.append(manifest["step"])
+    if _sha256(digested) != manifest["sha256"]:
+        raise ValueError("the digest of extras/ and manifest/ differs")
+    if manifest.get("step", step) != step:
+        raise ValueError(f"it was saved as step {manifest['step']}, and copied to this number")
+
+
+def _free_bytes(directory: epath.Path) -> int:
+    return shutil.disk_usage(Path(directory)).free
 
 
 def _already_raised(record: logging.LogRecord) -> bool:
     """Log filter: Orbax logs a failed save five times, with its traceback.
 
-    It is raised, with its cause, by `wait`.
+    It is raised, with its cause, by `wait`. asyncio then logs it once more, as never retrieved.
     """
-    return not (record.exc_info and "orbax" in record.pathname)
+    return not (record.exc_info and ("orbax" in record.pathname or "asyncio" in record.pathname))
 
 
 def _cause(error: Exception) -> str:

@@ -6,6 +6,7 @@ strings "NaN", "Infinity", "-Infinity" (as in protobuf's JSON), which float() re
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from sapo_jax.errors import LogError
 
 # The files of a run's folder.
 CONFIG = "config.yaml"
@@ -31,10 +34,16 @@ FIRST_BLOCK = 1 << 16  # bytes from the end of a file that are searched for its 
 def write_atomically(path: Path, text: str) -> None:
     """Replace the file at once: a reader, or a run killed here, sees the old or the new text."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        # A part of the text would fill the disk further, and says nothing.
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
     temporary.replace(path)
 
 
@@ -85,33 +94,69 @@ def json_line(row: Mapping[str, Any]) -> str:
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append JSON lines; all of them are made before any is written."""
-    text = "".join(json_line(row) for row in rows)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
+    """Append JSON lines: all of them, or none where the disk is full. Raises OSError.
+
+    A last line that a kill has torn is cut off first.
+    """
+    text = "".join(json_line(row) for row in rows).encode()
+    with path.open("ab", buffering=0) as file:
+        size = _end_of_whole_lines(path, file.tell())
+        if size < file.tell():
+            file.truncate(size)
+        try:
+            unwritten = memoryview(text)
+            while unwritten:
+                unwritten = unwritten[file.write(unwritten) :]
+        except OSError as error:
+            file.truncate(size)
+            raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _end_of_whole_lines(path: Path, size: int) -> int:
+    """The position after the last newline of a file of this size."""
+    block = FIRST_BLOCK
+    with path.open("rb") as file:
+        while size > 0:
+            start = max(0, size - block)
+            file.seek(start)
+            newline = file.read(size - start).rfind(b"\n")
+            if newline >= 0:
+                return start + newline + 1
+            if start == 0:
+                return 0
+            block *= 2
+    return size
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a log of a run, each with its `stage` and `step`; [] where there is no file.
 
-    What follows the last newline was torn by a kill, and is left out. Raises ValueError that names
+    What follows the last newline was torn by a kill, and is left out. Raises LogError that names
     the line which is no row.
     """
+    rows, bad_lines = read_rows_leniently(path)
+    if bad_lines:
+        raise LogError(f"{path}, {bad_lines[0]}. Remove that line.")
+    return rows
+
+
+def read_rows_leniently(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows as in `read_rows`, and what is wrong with each line that is none."""
     if not path.exists():
-        return []
+        return [], []
     whole_lines = path.read_bytes().split(b"\n")[:-1]
     rows = []
+    bad_lines = []
     for number, line in enumerate(whole_lines, start=1):
         try:
             row = json.loads(line)
             row["stage"] = str(row["stage"])
             row["step"] = int(row["step"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}, line {number} is not a row of this log ({error}). Remove that line."
-            ) from error
+            bad_lines.append(f"line {number} is not a row of this log ({error})")
+            continue
         rows.append(row)
-    return rows
+    return rows, bad_lines
 
 
 def last_row(path: Path) -> dict[str, Any]:

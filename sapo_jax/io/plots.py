@@ -11,10 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sapo_jax.io.files import read_rows
+from sapo_jax.io.files import METRICS, read_rows
 
 # Okabe-Ito: told apart by colour-blind readers too.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#5F6B76"
+BLUE = "#0072B2"
+ORANGE = "#D55E00"
+GREEN = "#009E73"
+GREY = "#5F6B76"
 _SMOOTH_FROM = 10  # points; fewer are drawn as they are
 _COLUMNS = 3
 
@@ -168,10 +171,10 @@ def plot_run(run_dir: str | Path) -> Path:
     Raises FileNotFoundError if there are no metrics.
     """
     run_dir = Path(run_dir)
-    rows = read_rows(run_dir / "metrics.jsonl")
+    rows = read_rows(run_dir / METRICS)
     if not rows:
         raise FileNotFoundError(
-            f"{run_dir / 'metrics.jsonl'} holds no metrics: there is nothing to plot yet."
+            f"{run_dir / METRICS} holds no metrics: there is nothing to plot yet."
         )
     return save(draw(rows, title=run_dir.resolve().name), run_dir / "progress.png")
 

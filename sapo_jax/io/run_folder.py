@@ -31,7 +31,10 @@ SECONDS_BETWEEN_UPLOADS = 30.0  # of those that nothing waits for
 
 
 def as_path(path: str) -> Path | epath.Path:
-    """A pathlib path for the disk, an epath one for a bucket (pathlib would take a slash out of gs://)."""
+    """A pathlib path for the disk, an epath one for a bucket.
+
+    (pathlib would take a slash out of gs://.)
+    """
     if path.startswith("gs://"):
         return epath.Path(path)
     return Path(path)

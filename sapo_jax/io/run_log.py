@@ -9,16 +9,17 @@ kill -9 loses none.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import Any, Protocol, Self
 
 import jax
 import numpy as np
 
 from sapo_jax.distributed.processes import is_first
+from sapo_jax.errors import LogError, is_out_of_space
 from sapo_jax.io.files import (
     DIAGNOSTICS,
     METRICS,
@@ -28,12 +29,11 @@ from sapo_jax.io.files import (
     json_line,
     plain_json,
     read_rows,
+    read_rows_leniently,
     write_atomically,
 )
 from sapo_jax.io.run_folder import Folder
-
-if TYPE_CHECKING:
-    from tensorboardX import SummaryWriter
+from sapo_jax.io.tensorboard import Board
 
 STAGES = ("cold_start", "rl")  # in the order in which they run
 
@@ -48,6 +48,8 @@ class Log(Protocol):
     def diagnostics(self, stage: str, step: int, row: Mapping[str, Any]) -> None: ...
 
     def rewind(self, stage: str, step: int) -> None: ...
+
+    def missing_steps(self, stage: str, first: int, last: int) -> list[int]: ...
 
     def rows(self, stage: str) -> list[dict[str, Any]]: ...
 
@@ -90,6 +92,9 @@ class SilentLog:
     def rewind(self, stage: str, step: int) -> None:
         pass
 
+    def missing_steps(self, stage: str, first: int, last: int) -> list[int]:
+        return []
+
     def rows(self, stage: str) -> list[dict[str, Any]]:
         return []
 
@@ -111,8 +116,10 @@ class RunLog:
         self._samples = self.run_dir / SAMPLES
         self._diagnostics = self.run_dir / DIAGNOSTICS
         self._after_write = after_write
-        self._boards: dict[str, SummaryWriter] = {}
+        self._board: Board | None = None  # made at the first row, or at the end
+        self._board_gave_way = False  # the disk is full, and TensorBoard's files were removed
         self._last_step: dict[str, int] = {}  # of the rows of metrics, by stage; -1: none
+        self._repair()
         self._keep_rows(until=None)
 
     def __enter__(self) -> Self:
@@ -122,12 +129,12 @@ class RunLog:
         self.close()
 
     def close(self) -> None:
-        for board in self._boards.values():
-            board.close()
-        self._boards.clear()
+        """Ends the log; TensorBoard's files then hold every row."""
+        self._open_board()
+        self._close_board()
 
     def write(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
-        """Append one row and its TensorBoard events.
+        """Append one row, and tell the thread that copies it for TensorBoard.
 
         metrics: numbers (Python, numpy or jax scalars) by name. Raises ValueError for an unknown
         stage, or for a step of the stage that is not after those written.
@@ -143,25 +150,23 @@ class RunLog:
             raise ValueError(f"a metric cannot be named {reserved.pop()!r}")
         values = jax.device_get(dict(metrics))  # all in one transfer; it sorts the names
         row = {name: _as_float(name, values[name]) for name in metrics}
-        append_rows(self._metrics, [{"stage": stage, "step": step, **row}])
+        self._append(self._metrics, [{"stage": stage, "step": step, **row}])
         self._last_step[stage] = step
-        if stage not in self._boards:
-            self._boards[stage] = self._open_board(stage, step)
-        for name, value in row.items():
-            self._boards[stage].add_scalar(name, value, step)
-        self._boards[stage].flush()
+        self._open_board()
+        if self._board is not None:
+            self._board.wake()
         if self._after_write is not None:
             self._after_write()
 
     def samples(self, stage: str, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append completions to samples.jsonl, each with its stage and step. rows: JSON values."""
         self._check_stage(stage)
-        append_rows(self._samples, [{"stage": stage, "step": step, **row} for row in rows])
+        self._append(self._samples, [{"stage": stage, "step": step, **row} for row in rows])
 
     def diagnostics(self, stage: str, step: int, row: Mapping[str, Any]) -> None:
         """Append a row of JSON values to diagnostics.jsonl."""
         self._check_stage(stage)
-        append_rows(self._diagnostics, [{"stage": stage, "step": step, **row}])
+        self._append(self._diagnostics, [{"stage": stage, "step": step, **row}])
 
     def rows(self, stage: str) -> list[dict[str, Any]]:
         """The rows of metrics of one stage, in order; metrics are floats."""
@@ -173,13 +178,19 @@ class RunLog:
                 rows.append({"stage": stage, "step": row["step"], **metrics})
         return rows
 
+    def missing_steps(self, stage: str, first: int, last: int) -> list[int]:
+        """The steps of the stage, from `first` to `last`, that metrics.jsonl has no row of."""
+        self._check_stage(stage)
+        logged = {row["step"] for row in self.rows(stage)}
+        return [step for step in range(first, last + 1) if step not in logged]
+
     def rewind(self, stage: str, step: int) -> None:
         """Forget what came after (stage, step), the point that a checkpoint restored.
 
         That is: later steps of the stage, and later stages.
         """
         self._check_stage(stage)
-        self.close()
+        self._close_board()
         self._keep_rows(until=(STAGES.index(stage), step))
 
     def summary(self, values: Mapping[str, Any]) -> None:
@@ -194,20 +205,47 @@ class RunLog:
                 f"{', '.join(STAGES)}"
             )
 
-    def _open_board(self, stage: str, step: int) -> SummaryWriter:
-        """A TensorBoard writer for the stage, which goes on from `step`.
+    def _append(self, path: Path, rows: list[dict[str, Any]]) -> None:
+        """Append rows. Where the disk is full, TensorBoard's files make room: they are a copy."""
+        try:
+            append_rows(path, rows)
+        except OSError as error:
+            board_folder = self.run_dir / "tb"
+            if not is_out_of_space(error) or not board_folder.is_dir():
+                raise
+            self._close_board()
+            self._board_gave_way = True
+            shutil.rmtree(board_folder, ignore_errors=True)
+            append_rows(path, rows)
+            _say(f"the disk of {self.run_dir} is full; TensorBoard's files were removed for {path}")
 
-        purge_step makes TensorBoard forget what an earlier, killed process wrote from this step on.
-        The names of its files hold whole seconds, and a second file of that name would overwrite
-        the first; hence the suffix.
+    def _open_board(self) -> None:
+        if self._board is None and not self._board_gave_way:
+            self._board = Board(self._metrics, self.run_dir / "tb", STAGES)
+
+    def _close_board(self) -> None:
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+
+    def _repair(self) -> None:
+        """Drop lines that are no rows, and rows of metrics that are there twice; keep a copy.
+
+        Raises LogError where metrics.jsonl has two different rows of one step: which of them counts
+        cannot be known. (A row that is missing thereafter is found by `missing_steps`.)
         """
-        writer_class = _summary_writer_class()
-        return writer_class(
-            str(self.run_dir / "tb" / stage),
-            purge_step=step,
-            flush_secs=1,
-            filename_suffix=f".{time.time_ns()}",
-        )
+        for path in (self._metrics, self._samples, self._diagnostics):
+            rows, repaired = read_rows_leniently(path)
+            if path == self._metrics:
+                unique_rows = _unique_rows(path, rows)
+                if unique_rows != rows:
+                    repaired.append("rows were there twice, or in another order")
+                    rows = unique_rows
+            if repaired:
+                copy = _free_name(path)
+                shutil.copyfile(path, copy)
+                write_atomically(path, "".join(json_line(row) for row in rows))
+                _say(f"{path} was repaired ({'; '.join(repaired[:3])}); {copy.name} is as it was")
 
     def _keep_rows(self, until: tuple[int, int] | None) -> None:
         """Keep the rows up to (index of the stage, step), None: all; drop a torn last line.
@@ -236,20 +274,30 @@ def _as_float(name: str, value: Any) -> float:
     return float(np.asarray(value).item())
 
 
-def _summary_writer_class() -> type[SummaryWriter]:
-    """tensorboardX's writer, without torch.
+def _unique_rows(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows in the order of stages and steps, each once. Raises LogError for a contradiction."""
+    by_position: dict[tuple[int, int], dict[str, Any]] = {}
+    for row in rows:
+        if row["stage"] not in STAGES:
+            return rows  # `_keep_rows` says so
+        position = (STAGES.index(row["stage"]), row["step"])
+        if by_position.setdefault(position, row) != row:
+            raise LogError(
+                f"{path} holds two different rows of {row['stage']} step {row['step']}; remove the "
+                "wrong one, then run the same command again"
+            )
+    return [by_position[position] for position in sorted(by_position)]
 
-    tensorboardX imports torch where that is installed (187 MB, 1.8 s), for a type hint. While it is
-    imported here, there is no torch; for other threads neither.
-    """
-    hide_torch = "torch" not in sys.modules
-    if hide_torch:
-        # With None in its place, `import torch` raises ImportError.
-        modules: dict[str, Any] = sys.modules
-        modules["torch"] = None
-    try:
-        from tensorboardX import SummaryWriter
-    finally:
-        if hide_torch:
-            del sys.modules["torch"]
-    return SummaryWriter
+
+def _free_name(path: Path) -> Path:
+    """`path`.damaged-0, or the next number that is not taken."""
+    number = 0
+    while True:
+        name = path.with_name(f"{path.name}.damaged-{number}")
+        if not name.exists():
+            return name
+        number += 1
+
+
+def _say(text: str) -> None:
+    print(f"sapo_jax: {text}", file=sys.stderr, flush=True)

@@ -18,10 +18,11 @@ from sapo_jax.distributed.processes import ProcessShard, is_first
 from sapo_jax.distributed.sharding import num_shards
 from sapo_jax.errors import RunError
 from sapo_jax.io.display import Display
-from sapo_jax.io.files import append_rows
+from sapo_jax.io.files import EVALUATIONS, append_rows
 from sapo_jax.rewards import VerifierPool
 from sapo_jax.rollout import Sampler, SamplingParams
 from sapo_jax.training.experience import LocalPrompts, grade, make_sampler
+from sapo_jax.training.held_out import check_held_out
 from sapo_jax.training.random_streams import Stream, random_key
 from sapo_jax.training.run import Run, open_run
 from sapo_jax.training.step import num_shown
@@ -50,6 +51,7 @@ class Evaluator:
 
     @classmethod
     def of(cls, run: Run) -> Evaluator:
+        """The evaluator that the configuration of a run asks for."""
         cfg = run.cfg
         return cls(
             cfg=cfg,
@@ -137,6 +139,7 @@ def evaluate_run(cfg: Config, step: int | None) -> None:
     """
     with open_run(cfg, write=False) as run:
         trained = run.trained_params(step)
+        check_held_out(run, trained)
         evaluation = Evaluator.of(run)(trained.params, run.problems.held_out)
         if is_first():
             row = {
@@ -146,7 +149,7 @@ def evaluate_run(cfg: Config, step: int | None) -> None:
                 "temperature": cfg.evaluate.temperature,
                 **evaluation.metrics,
             }
-            append_rows(run.folder.logs / "evaluations.jsonl", [row])
+            append_rows(run.folder.logs / EVALUATIONS, [row])
             result = describe(evaluation.metrics, cfg.evaluate.samples)
             print(f"{trained.stage} step {trained.step}: {result}")
 
@@ -172,6 +175,7 @@ def show_samples(
             for i, question in enumerate(questions):
                 prompts.append(prompt_of(run.cfg.data, run.tokenizer, question, i))
         else:
+            check_held_out(run, trained)
             prompts = run.problems.held_out[:n]
         sampler = make_sampler(run.cfg, run.policy, run.tokenizer, sampling, group_size)
         key = random_key(cfg.train.seed, Stream.EVALUATE, step=1)

@@ -27,17 +27,17 @@ from sapo_jax.training.random_streams import Stream
 from sapo_jax.training.run import Run, open_run
 from sapo_jax.training.sft import cold_start, reference_params
 from sapo_jax.training.stage import Stage
-from sapo_jax.training.step import RLStep
+from sapo_jax.training.step import PRINTED_SAMPLES, RLStep
 
 STAGE = "rl"
-PRINTED_SAMPLES = 3
 
 
 def train(cfg: Config, *, traced: int = 0) -> dict[str, Any]:
     """The whole run: cold start, RL, summary, plot. It resumes what is there. Returns the summary.
 
     traced: RL steps of which to leave a profiler's trace in the run's folder (see `profile`).
-    Raises Stopped when told to stop.
+    Raises Stopped when told to stop, RunError where the run cannot go on, and CheckpointError and
+    FolderError where its folder cannot be read or written.
     """
     with open_run(cfg) as run, open_log(run.folder) as log, open_display() as display:
         reinforce(run, log, display, traced)
@@ -52,7 +52,7 @@ def train(cfg: Config, *, traced: int = 0) -> dict[str, Any]:
 def reinforce(run: Run, log: Log, display: Display, traced: int) -> None:
     """The RL stage: start from the cold start, or resume, and run to train.steps.
 
-    Raises RunError, Stopped.
+    Raises as `train` does.
     """
     cfg = run.cfg
     batches = run.batches(Stream.ROLLOUT, cfg.rollout.prompts_per_step)

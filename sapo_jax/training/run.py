@@ -2,13 +2,15 @@
 
 runs/NAME/  config.yaml  metrics.jsonl  samples.jsonl  diagnostics.jsonl  summary.json
             progress.png  tb/  checkpoints/{cold_start,rl}/
+            evaluations.jsonl (of `sapo-jax eval`)  trace/ (of `sapo-jax train --profile`)
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +33,7 @@ from sapo_jax.distributed.signals import StopFlag, stop_on_signals
 from sapo_jax.errors import FolderError, ModelDirError, ProcessError, RunError
 from sapo_jax.hub.weights import check_weights, load_params
 from sapo_jax.io.checkpoint import Checkpoints
-from sapo_jax.io.files import write_atomically
+from sapo_jax.io.files import CONFIG, write_atomically
 from sapo_jax.io.run_folder import Folder, as_path, open_folder
 from sapo_jax.learner.state import abstract_params, random_params
 from sapo_jax.models import Policy, make_policy
@@ -58,6 +60,7 @@ class Run:
 
     @property
     def dir(self) -> Path | epath.Path:
+        """Where the run lives: a folder on a disk, or in a bucket."""
         return self.folder.path
 
     def batches(self, stream: Stream, batch_size: int) -> PromptBatches:
@@ -65,7 +68,9 @@ class Run:
         tasks = zip(self.problems.train, self.cfg.data.tasks, strict=True)
         weights = {name: task.weight for name, task in tasks}
         seed = data_seed(self.cfg.train.seed, stream)
-        return PromptBatches(self.problems.train, weights, batch_size, seed)
+        return PromptBatches(
+            self.problems.train, weights, batch_size, seed, held_out=self.problems.held_out
+        )
 
     def told_to_stop(self) -> bool:
         """Whether a signal has come to any process. A collective."""
@@ -102,6 +107,7 @@ class TrainedParams:
     stage: str  # `rl`, `cold_start`, or `pretrained`
     step: int  # of the stage
     params: Params
+    data: Mapping[str, Any] | None = None  # the checkpoint's position in the data, if it is of one
 
 
 def run_dir(cfg: Config) -> Path | epath.Path:
@@ -110,6 +116,7 @@ def run_dir(cfg: Config) -> Path | epath.Path:
 
 
 def checkpoint_folder(run_folder: Path | epath.Path, stage: str) -> Path | epath.Path:
+    """Where the checkpoints of a stage, `cold_start` or `rl`, lie."""
     return run_folder / "checkpoints" / stage
 
 
@@ -143,8 +150,7 @@ def trained_params(
         with Checkpoints(checkpoint_folder(run_folder, stage)) as checkpoints:
             restored = checkpoints.restore_params(shapes, step)
         if restored is not None:
-            restored_step, params, _extras = restored
-            return TrainedParams(stage, restored_step, params)
+            return TrainedParams(stage, restored.step, restored.tree, restored.extras["data"])
     if step is None and cfg.model.path is not None:
         return TrainedParams("pretrained", 0, initial_params(cfg, policy, mesh))
     raise RunError(f"{run_folder} has no checkpoint yet: train it first")
@@ -175,6 +181,7 @@ def open_run(cfg: Config, *, write: bool = True) -> Iterator[Run]:
             _check_prompts_divide(cfg, shard)
             verifiers = stack.enter_context(VerifierPool(**dataclasses.asdict(cfg.rewards)))
             problems = load_problems(cfg.data, tokenizer)
+            say(problems.notices)
             if cfg.model.path is not None:
                 check_weights(cfg.model.path, cfg.model)
         except (ValueError, ProcessError) as error:  # all of them are written for people
@@ -189,7 +196,7 @@ def open_run(cfg: Config, *, write: bool = True) -> Iterator[Run]:
 
             def write_config() -> None:
                 if is_first():
-                    _write_same_config(cfg, folder.logs / "config.yaml", folder.path)
+                    _write_same_config(cfg, folder.logs / CONFIG, folder.path)
 
             _in_all_processes(write_config)
             stop = stack.enter_context(stop_on_signals())
@@ -205,6 +212,13 @@ def open_run(cfg: Config, *, write: bool = True) -> Iterator[Run]:
             shard=shard,
             stop=stop,
         )
+
+
+def say(notices: Iterable[str]) -> None:
+    """Tell people on stderr what they may want to know, once for all processes."""
+    if is_first():
+        for notice in notices:
+            print(f"notice: {notice}", file=sys.stderr, flush=True)
 
 
 def _check_prompts_divide(cfg: Config, shard: ProcessShard) -> None:

@@ -41,7 +41,10 @@ STAGE = "cold_start"
 
 
 def sft(cfg: Config) -> None:
-    """The cold start alone: `sapo-jax sft`. `sapo-jax train` of the same config goes on from it."""
+    """The cold start alone: `sapo-jax sft`. `sapo-jax train` of the same config goes on from it.
+
+    Raises RunError, also where cold_start.steps is 0, and Stopped.
+    """
     if cfg.cold_start.steps == 0:
         raise RunError("cold_start.steps is 0: there is nothing to do; set cold_start.steps")
     with open_run(cfg) as run, open_log(run.folder) as log, open_display() as display:
@@ -108,6 +111,7 @@ def sft_batches(run: Run) -> PromptBatches:
         {"demonstrations": 1.0},
         cfg.batch_size,
         data_seed(run.cfg.train.seed, Stream.COLD_START),
+        held_out=run.problems.held_out,
     )
 
 
@@ -135,7 +139,8 @@ def local_rows(batch: Batch, run: Run) -> Batch:
 def reference_params(run: Run) -> Params:
     """The parameters that the RL stage started from, for its KL penalty.
 
-    They are a copy: the stage's own are donated to its updates.
+    They are a copy: the stage's own are donated to its updates. Raises RunError where the
+    checkpoint that holds them is gone.
     """
     if run.cfg.cold_start.steps == 0:
         return run.initial_params()
@@ -148,5 +153,4 @@ def reference_params(run: Run) -> Params:
             f"{run.dir} lost its cold-start checkpoint, the KL reference; "
             "train it in another folder"
         )
-    _step, params, _extras = restored
-    return params
+    return restored.tree

@@ -15,7 +15,7 @@ from sapo_jax.distributed.processes import broadcast_from_first
 from sapo_jax.errors import RunError, Stopped
 from sapo_jax.io.run_log import Log
 from sapo_jax.training.clock import Clock
-from sapo_jax.training.run import Run
+from sapo_jax.training.run import Run, say
 
 OPTIMIZER_KEY = {"cold_start": "cold_start.optimizer", "rl": "optimizer"}
 
@@ -60,10 +60,10 @@ class Stage:
         restored = self.checkpoints.restore(abstract_state)
         if restored is None:
             return None
-        self.step, state, extras = restored
-        self._batches.set_state(extras["data"])
+        self.step = restored.step
+        say(self._batches.set_state(restored.extras["data"]))
         self._log.rewind(self.name, self.step)
-        return state
+        return restored.tree
 
     def stop_if_told(self, state: TrainState) -> None:
         """Save and raise Stopped, where a signal has come to any process. A collective."""

@@ -26,6 +26,7 @@ from sapo_jax.distributed.sharding import host_rows, num_shards, on_tpu, put_bat
 from sapo_jax.learner.routing_replay import check_expert_ids, sampled_experts
 from sapo_jax.learner.scoring import ScorerOutput, make_scorer
 from sapo_jax.learner.update import (
+    UpdateFn,
     last_learning_rate,
     make_optimizer,
     make_schedule,
@@ -48,6 +49,10 @@ from sapo_jax.training.experience import (
 )
 from sapo_jax.training.random_streams import Stream, random_key
 from sapo_jax.types import Prompt
+
+ScorerFn = Callable[[Params, Batch], ScorerOutput]
+
+PRINTED_SAMPLES = 3  # completions of a rollout that the loop prints now and then
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +80,8 @@ class RLStep:
     packing: Packing
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule  # learning rate by optimiser step
-    make_scorer: Callable[[int], Callable]  # by the number of rows of a micro-batch
-    make_update: Callable[[int], Callable]  # likewise
+    scorer_for: Callable[[int], ScorerFn]  # by the number of rows of a micro-batch
+    update_for: Callable[[int], UpdateFn]  # likewise
 
     @classmethod
     def build(
@@ -110,7 +115,7 @@ class RLStep:
         )
 
         @functools.cache
-        def scorer(micro_batch: int) -> Callable:
+        def scorer_for(micro_batch: int) -> ScorerFn:
             return make_scorer(
                 policy,
                 cfg.rollout.temperature,
@@ -119,7 +124,7 @@ class RLStep:
             )
 
         @functools.cache
-        def update(micro_batch: int) -> Callable:
+        def update_for(micro_batch: int) -> UpdateFn:
             return make_update(policy, optimizer, policy_loss(cfg), micro_batch, placed)
 
         return cls(
@@ -134,8 +139,8 @@ class RLStep:
             packing=packing_of(cfg, num_shards("batch", mesh), shard.teams),
             optimizer=optimizer,
             schedule=make_schedule(cfg.optimizer, num_updates),
-            make_scorer=scorer,
-            make_update=update,
+            scorer_for=scorer_for,
+            update_for=update_for,
         )
 
     def __call__(self, state: TrainState, prompts: list[Prompt], step: int) -> StepResult:
@@ -169,7 +174,7 @@ class RLStep:
         batches = mini_batches(packed, graded, adv_PG, scores, local.indices, cfg)
         if cfg.train.routing_on == "device":
             batches = [self._put_expert_ids(batch) for batch in batches]
-        update = self.make_update(packed.micro_batch * self.shard.teams)
+        update = self.update_for(packed.micro_batch * self.shard.teams)
         auxes = []
         for batch in batches * cfg.train.epochs:
             state, aux = update(state, put_batch(batch, self.mesh))
@@ -256,7 +261,7 @@ class RLStep:
         )
         leaves, treedef = jax.tree.flatten(batch)
         split_leaves = [np.split(leaf, self.cfg.train.mini_batches) for leaf in leaves]
-        scorer = self.make_scorer(packed.micro_batch * self.shard.teams)
+        scorer = self.scorer_for(packed.micro_batch * self.shard.teams)
         scored_parts = []
         for part_leaves in zip(*split_leaves, strict=True):
             part = put_batch(jax.tree.unflatten(treedef, part_leaves), self.mesh)
@@ -292,7 +297,7 @@ class RLStep:
 
 def num_shown(cfg: Config) -> int:
     """How many completions of a rollout people may look at: those logged, and those printed."""
-    return max(cfg.train.log_samples, 3)
+    return max(cfg.train.log_samples, PRINTED_SAMPLES)
 
 
 def packing_of(cfg: Config, shards: int, teams: int = 1) -> Packing:

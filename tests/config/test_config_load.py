@@ -20,6 +20,7 @@ from sapo_jax.config import (
     diff,
     dump,
     load,
+    load_file_or_run,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -396,6 +397,16 @@ def test_a_preset_named_later_wins_over_keys_below(write):
 
 
 # ---------------------------------------------------------------- diff, imports
+
+
+def test_a_run_folder_is_its_config_wherever_it_was_moved_to(write, tmp_path):
+    written = load(write(TASKS), ["run_dir=somewhere/{name}", "train.steps=7"])
+    folder = tmp_path / "moved: here"
+    config_file = write(dump(written), f"{folder.name}/config.yaml")
+    moved = load_file_or_run(folder, ["train.seed=3"])
+    assert diff(moved, written) == ["run_dir", "train.seed"]
+    assert moved.run_dir == str(folder)
+    assert load_file_or_run(config_file) == written
 
 
 def test_diff_names_changed_keys(write):

@@ -176,12 +176,14 @@ def test_a_torn_last_line_is_dropped(tmp_path, torn):
     )
 
 
-def test_a_bad_line_inside_is_an_error_that_names_it(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text(
-        '{"stage": "rl", "step": 1}\nnonsense\n{"stage": "rl", "step": 2}\n'
-    )
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not a row"):
-        RunLog(tmp_path)
+def test_a_bad_line_inside_is_dropped_named_and_kept_in_a_copy(tmp_path, capfd):
+    text = '{"stage": "rl", "step": 1}\nnonsense\n{"stage": "rl", "step": 3}\n'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    with RunLog(tmp_path) as log:
+        assert log.missing_steps("rl", 0, 3) == [0, 2]
+    assert "metrics.jsonl was repaired (line 2 is not a row" in capfd.readouterr().err
+    assert (tmp_path / "metrics.jsonl.damaged-0").read_text() == text
+    assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == [1, 3]
 
 
 def test_rewinding_is_atomic(tmp_path, monkeypatch):
@@ -204,7 +206,7 @@ def test_rewinding_is_atomic(tmp_path, monkeypatch):
 
 def test_rows_are_on_disk_when_the_process_is_killed(tmp_path):
     script = (
-        "import os, sys, signal; from sapo_jax.metrics import RunLog; log = RunLog(sys.argv[1])\n"
+        "import os, sys, signal; from sapo_jax.io.run_log import RunLog; log = RunLog(sys.argv[1])\n"
         "for step in range(5): log.write('rl', step, {'loss': step}); log.samples('rl', step, [{'completion': 'x'}])\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -240,14 +242,14 @@ def test_tensorboard_sees_each_step_once(tmp_path):
             log.write("rl", step, {"reward/mean": step / 4, "loss": -step})
         log.rewind("rl", 2)
         log.write("rl", 3, {"reward/mean": 9.0})
-    first, second = events(tmp_path / "tb" / "rl")
-    scalars = [(e.step, v.tag, v.simple_value) for e in first for v in e.summary.value]
+    (file,) = events(tmp_path / "tb" / "rl")
+    scalars = [(e.step, v.tag, v.simple_value) for e in file for v in e.summary.value]
     assert scalars == [
-        (s, t, v) for s in range(5) for t, v in (("reward/mean", s / 4), ("loss", -s))
+        *((s, t, v) for s in range(3) for t, v in (("reward/mean", s / 4), ("loss", -s))),
+        (3, "reward/mean", 9.0),
     ]
-    starts = [e.step for e in second if e.HasField("session_log")]
-    assert starts == [3], "TensorBoard drops events of older files from this step on"
-    assert [(e.step, v.simple_value) for e in second for v in e.summary.value] == [(3, 9.0)]
+    starts = [e.step for e in file if e.HasField("session_log")]
+    assert starts == [0], "a TensorBoard that is running forgets what it has read"
     assert len(events(tmp_path / "tb" / "cold_start")) == 1
 
 
@@ -431,7 +433,7 @@ def test_neither_the_package_nor_its_log_imports_torch(tmp_path):
     script = """
         import pkgutil, sys
         import sapo_jax
-        from sapo_jax.metrics import RunLog
+        from sapo_jax.io.run_log import RunLog
 
         for module in pkgutil.walk_packages(sapo_jax.__path__, "sapo_jax."):
             __import__(module.name)
