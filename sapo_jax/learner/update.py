@@ -78,13 +78,13 @@ def make_optimizer(cfg: Optimizer, total_steps: int) -> optax.GradientTransforma
     An update that is not finite is skipped and counted (optax.apply_if_finite).
     """
 
-    def has_decay(params: Params) -> Params:
+    def decay_mask(params: Params) -> Params:
         """True for each parameter that weight decay applies to."""
 
-        def is_matrix(path: tuple[jax.tree_util.DictKey, ...], _: Array) -> bool:
+        def has_decay(path: tuple[jax.tree_util.DictKey, ...], _: Array) -> bool:
             return not path[-1].key.endswith(NO_DECAY)
 
-        return jax.tree.map_with_path(is_matrix, params)
+        return jax.tree.map_with_path(has_decay, params)
 
     adamw = optax.adamw(
         make_schedule(cfg, total_steps),
@@ -92,32 +92,32 @@ def make_optimizer(cfg: Optimizer, total_steps: int) -> optax.GradientTransforma
         b2=cfg.b2,
         eps=cfg.eps,
         weight_decay=cfg.weight_decay,
-        mask=has_decay,
+        mask=decay_mask,
     )
     clipped_adamw = optax.chain(optax.clip_by_global_norm(cfg.max_grad_norm), adamw)
     return optax.apply_if_finite(clipped_adamw, max_consecutive_errors=NEVER_ACCEPT)
 
 
 def state_shardings(
-    policy: Policy, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh
+    policy: Policy, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
 ) -> TrainState:
     """Where every array of the state lives: optimiser moments as their parameters, counters
     everywhere."""
     params = sharding.shardings(mesh, policy.logical_axes)
     everywhere: Any = sharding.replicated(mesh)
     opt_state = optax.tree_utils.tree_map_params(
-        tx.init,
+        optimizer.init,
         lambda _, param_sharding: param_sharding,
-        jax.eval_shape(tx.init, policy.shapes),
+        jax.eval_shape(optimizer.init, policy.shapes),
         params,
         transform_non_params=lambda _: everywhere,
     )
     return TrainState(everywhere, params, opt_state)
 
 
-def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
+def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """A state at step 0. Jit it with `state_shardings` as out_shardings."""
-    return TrainState(jnp.int32(0), params, tx.init(params))
+    return TrainState(jnp.int32(0), params, optimizer.init(params))
 
 
 def policy_loss(cfg: Config) -> LossFn:
@@ -191,7 +191,7 @@ def sft_loss(model: Qwen3, batch: Batch) -> tuple[Array, Any]:
 
 def make_update(
     policy: Policy,
-    tx: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     loss_fn: LossFn,
     micro_batch: int,
     shardings: TrainState | None = None,
@@ -237,7 +237,7 @@ def make_update(
         no_grads = jax.tree.map(jnp.zeros_like, state.params)
         grads, (loss, stats, routing) = jax.lax.scan(accumulate, no_grads, micro_batches)
         with jax.named_scope("optimizer"):
-            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params: Any = optax.apply_updates(state.params, updates)
         aux = {
             "loss": loss.sum(),

@@ -22,7 +22,8 @@ TokenIds = Sequence[int] | np.ndarray
 def left_padded(prompts: Sequence[Prompt], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Prompt tokens PS (right-aligned) and their lengths P, both int32.
 
-    S is a bucket, the same in all processes. A collective.
+    S is a bucket, the same in all processes. To agree on it is a collective: every process must
+    call this function.
     """
     length_P = np.array([len(prompt.ids) for prompt in prompts], np.int32)
     S = max(all_gather(bucket(int(length_P.max()))))
