@@ -28,8 +28,8 @@ FinishReason = Literal["stop", "length"]
 FINISH_REASONS: tuple[str, ...] = get_args(FinishReason)
 
 # ok, wrong: the verifier graded the answer. unparsable: there was no answer to grade (reward 0).
-# timeout, error: the verifier itself failed, which says nothing about the answer. Such a sample is
-# masked; it is never scored 0.
+# timeout: the answer kept the verifier busy until the deadline (reward 0). error: the verifier itself
+# failed, which says nothing about the answer. Such a sample is masked; it is never scored 0.
 Status = Literal["ok", "wrong", "unparsable", "timeout", "error"]
 
 
@@ -50,6 +50,8 @@ class Prompt:
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)  # JSON, for the verifier
     # Messages and tools as JSON, where they are more than the question: they tell problems apart.
     conversation: str = ""
+    # `path:line` of the row it was read from, for messages; "" where no file held it.
+    where: str = dataclasses.field(default="", compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Verdict:
     @property
     def valid(self) -> bool:
         """Whether the verifier worked."""
-        return self.status not in ("timeout", "error")
+        return self.status != "error"
 
     @property
     def correct(self) -> bool:

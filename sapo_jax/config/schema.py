@@ -165,13 +165,17 @@ class Rewards:
     """How completions are verified."""
 
     # Which part of the completion is the answer.
-    extract: Literal["all", "final", "answer_tag", "boxed", "last_number"] = "all"
+    # auto: the last \boxed{...} after the thinking, or all that follows the thinking.
+    extract: Literal["auto", "all", "final", "answer_tag", "boxed", "last_number"] = "auto"
     # Added when the completion has the form that `extract` asks for.
     format_reward: NonNegative = 0.0
     workers: Count = 2  # verifier processes
     deadline: Positive = 5.0  # seconds per completion; then its worker is killed
+    batch_deadline: Positive = 600.0  # seconds per batch; what has not begun by then is masked
+    # What a completion is at whose deadline there was no verdict: wrong (reward 0), or masked.
+    on_timeout: Literal["wrong", "mask"] = "wrong"
     memory_mb: Count = 2048  # address space of a worker
-    max_chars: Count = 20000  # longer completions are unparsable
+    max_chars: Count = 20000  # longer answers (not completions) are unparsable
     plugins: tuple[str, ...] = ()  # modules to import that register verifiers
 
 

@@ -1,15 +1,17 @@
 """Data: sources -> problems -> prompts, split into training and held-out -> resumable batches.
 
-In the order of the flow: `sources.py` reads problems from generators and files; `messages.py`
-checks and prepares conversations; `template.py` (with `chat_jinja.py`) renders them as prompts;
-`tokenizer.py` encodes these; `stand_ins.py` keeps special tokens that data only spells apart from
-those that are meant; `problems.py` joins all that and splits the prompts; `batches.py` draws
-batches; `sft.py` makes supervised examples.
+In the order of the flow: `sources.py` reads problems from generators and files, whose columns
+`layouts.py` finds; `messages.py` checks and prepares conversations; `template.py` (with
+`chat_jinja.py`) renders them as prompts; `tokenizer.py` encodes these; `stand_ins.py` keeps special
+tokens that data only spells apart from those that are meant; `problems.py` joins all that and
+splits the prompts; `batches.py` draws batches, and `identity.py` tells whether their data is still
+the same; `sft.py` makes supervised examples.
 
 Importing this package imports no JAX.
 """
 
 from sapo_jax.data.batches import PromptBatches
+from sapo_jax.data.identity import trained_on
 from sapo_jax.data.problems import (
     Problems,
     PromptMaker,
@@ -42,4 +44,5 @@ __all__ = [
     "load_tokenizer",
     "read_problems",
     "sft_example",
+    "trained_on",
 ]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sapo_jax.data.common import apportion, stable_hash
+from sapo_jax.data.identity import content_of, difference
 from sapo_jax.errors import DataError
 from sapo_jax.types import Prompt
 
@@ -27,6 +28,8 @@ class PromptBatches(Iterator[list[Prompt]]):
 
     Batch number n is a function of (train, weights, batch_size, seed, n): the state is n, and
     resuming costs nothing. There are no threads and no processes, and one batch is in memory.
+    Beside n the state holds what identifies the data (`identity.py`), the `held_out` problems
+    included, on which no batch depends, but the run's evaluations do.
 
     Raises DataError where the tasks and weights do not match, where a task's share is nothing, and
     where a task has fewer prompts than its share.
@@ -38,6 +41,7 @@ class PromptBatches(Iterator[list[Prompt]]):
         weights: Mapping[str, float],
         batch_size: int,
         seed: int,
+        held_out: Sequence[Prompt] = (),
     ):
         if set(train) != set(weights):
             raise DataError(
@@ -63,6 +67,10 @@ class PromptBatches(Iterator[list[Prompt]]):
             for name, per_batch in self._per_batch.items()
         }
         self._identity = {"batch_size": batch_size, "seed": seed, "tasks": tasks}
+        self._prompts = {name: train[name] for name in self._per_batch}
+        self._held_out = held_out
+        self._content = {name: content_of(prompts) for name, prompts in self._prompts.items()}
+        self._held_out_content = content_of(held_out)
 
     def __next__(self) -> list[Prompt]:
         prompts: list[Prompt] = []
@@ -76,25 +84,83 @@ class PromptBatches(Iterator[list[Prompt]]):
 
     def get_state(self) -> dict[str, Any]:
         """JSON values: the number of batches taken, and what identifies the data they are from."""
-        return {"batches": self._next, **self._identity}
+        tasks = {}
+        for name, task in self._identity["tasks"].items():
+            tasks[name] = {**task, "content": self._content[name]}
+        return {
+            "batches": self._next,
+            **self._identity,
+            "tasks": tasks,
+            "held_out": self._held_out_content,
+        }
 
-    def set_state(self, state: Mapping[str, Any]) -> None:
+    def set_state(self, state: Mapping[str, Any]) -> list[str]:
         """Continue after `state["batches"]` batches.
 
-        Raises DataError where the state is of other data or settings.
+        Returns notices for people: what could not be compared, because an older version of this
+        package wrote the state. Raises DataError where the state is of other data or settings; it
+        names the files and the rows.
         """
-        # The state holds other keys beside those of the identity.
-        saved_identity = {key: state.get(key) for key in self._identity}
-        differences = _differences(saved_identity, self._identity)
-        if differences:
+        different_rows, notices = self._compare_content(state)
+        different_settings = self._compare_settings(state)
+        if different_rows or different_settings:
             raise DataError(
                 "the saved position is of other data, it cannot be resumed:"
-                f" {'; '.join(differences)}"
+                f" {'; '.join([*different_rows, *different_settings])}. Bring the data and the"
+                " settings back to what they were, or begin another run: another name or run_dir"
             )
         batches = state.get("batches")
         if type(batches) is not int or batches < 0:
             raise DataError(f"the saved position must be a number of batches, not {batches!r}")
         self._next = batches
+        return notices
+
+    def _compare_settings(self, state: Mapping[str, Any]) -> list[str]:
+        """What differs beside the problems themselves."""
+        # The state holds other keys beside those of the identity.
+        saved = {key: state.get(key) for key in self._identity}
+        now = dict(self._identity)
+        saved_tasks = state.get("tasks")
+        if isinstance(saved_tasks, Mapping):
+            saved["tasks"] = {}
+            now["tasks"] = {}
+            for name in dict.fromkeys([*self._identity["tasks"], *saved_tasks]):
+                task_before = saved_tasks.get(name)
+                task_now = self._identity["tasks"].get(name)
+                if task_before is not None:
+                    saved["tasks"][name] = _settings(task_before, task_before)
+                if task_now is not None:
+                    now["tasks"][name] = _settings(task_now, task_before)
+        return _differences(saved, now)
+
+    def _compare_content(self, state: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+        """(what differs in the problems themselves, what could not be compared)."""
+        different = []
+        unknown = []
+        saved_tasks = state.get("tasks") or {}
+        for name, prompts in self._prompts.items():
+            saved = saved_tasks.get(name)
+            if not isinstance(saved, Mapping):
+                continue  # the names of the tasks differ, which is said elsewhere
+            if "content" not in saved:
+                unknown.append(f"the problems of task {name}")
+                continue
+            text = difference(saved["content"], prompts)
+            if text is not None:
+                different.append(f"task {name}, {text}")
+        if "held_out" not in state:
+            unknown.append("the held-out problems")
+        else:
+            text = difference(state["held_out"], self._held_out)
+            if text is not None:
+                different.append(f"held-out problems, {text}")
+        if not unknown:
+            return different, []
+        notice = (
+            f"the checkpoint was written before it held a digest of {', '.join(unknown)}: whether"
+            " answers, metadata, prompts or held-out problems changed since then cannot be told"
+        )
+        return different, [notice]
 
 
 def _source(
@@ -118,6 +184,18 @@ def _digest(prompts: Sequence[Prompt]) -> str:
     """A hash that tells which prompts there are, in which order."""
     indices = np.array([prompt.index for prompt in prompts], np.int64)
     return hashlib.sha256(indices.tobytes()).hexdigest()[:16]
+
+
+def _settings(task: Mapping[str, Any], saved: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What is to be compared of a task as it stands.
+
+    Where `saved` holds the content, `identity.py` compares that, and says more than two numbers.
+    """
+    settings = {key: value for key, value in task.items() if key != "content"}
+    if saved is not None and "content" in saved:
+        del settings["prompts"]
+        del settings["digest"]
+    return settings
 
 
 def _differences(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -16,7 +16,8 @@ Message = dict[str, Any]
 # A JSON schema, {"type": "function", "function": {"name", "description", "parameters"}}
 Tool = dict[str, Any]
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
+SYSTEM_ROLES = ("system", "developer")
+ROLES = (*SYSTEM_ROLES, "user", "assistant", "tool")
 # Names of the same thing; the first is the usual one.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 _TEXT_KEYS = ("content", *REASONING, "tool_call_id", "name")

@@ -11,19 +11,25 @@ The split goes by a hash of (data.seed, question), white space normalised; of a 
   other file are held out instead, and none of its questions is trained on.
 
 A question that is held out for one task is not trained on for another either: the training and the
-held-out problems are disjoint by construction.
+held-out problems are disjoint by construction. They are compared in three ways (`leak_keys`), so
+that neither white space nor a system message hides that two are the same.
+
+Within a file, problems are the same only if all is the same that a row gives (`identity`), white
+space and metadata too. The same problem with two answers is a mistake, which names both rows.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Iterable, Iterator
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from sapo_jax.config import Data, FileTask, ReasoningGymTask
 from sapo_jax.config.task_rules import task_names
 from sapo_jax.data.common import apportion, normalise_space, stable_hash
-from sapo_jax.data.messages import Message
+from sapo_jax.data.layouts import PROVENANCE
+from sapo_jax.data.messages import SYSTEM_ROLES, Message
 from sapo_jax.data.sources import Problem, generate_reasoning_gym, read_problems
 from sapo_jax.data.template import load_template
 from sapo_jax.data.tokenizer import Tokenizer
@@ -42,8 +48,8 @@ class TaskReport:
     """
 
     read: int = 0
-    # Problems whose question was seen before in the task, its held_out_path included; the first one
-    # of each question stays.
+    # Problems that were seen before in the task, or whose question is in its held_out_path; the
+    # first one of each stays.
     duplicates: int = 0
     over_long: int = 0  # more tokens than data.max_prompt_tokens
     # Problems that were drawn, but neither trained on nor evaluated: they are on the held-out side,
@@ -60,6 +66,7 @@ class Problems:
     train: dict[str, list[Prompt]]  # by task
     held_out: list[Prompt]  # `data.held_out` of them, task after task
     report: dict[str, TaskReport]  # by task
+    notices: tuple[str, ...] = ()  # what was taken for what in the files, for people
 
 
 def load_problems(
@@ -83,8 +90,9 @@ def load_problems(
     to_prompt = PromptMaker(cfg, tokenizer)
     splits: dict[str, _Split] = {}
     mistakes: list[str] = []
+    notices: list[str] = []
     for i, (name, task) in enumerate(zip(names, cfg.tasks)):
-        split = _Split(name, quota[name], cfg, to_prompt)
+        split = _Split(name, quota[name], cfg, to_prompt, notices)
         try:
             split.fill(task, verifiers)
             splits[name] = split
@@ -92,7 +100,7 @@ def load_problems(
             mistakes += [f"data.tasks[{i}] ({name}): {mistake}" for mistake in error.mistakes]
     if mistakes:
         raise DataError(*mistakes)
-    return _join(splits)
+    return dataclasses.replace(_join(splits), notices=tuple(dict.fromkeys(notices)))
 
 
 def load_demonstrations(
@@ -104,13 +112,13 @@ def load_demonstrations(
     A row about a held-out question is left out, and so is one whose prompt is over-long. Raises
     DataError where nothing is left.
     """
-    held_out_keys = {problem_key(prompt) for prompt in held_out}
+    held_out_keys = set().union(*(leak_keys(prompt) for prompt in held_out))
     to_prompt = PromptMaker(cfg, tokenizer)
     taken: set[int] = set()
     prompts = []
-    for problem in read_problems(path, "exact", ("exact",)):
+    for problem in read_problems(path, "exact", ("exact",), whole_answers=True):
         prompt = to_prompt(problem, "demonstrations")
-        if prompt is not None and problem_key(problem) not in held_out_keys:
+        if prompt is not None and held_out_keys.isdisjoint(leak_keys(prompt)):
             prompts.append(_numbered(prompt, taken))
     if not prompts:
         raise DataError(f"{path}: every prompt is over-long or held out, no demonstration is left")
@@ -122,10 +130,12 @@ def _join(splits: dict[str, _Split]) -> Problems:
     kept_out = set().union(*(split.kept_out for split in splits.values()))
     train: dict[str, list[Prompt]] = {}
     for name, split in splits.items():
-        kept = [prompt for prompt in split.train if problem_key(prompt) not in kept_out]
+        kept = [prompt for prompt in split.train if kept_out.isdisjoint(leak_keys(prompt))]
         if not kept:
             raise DataError(
-                f"task {name}: no problem is left to train on: the other tasks hold them all out"
+                f"task {name}: no problem is left to train on: they are all held out,"
+                " by other tasks or because they differ from held-out ones in white space"
+                " or the system message alone"
             )
         split.report.unused += len(split.train) - len(kept)
         split.report.held_out = len(split.held_out)
@@ -157,6 +167,48 @@ def problem_key(problem: Problem | Prompt) -> str:
     White space is normalised in both.
     """
     return problem.conversation or normalise_space(problem.question)
+
+
+def identity(problem: Problem) -> str:
+    """What makes two problems of a file the same: all that a row gives, except the answer.
+
+    White space counts, and so does metadata, on which the answer may depend.
+    """
+    messages = problem.messages
+    if messages == [{"role": "user", "content": problem.question}]:
+        messages = None  # the question alone
+    given = [problem.question, messages, problem.tools, problem.metadata]
+    return json.dumps([*given, problem.verifier], sort_keys=True, ensure_ascii=False)
+
+
+def question_identity(problem: Problem) -> str:
+    """`identity` without what says only where a row comes from: what has one right answer."""
+    about = {key: value for key, value in problem.metadata.items() if key not in PROVENANCE}
+    return identity(dataclasses.replace(problem, metadata=about))
+
+
+def leak_keys(problem: Problem | Prompt) -> set[str]:
+    """Under these keys a problem is looked for on the other side of the split.
+
+    They are the question or conversation, the same without system messages, and the rendered
+    prompt, each with white space normalised. The same problem may be given with the system message
+    in the row, with that of `data.system_prompt`, or with none.
+    """
+    keys = {problem_key(problem)}
+    if problem.conversation:
+        keys.add(_without_system(problem.conversation))
+    if isinstance(problem, Prompt):
+        keys.add("rendered: " + normalise_space(problem.text))
+    return keys
+
+
+def _without_system(conversation: str) -> str:
+    """The key of a conversation without its system messages: the question, where that is left."""
+    messages, tools = json.loads(conversation)
+    kept = [message for message in messages or () if message["role"] not in SYSTEM_ROLES]
+    if len(kept) == 1 and tools is None:
+        return kept[0]["content"]
+    return json.dumps([kept, tools], sort_keys=True, ensure_ascii=False)
 
 
 class PromptMaker:
@@ -200,11 +252,12 @@ class PromptMaker:
             task=task,
             metadata=problem.metadata,
             conversation=problem.conversation,
+            where=problem.where,
         )
 
     def _messages(self, problem: Problem) -> list[Message]:
         messages = problem.messages or [{"role": "user", "content": problem.question}]
-        brings_its_own = messages[0]["role"] in ("system", "developer")
+        brings_its_own = messages[0]["role"] in SYSTEM_ROLES
         if brings_its_own or not self.cfg.system_prompt.strip():
             return messages
         return [{"role": "system", "content": self.cfg.system_prompt}, *messages]
@@ -220,16 +273,19 @@ class _Split:
     `quota` of them are to be held out.
     """
 
-    def __init__(self, name: str, quota: int, cfg: Data, to_prompt: PromptMaker):
+    def __init__(
+        self, name: str, quota: int, cfg: Data, to_prompt: PromptMaker, notices: list[str]
+    ):
         self.name = name
         self.quota = quota
         self.cfg = cfg
         self.to_prompt = to_prompt
         self.train: list[Prompt] = []
         self.held_out: list[Prompt] = []
-        self.kept_out: set[str] = set()  # keys of the questions that no task may train on
+        self.notices = notices
+        self.kept_out: set[str] = set()  # leak keys of the questions that no task may train on
         self.report = TaskReport()
-        self._seen: set[str] = set()  # keys of all questions so far
+        self._seen: set[str] = set()  # keys of a generator's questions so far
 
     def fill(self, task: ReasoningGymTask | FileTask, verifiers: Collection[str]) -> None:
         """Read and sort the task's problems. Raises DataError where there are too few."""
@@ -237,11 +293,53 @@ class _Split:
             stream = generate_reasoning_gym(task.name, task.options, self.cfg.seed)
             self._from_generator(stream, task.size)
         elif task.held_out_path is None:
-            self._from_file(read_problems(task.path, task.verifier, verifiers))
+            self._from_file(self._read(task.path, task.columns, task, verifiers))
         else:
-            problems, held_out = _read_both(task.path, task.held_out_path, task.verifier, verifiers)
+            problems, held_out = self._read_both(task, task.held_out_path, verifiers)
             self._from_two_files(problems, held_out)
-        self.kept_out |= {problem_key(prompt) for prompt in self.held_out}
+        for prompt in self.held_out:
+            self.kept_out |= leak_keys(prompt)
+
+    def _read(
+        self,
+        path: str,
+        columns: Mapping[str, str],
+        task: FileTask,
+        verifiers: Collection[str],
+    ) -> list[Problem]:
+        """The distinct problems of a file. Raises DataError, also for a problem with two answers.
+
+        Those that occur more than once are counted in the report.
+        """
+        problems = read_problems(
+            path, task.verifier, verifiers, columns=columns, notices=self.notices
+        )
+        _check_answers_agree(problems)
+        distinct: dict[str, Problem] = {}
+        for problem in problems:
+            distinct.setdefault(identity(problem), problem)
+        self.report.read += len(problems)
+        self.report.duplicates += len(problems) - len(distinct)
+        return list(distinct.values())
+
+    def _read_both(
+        self, task: FileTask, held_out_path: str, verifiers: Collection[str]
+    ) -> tuple[list[Problem], list[Problem]]:
+        """The problems of two files. Raises DataError with the mistakes of both."""
+        held_out_columns = task.held_out_columns
+        if held_out_columns is None:
+            held_out_columns = task.columns
+        files: list[list[Problem]] = []
+        mistakes: list[str] = []
+        for path, columns in ((task.path, task.columns), (held_out_path, held_out_columns)):
+            try:
+                files.append(self._read(path, columns, task, verifiers))
+            except DataError as error:
+                mistakes += error.mistakes
+        if mistakes:
+            raise DataError(*mistakes)
+        problems, held_out = files
+        return problems, held_out
 
     def _from_generator(self, stream: Iterator[Problem], size: int) -> None:
         """Draw `size` problems from the training side and `quota` from the held-out side."""
@@ -274,7 +372,7 @@ class _Split:
             )
 
     def _from_file(self, problems: list[Problem]) -> None:
-        prompts = self._admit_all(problems)
+        prompts = self._render_all(problems)
         if len(prompts) <= self.quota:
             raise self._too_few(
                 f"the file has {len(prompts)} distinct problems{self._and_over_long()}"
@@ -282,22 +380,28 @@ class _Split:
         self.held_out, self.train = self._split_by_place(prompts)
 
     def _from_two_files(self, problems: list[Problem], held_out: list[Problem]) -> None:
-        prompts = self._admit_all(held_out)
+        prompts = self._render_all(held_out)
         if len(prompts) < self.quota:
             raise self._too_few(
                 f"held_out_path has {len(prompts)} distinct problems{self._and_over_long()}"
             )
         self.held_out, unused = self._split_by_place(prompts)
         self.report.unused += len(unused)
-        self.kept_out = set(self._seen)  # over-long questions of that file too
-        self.train = self._admit_all(problems)
+        for problem in (*held_out, *prompts):  # the over-long questions of that file too
+            self.kept_out |= leak_keys(problem)
+        for prompt in self._render_all(problems):
+            if self.kept_out.isdisjoint(leak_keys(prompt)):
+                self.train.append(prompt)
+            else:
+                self.report.duplicates += 1
         if not self.train:
             raise self._too_few(
                 f"path has no problem that is not in held_out_path{self._and_over_long()}"
             )
 
     def _admit(self, problem: Problem) -> Prompt | None:
-        """The problem's prompt; None where its question was seen before or it is over-long.
+        """The prompt of a generated problem; None where its question was seen before or it is
+        over-long.
 
         All of this is counted in the report.
         """
@@ -307,13 +411,17 @@ class _Split:
             self.report.duplicates += 1
             return None
         self._seen.add(key)
+        return self._render(problem)
+
+    def _render(self, problem: Problem) -> Prompt | None:
+        """The problem's prompt; None where it is over-long, which is counted."""
         prompt = self.to_prompt(problem, self.name)
         if prompt is None:
             self.report.over_long += 1
         return prompt
 
-    def _admit_all(self, problems: list[Problem]) -> list[Prompt]:
-        prompts = [self._admit(problem) for problem in problems]
+    def _render_all(self, problems: list[Problem]) -> list[Prompt]:
+        prompts = [self._render(problem) for problem in problems]
         return [prompt for prompt in prompts if prompt is not None]
 
     def _place(self, problem: Problem | Prompt) -> float:
@@ -321,11 +429,15 @@ class _Split:
         return stable_hash("split", self.cfg.seed, problem_key(problem), bits=53) / 2**53
 
     def _split_by_place(self, prompts: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
-        """(the `quota` prompts of lowest place, the others), each in the order of the file."""
-        lowest = sorted(prompts, key=self._place)[: self.quota]
-        lowest_keys = {problem_key(prompt) for prompt in lowest}
-        chosen = [prompt for prompt in prompts if problem_key(prompt) in lowest_keys]
-        others = [prompt for prompt in prompts if problem_key(prompt) not in lowest_keys]
+        """(the `quota` prompts of lowest place, the others), each in the order of the file.
+
+        Problems that differ in white space alone have one place: where only some of them fit into
+        the quota, `_join` keeps the rest out of training.
+        """
+        by_place = sorted(range(len(prompts)), key=lambda i: self._place(prompts[i]))
+        lowest = set(by_place[: self.quota])
+        chosen = [prompt for i, prompt in enumerate(prompts) if i in lowest]
+        others = [prompt for i, prompt in enumerate(prompts) if i not in lowest]
         return chosen, others
 
     def _and_over_long(self) -> str:
@@ -343,18 +455,16 @@ class _Split:
         )
 
 
-def _read_both(
-    path: str, held_out_path: str, default_verifier: str, verifiers: Collection[str]
-) -> tuple[list[Problem], list[Problem]]:
-    """The problems of two files. Raises DataError with the mistakes of both."""
-    files: list[list[Problem]] = []
-    mistakes: list[str] = []
-    for file in (path, held_out_path):
-        try:
-            files.append(read_problems(file, default_verifier, verifiers))
-        except DataError as error:
-            mistakes += error.mistakes
+def _check_answers_agree(problems: Iterable[Problem]) -> None:
+    """Raise DataError, which names the rows, where the same problem has two answers."""
+    first_of: dict[str, Problem] = {}
+    mistakes = []
+    for problem in problems:
+        first = first_of.setdefault(question_identity(problem), problem)
+        if first.answer != problem.answer:
+            mistakes.append(
+                f"{problem.where}: the answer is {problem.answer!r:.60}, but the same question has"
+                f" the answer {first.answer!r:.60} in {first.where}; keep the row that is right"
+            )
     if mistakes:
         raise DataError(*mistakes)
-    problems, held_out = files
-    return problems, held_out

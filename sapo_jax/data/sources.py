@@ -1,4 +1,4 @@
-"""Where problems come from: reasoning-gym generators, JSONL files and Parquet files.
+"""Where problems come from: reasoning-gym generators, and JSONL, JSON and Parquet files.
 
 Rows are untrusted: they are parsed as JSON values and their types are checked; nothing in them is
 ever run.
@@ -9,11 +9,23 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from sapo_jax.data.common import normalise_space, stable_hash, text_mistake
+from sapo_jax.data.layouts import (
+    PROVENANCE,
+    Layout,
+    absent_fields,
+    column_names,
+    detect_layout,
+    image_column,
+    look_up,
+    marked_answer,
+    number_as_text,
+    refuse_twice,
+)
 from sapo_jax.data.messages import (
     Message,
     Tool,
@@ -35,7 +47,6 @@ _CHUNK = 1024  # problems per generator instance
 IRREPRODUCIBLE = frozenset(
     {"isomorphic_strings", "knight_swap", "list_functions", "ransom_note", "word_ladder"}
 )
-_FIELDS = ("prompt", "answer", "verifier", "metadata", "tools")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,39 +156,108 @@ def _from_entry(name: str, chunk: Any, i: int, added_metadata: dict[str, Any]) -
 # ---------------------------------------------------------------- files
 
 
-def read_problems(path: str, default_verifier: str, verifiers: Collection[str]) -> list[Problem]:
-    """The problems of a JSONL or Parquet file.
+def read_problems(
+    path: str,
+    default_verifier: str,
+    verifiers: Collection[str],
+    columns: Mapping[str, str] | None = None,
+    whole_answers: bool = False,
+    notices: list[str] | None = None,
+) -> list[Problem]:
+    """The problems of a JSONL, JSON or Parquet file, or of a directory of such files.
 
     A row has `prompt`, `answer`, and optionally `verifier`, `metadata` and `tools`; other fields
     are ignored. `prompt` is the question, or a list of messages {"role", "content", ...}
-    (`messages.py`) that ends before the model's turn. `answer` is text. `metadata` is an object and
-    `tools` a list of JSON schemas; both may be text that holds such JSON, which is handy in
-    Parquet. An absent or null `verifier` means `default_verifier`; `verifiers` are the names that
-    rows may use.
+    (`messages.py`) that ends before the model's turn. `answer` is text or a number. `metadata` is
+    an object and `tools` a list of JSON schemas; both may be text that holds such JSON, which is
+    handy in Parquet. An absent or null `verifier` means `default_verifier`; `verifiers` are the
+    names that rows may use.
 
-    Raises DataError with every bad row as `path:line: what is wrong` (in Parquet the number of the
-    row, from 1).
+    Other names of the columns, and answers that end in `#### 72`, are detected in each file's first
+    row (`layouts.py`), and said in a line that is added to `notices`. `columns` names them instead:
+    {"prompt": "problem"}. `whole_answers`: the answers are responses to imitate, which stay whole.
+
+    A JSON file is one array of rows. The files of a directory are its shards: all of one kind, read
+    in the order of their names; hidden ones and those of other kinds are passed over.
+
+    Raises DataError with every bad row as `path:line: what is wrong` (in Parquet and JSON the
+    number of the row, from 1).
     """
+    problems: list[Problem] = []
+    mistakes: list[str] = []
+    for file in _files_of(path):
+        try:
+            problems += _read_file(
+                file, default_verifier, verifiers, columns, whole_answers, notices
+            )
+        except DataError as error:
+            mistakes += error.mistakes
+    if mistakes:
+        raise DataError(*mistakes)
+    return problems
+
+
+def _files_of(path: str) -> list[Path]:
+    """The file, or the shards of the directory. Raises DataError where there are none."""
     file = Path(path)
+    kinds = " or ".join(_READERS)
+    if file.is_dir():
+        shards = [
+            shard
+            for shard in sorted(file.iterdir())
+            if shard.suffix in _READERS and shard.is_file() and not shard.name.startswith(".")
+        ]
+        suffixes = sorted({shard.suffix for shard in shards})
+        if not shards:
+            raise DataError(f"{path}: the directory holds no file that ends in {kinds}")
+        if len(suffixes) > 1:
+            raise DataError(
+                f"{path}: the directory holds files of several kinds ({', '.join(suffixes)});"
+                " which of them are the data? Leave only those"
+            )
+        return shards
     if not file.is_file():
         raise DataError(f"{path}: there is no such file")
     if file.suffix not in _READERS:
-        raise DataError(f"{path}: the name must end in {' or '.join(_READERS)}")
+        raise DataError(f"{path}: the name must end in {kinds}")
+    return [file]
+
+
+def _read_file(
+    file: Path,
+    default_verifier: str,
+    verifiers: Collection[str],
+    columns: Mapping[str, str] | None,
+    whole_answers: bool,
+    notices: list[str] | None,
+) -> list[Problem]:
+    """The problems of one file; see `read_problems`."""
     problems: list[Problem] = []
     mistakes: list[str] = []
-    rows = _READERS[file.suffix](file)
-    for line, row in rows:
+    layout: Layout | None = None
+    for line, row in _READERS[file.suffix](file, columns):
         if isinstance(row, _BadRow):
-            mistakes.append(f"{path}:{line}: {row}")
+            mistakes.append(f"{file}:{line}: {row}")
             continue
+        if layout is None:
+            layout = detect_layout(row, columns, whole_answers)
+            if notices is not None and layout.notice():
+                notices.append(f"{file}: {layout.notice()}")
+        images = image_column(row)
+        if images is not None:
+            mistakes.append(
+                f"{file}:{line}: the row brings images in `{images}`, which are not read: the model"
+                " would not see them; leave such rows out"
+            )
+            break  # it is so in every row
         try:
-            problem = _to_problem(row, default_verifier, verifiers)
+            problem = _to_problem(row, layout, default_verifier, verifiers)
         except _BadRow as mistake:
-            mistakes.append(f"{path}:{line}: {mistake}")
+            mistakes.append(f"{file}:{line}: {mistake}")
             continue
-        problems.append(dataclasses.replace(problem, where=f"{path}:{line}"))
+        problems.append(dataclasses.replace(problem, where=f"{file}:{line}"))
     if not problems and not mistakes:
-        mistakes.append(f"{path}: the file holds no rows")
+        mistakes.append(f"{file}: the file holds no rows")
     if mistakes:
         raise DataError(*mistakes)
     return problems
@@ -189,10 +269,12 @@ class _BadRow(ValueError):
 
 # (line number from 1, the row)
 _NumberedRow = tuple[int, dict[str, Any] | _BadRow]
+_Columns = Mapping[str, str] | None
 
 
-def _read_jsonl(file: Path) -> Iterator[_NumberedRow]:
+def _read_jsonl(file: Path, columns: _Columns) -> Iterator[_NumberedRow]:
     """The rows of a file with a JSON object in each line; blank lines are passed over."""
+    del columns  # all of a row is read
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             encoding = "utf-8-sig" if number == 1 else "utf-8"  # -sig: a byte order mark may lead
@@ -200,15 +282,39 @@ def _read_jsonl(file: Path) -> Iterator[_NumberedRow]:
                 text = line.decode(encoding)
                 if not text.strip():
                     continue
-                row = json.loads(text, parse_constant=_refuse_constant)
+                row = _parse_json(text)
             # UnicodeDecodeError and JSONDecodeError are ValueErrors.
             except (ValueError, RecursionError) as error:
                 yield number, _BadRow(f"not JSON: {error}")
                 continue
-            if isinstance(row, dict):
-                yield number, row
-            else:
-                yield number, _BadRow(f"not a JSON object but {type(row).__name__}")
+            yield number, _object_or_mistake(row)
+
+
+def _read_json(file: Path, columns: _Columns) -> Iterator[_NumberedRow]:
+    """The rows of a file that is one JSON array of objects. Raises DataError where it is not."""
+    del columns
+    try:
+        rows = _parse_json(file.read_bytes().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file}: not JSON: {error}") from error
+    if not isinstance(rows, list):
+        raise DataError(
+            f"{file}: not one JSON array of rows but {type(rows).__name__};"
+            " a file with an object in each line must end in .jsonl"
+        )
+    for number, row in enumerate(rows, start=1):
+        yield number, _object_or_mistake(row)
+
+
+def _parse_json(text: str) -> Any:
+    """The JSON value. Raises ValueError, also for NaN and for an object with a key twice."""
+    return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=refuse_twice)
+
+
+def _object_or_mistake(row: Any) -> dict[str, Any] | _BadRow:
+    if isinstance(row, dict):
+        return row
+    return _BadRow(f"not a JSON object but {type(row).__name__}")
 
 
 def _refuse_constant(name: str) -> None:
@@ -216,7 +322,7 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON value")
 
 
-def _read_parquet(file: Path) -> Iterator[_NumberedRow]:
+def _read_parquet(file: Path, columns: _Columns) -> Iterator[_NumberedRow]:
     """The rows of a Parquet file, read in batches. Raises DataError where it cannot be read."""
     import pyarrow
     import pyarrow.parquet
@@ -224,18 +330,18 @@ def _read_parquet(file: Path) -> Iterator[_NumberedRow]:
     try:
         with pyarrow.parquet.ParquetFile(file) as parquet:
             names = parquet.schema_arrow.names
-            absent = {"prompt", "answer"}.difference(names)
+            absent = absent_fields(names, columns)
             if absent:
                 raise DataError(
-                    f"{file}: no column {' nor '.join(sorted(absent))};"
-                    f" there are {', '.join(names)}"
+                    f"{file}: no column {' nor '.join(absent)}; there are {', '.join(names)}."
+                    " Name them in the task's `columns`"
                 )
-            columns = [field for field in _FIELDS if field in names]
+            read = column_names(names, columns)
             number = 0
-            for batch in parquet.iter_batches(batch_size=1024, columns=columns, use_threads=False):
+            for batch in parquet.iter_batches(batch_size=1024, columns=read, use_threads=False):
                 for row in batch.to_pylist():
                     number += 1
-                    if _holds_padding(row):
+                    if _holds_padding(row, columns):
                         yield (
                             number,
                             _BadRow(
@@ -249,15 +355,18 @@ def _read_parquet(file: Path) -> Iterator[_NumberedRow]:
         raise DataError(f"{file}: not a readable Parquet file: {error}") from error
 
 
-def _holds_padding(row: dict[str, Any]) -> bool:
+def _holds_padding(row: dict[str, Any], columns: _Columns) -> bool:
     """Whether `tools` or the arguments of tool calls hold nulls.
 
     Parquet gives all objects of a column the same keys, with null where there was none: what comes
     back would not be the JSON that went in.
     """
-    if row.get("tools") and holds_null(row["tools"]):
+    names = columns or {}
+    tools = look_up(row, names.get("tools", "tools"))
+    if tools and holds_null(tools):
         return True
-    messages = row["prompt"] if isinstance(row["prompt"], list) else []
+    prompt = look_up(row, names.get("prompt", "prompt"))
+    messages = prompt if isinstance(prompt, list) else []
     for message in messages:
         if not isinstance(message, dict):
             continue
@@ -268,12 +377,16 @@ def _holds_padding(row: dict[str, Any]) -> bool:
     return False
 
 
-_READERS = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
 
 
-def _to_problem(row: dict[str, Any], default_verifier: str, verifiers: Collection[str]) -> Problem:
+def _to_problem(
+    row: dict[str, Any], layout: Layout, default_verifier: str, verifiers: Collection[str]
+) -> Problem:
     """The problem in a row. Raises _BadRow."""
-    prompt = row.get("prompt")
+    for field in ("prompt", "answer"):
+        _check_column(row, layout.columns[field])
+    prompt = layout.value(row, "prompt")
     messages = None
     if isinstance(prompt, list):
         mistake = messages_mistake(prompt)
@@ -281,18 +394,18 @@ def _to_problem(row: dict[str, Any], default_verifier: str, verifiers: Collectio
             raise _BadRow(mistake)
         messages = as_template_sees_it(prompt)
         prompt = last_question(prompt)
-    question = _required_text("prompt", prompt)
-    answer = _required_text("answer", row.get("answer"))
-    verifier = row.get("verifier")
+    question = _required_text(layout.columns["prompt"], prompt)
+    answer = _answer(row, layout)
+    verifier = layout.value(row, "verifier")
     if verifier is None:
         verifier = default_verifier
     if not isinstance(verifier, str) or verifier not in verifiers:
         known = ", ".join(sorted(verifiers))
         raise _BadRow(f"`verifier` {verifier!r} is unknown; known are {known}")
-    metadata = _json_value(row, "metadata")
+    metadata = _json_value("metadata", layout.value(row, "metadata"))
     if metadata is None:
-        metadata = {}
-    tools = _json_value(row, "tools")
+        metadata = _provenance(row)
+    tools = _json_value("tools", layout.value(row, "tools"))
     if not isinstance(metadata, dict):
         raise _BadRow(f"`metadata` must be an object, not {type(metadata).__name__}")
     if tools is not None:
@@ -303,6 +416,41 @@ def _to_problem(row: dict[str, Any], default_verifier: str, verifiers: Collectio
     return Problem(question, answer, verifier, metadata, messages, tools or None)
 
 
+def _check_column(row: dict[str, Any], column: str) -> None:
+    """Raise _BadRow, which names the columns there are, where the row lacks this one."""
+    if column in row or column.split(".")[0] in row:
+        return
+    there_are = ", ".join(list(row)[:12])
+    raise _BadRow(
+        f"`{column}` is missing; the row has {there_are or 'nothing'}"
+        " (the task's `columns` can name another)"
+    )
+
+
+def _answer(row: dict[str, Any], layout: Layout) -> str:
+    """The row's answer as text. Raises _BadRow where there is none."""
+    column = layout.columns["answer"]
+    answer = _required_text(column, number_as_text(layout.value(row, "answer")))
+    if not layout.marked_answers:
+        return answer
+    marked = marked_answer(answer)
+    if marked is None:
+        raise _BadRow(
+            f"`{column}` does not end in a line `#### ...`, as that of the first row does"
+        )
+    return marked
+
+
+def _provenance(row: dict[str, Any]) -> dict[str, Any]:
+    """The metadata of a row in verl's layout: where it comes from."""
+    given: dict[str, Any] = {}
+    for column in PROVENANCE:
+        value = row.get(column)
+        if value is not None:
+            given[column] = _json_value(column, value, text_is_json=False)
+    return given
+
+
 def _required_text(field: str, value: Any) -> str:
     """The value, which must be a text that is not empty. Raises _BadRow where it is not."""
     mistake = text_mistake(value)
@@ -311,15 +459,14 @@ def _required_text(field: str, value: Any) -> str:
     return value
 
 
-def _json_value(row: dict[str, Any], field: str) -> Any:
-    """A field that holds a JSON value, or text which holds one; None where it is absent or null.
+def _json_value(field: str, value: Any, text_is_json: bool = True) -> Any:
+    """The JSON value of a field, or that in its text where `text_is_json`; None for None.
 
-    Raises _BadRow where it holds neither.
+    Raises _BadRow where it is neither.
     """
-    value = row.get(field)
     try:
-        if isinstance(value, str):
-            value = json.loads(value)
+        if text_is_json and isinstance(value, str):
+            value = json.loads(value, object_pairs_hook=refuse_twice)
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise _BadRow(f"`{field}` is not made of JSON values: {error}") from error

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -48,11 +49,12 @@ def check(problems, held_out):
 def rows(tmp_path):
     """rows(prompts, name): the path of a JSONL file with these prompts.
 
-    The answers are the positions of the prompts."""
+    The answers are the positions of the prompts, where each first stands."""
 
     def write(prompts, name="rows.jsonl"):
         lines = [
-            json.dumps({"prompt": prompt, "answer": str(i)}) for i, prompt in enumerate(prompts)
+            json.dumps({"prompt": prompt, "answer": str(prompts.index(prompt))})
+            for prompt in prompts
         ]
         (tmp_path / name).write_text("\n".join(lines))
         return str(tmp_path / name)
@@ -154,7 +156,8 @@ def test_disjoint_across_tasks(rows):
 
 def test_file_counts(rows):
     distinct = [f"question {i}" for i in range(40)]
-    path = rows([*distinct, "question  7", " question 8 ", "x" * 300, "x" * 300, "question 7"])
+    again = ["question 7", "question 8", "x" * 300]
+    path = rows([*distinct, *again, "question 7", "x" * 300])
     problems = load(FileTask(path=path), held_out=10)
     check(problems, 10)
     report = problems.report["rows"]
@@ -167,7 +170,7 @@ def test_file_counts(rows):
     )
     assert questions(everything(problems)) == set(distinct)
     answers = {p.question: p.answer for p in everything(problems)}
-    assert answers["question 7"] == "7"  # the first one stays
+    assert answers["question 7"] == "7"
     assert [int(p.answer) for p in problems.held_out] == sorted(
         int(p.answer) for p in problems.held_out
     )
@@ -261,12 +264,15 @@ def conversation(*contents, question="and now?"):
 def test_conversations_end_to_end(rows):
     prompts = [conversation(f"first {i}", "<think>x</think><|im_end|>") for i in range(30)]
     prompts += [
-        conversation(" first  3\n", "<think>x</think><|im_end|>"),
+        conversation("first 3", "<think>x</think><|im_end|>"),
         conversation(),
-        "and  now?",
+        "and now?",
     ]
     own = [{"role": "system", "content": "Be kind."}, *conversation("x", "y")]
-    problems = load(FileTask(path=rows([*prompts, own])), held_out=8, system_prompt="Be brief.")
+    path = Path(rows([*prompts, own]))
+    # The question as one message and as text is one problem, so it has one answer.
+    path.write_text(path.read_text().replace('"answer": "32"', '"answer": "31"'))
+    problems = load(FileTask(path=str(path)), held_out=8, system_prompt="Be brief.")
     assert len(problems.held_out) == 8
     report = problems.report["rows"]
     assert (report.read, report.duplicates, report.held_out + report.train) == (34, 2, 32)

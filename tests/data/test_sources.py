@@ -236,7 +236,13 @@ BAD_LINES = {
     '{"answer": "b"}': "`prompt` is missing",
     '{"prompt": "a"}': "`answer` is missing",
     '{"prompt": 3, "answer": "b"}': r"`prompt` must be text, not int \(3\)",
-    '{"prompt": "a", "answer": 42}': r"`answer` must be text, not int \(42\)",
+    '{"prompt": "a", "answer": true}': r"`answer` must be text, not bool \(True\)",
+    '{"prompt": "a", "answer": ["42"]}': r"`answer` must be text, not list",
+    '{"prompt": "a", "answer": 1e999}': r"`answer` must be text, not float \(inf\)",
+    '{"prompt": "a", "answer": "b", "prompt": "c"}': "not JSON: the key 'prompt' is given twice",
+    '{"prompt": "a", "answer": "b", "metadata": {"x": 1, "x": 1}}': "the key 'x' is given twice",
+    '{"prompt": "a", "answer": "b", "metadata": "{\\"x\\": 1, \\"x\\": 2}"}': "`metadata` is not made of "
+    "JSON values: the key 'x' is given twice",
     '{"prompt": " ", "answer": "b"}': "`prompt` is empty",
     '{"prompt": "\\ud800", "answer": "b"}': "surrogate",
     '{"prompt": "a", "answer": "b", "verifier": "maths"}': "`verifier` 'maths' is unknown; known are exact, math",
@@ -288,9 +294,9 @@ def test_bad_parquet(write, tmp_path):
         read_problems(str(tmp_path / "bad.parquet"), "math", KNOWN)
     with pytest.raises(DataError, match="broken.parquet: not a readable Parquet file"):
         read_problems(write(b"PAR1 nonsense", "broken.parquet"), "math", KNOWN)
-    pq.write_table(pa.table({"question": ["a", "b"]}), tmp_path / "columns.parquet")
+    pq.write_table(pa.table({"text": ["a", "b"]}), tmp_path / "columns.parquet")
     with pytest.raises(
-        DataError, match="columns.parquet: no column answer nor prompt; there are question"
+        DataError, match="columns.parquet: no column answer nor prompt; there are text. Name them in the"
     ):
         read_problems(str(tmp_path / "columns.parquet"), "math", KNOWN)
     binary = pa.table({"prompt": ["a"], "answer": ["b"], "metadata": [{"x": b"raw"}]})
@@ -306,7 +312,7 @@ def test_missing_empty_and_unknown_files(write, tmp_path):
         read_problems(str(tmp_path / "nowhere.jsonl"), "math", KNOWN)
     with pytest.raises(DataError, match="no rows"):
         read_problems(write("\n"), "math", KNOWN)
-    with pytest.raises(DataError, match=r"must end in \.jsonl or \.parquet"):
+    with pytest.raises(DataError, match=r"must end in \.jsonl or \.json or \.parquet"):
         read_problems(write("a,b", "rows.csv"), "math", KNOWN)
 
 
