@@ -146,7 +146,8 @@ class RLStep:
     def __call__(self, state: TrainState, prompts: list[Prompt], step: int) -> StepResult:
         """One RL step on P prompts; `step` counts from 0 and picks the random numbers.
 
-        Takes over `state`: its buffers are donated to the first update.
+        Takes over `state`: its buffers are donated to the first update. Raises ValueError where
+        the prompts cannot be split into mini-batches, WorkerError where verifiers cannot run.
         """
         cfg = self.cfg
         clock = Clock()
