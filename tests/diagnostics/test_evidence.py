@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 import torch
 
 from sapo_jax.batch import Batch
@@ -59,6 +60,10 @@ def evidence_of(tokens, gates=GSPO_LIKE):
     return jax.device_get(compiled(tokens, gates))
 
 
+positive_bins = jax.jit(positive_bin)
+statistics_of_sequences = quick_jit(sequence_statistics, static_argnums=4)
+
+
 def sequence(rng, n_prompt: int, n: int, adv: float, spread: float) -> dict[str, np.ndarray]:
     """One sequence: prompt tokens, then n trained ones whose log-ratios are multiples of 2^-10 (exact sums)."""
     length = n_prompt + n
@@ -84,8 +89,18 @@ def example(seed: int = 0, n: int = 12, spread: float = 0.1) -> list[dict]:
     ]
 
 
-def rows_of(sequences: list[dict], per_row: int, T: int, pad: float = 0.0) -> dict[str, np.ndarray]:
-    """`per_row` sequences packed into each row of T slots; what is left is padding that holds `pad`."""
+def rows_of(
+    sequences: list[dict], per_row: int, T: int, pad: float = 0.0, num_rows: int = 0
+) -> dict[str, np.ndarray]:
+    """`per_row` sequences packed into each row of T slots; what is left is padding that holds `pad`.
+
+    Rows of padding alone follow, where there are fewer than `num_rows`: so tests with few sequences
+    share the compiled programs of those with (12, 14), (12, 30) and (10, 45) rows and tokens.
+    """
+
+    def padding(x: np.ndarray, n: int) -> np.ndarray:
+        return np.full(n, pad if x.dtype.kind == "f" else 0, x.dtype)
+
     rows = []
     for start in range(0, len(sequences), per_row):
         packed = sequences[start : start + per_row]
@@ -95,13 +110,11 @@ def rows_of(sequences: list[dict], per_row: int, T: int, pad: float = 0.0) -> di
         row = {name: np.concatenate([s[name] for s in packed]) for name in packed[0]} | {
             "segment_ids_BT": ids
         }
-        fill = {name: pad if x.dtype.kind == "f" else 0 for name, x in row.items()}
         rows.append(
-            {
-                name: np.pad(x, (0, T - len(ids)), constant_values=fill[name])
-                for name, x in row.items()
-            }
+            {name: np.concatenate([x, padding(x, T - len(ids))]) for name, x in row.items()}
         )
+    empty_row = {name: padding(x, T) for name, x in rows[0].items()}
+    rows += [empty_row] * (num_rows - len(rows))
     tokens = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     tokens["weight_BT"] = token_weights(
         tokens["mask_BT"], tokens["segment_ids_BT"], "sequence_mean", 8
@@ -170,7 +183,7 @@ def test_sequences_against_float64_loops():
     sequences = [
         s for i, spread in enumerate((1e-3, 0.05, 0.4, 2.0)) for s in example(i, 6, spread)
     ]
-    tokens = rows_of(sequences, 3, 45, pad=np.nan)
+    tokens = rows_of(sequences, 3, 45, pad=np.nan, num_rows=10)
     found = evidence_of(tokens)
     reference = of_rows(
         *(tokens[n] for n in ("log_ratio_BT", "adv_BT", "mask_BT", "segment_ids_BT")), GATES
@@ -188,7 +201,7 @@ def test_sequences_against_float64_loops():
             expected = np.array([r[name] for r in mine])
             assert sums[name][i] == pytest.approx(expected.sum(), rel=1e-5)
             if name != "bound":
-                bins = np.asarray(positive_bin(expected.astype(np.float32)))
+                bins = np.asarray(positive_bins(expected.astype(np.float32)))
                 clear = np.all(
                     np.abs(
                         sums[f"{name}_histogram"][i].cumsum()
@@ -217,7 +230,11 @@ def test_tokens_against_the_objective_and_numpy():
     )
     found = evidence_of(tokens)
     sums = sums_by_name(found)
-    _, own = sapo(tokens["log_ratio_BT"], adv_BT, mask_BT, SAPO(tau_pos=0.8, tau_neg=1.7))
+    _, own = jax.device_get(
+        quick_jit(sapo, static_argnums=3)(
+            tokens["log_ratio_BT"], adv_BT, mask_BT, SAPO(tau_pos=0.8, tau_neg=1.7)
+        )
+    )
     tau_BT, r_BT = np.where(adv_BT > 0, 0.8, 1.7), np.exp(z_BT)
     gate_BT, log_gate_BT = (
         1 / np.cosh(tau_BT / 2 * (r_BT - 1)) ** 2,
@@ -249,7 +266,7 @@ def test_tokens_against_the_objective_and_numpy():
 
 def test_the_norm_is_that_of_the_losses_gradient_on_the_logits():
     """Against autodiff: loss = -sum(weight surrogate) as a function of the logits; each position's norm, summed."""
-    tokens = rows_of(example(3, 8, 0.3), 2, 30)
+    tokens = rows_of(example(3, 8, 0.3), 2, 30, num_rows=12)
     rng = np.random.default_rng(0)
     tokens["tokens_BT"] %= 11
     logits_BTV = rng.normal(0, 3, (*tokens["mask_BT"].shape, 11)).astype(np.float32)
@@ -258,8 +275,8 @@ def test_the_norm_is_that_of_the_losses_gradient_on_the_logits():
         index_BT1 = tokens["tokens_BT"][..., None]
         return jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), index_BT1, -1)[..., 0]
 
-    tokens["logp_BT"] = np.asarray(gather(logits_BTV))
-    tokens["collision_BT"] = np.asarray((jax.nn.softmax(logits_BTV) ** 2).sum(-1))
+    tokens["logp_BT"] = np.asarray(quick_jit(gather)(logits_BTV))
+    tokens["collision_BT"] = (scipy.special.softmax(logits_BTV, axis=-1) ** 2).sum(-1)
     tokens["correction_BT"] = rng.uniform(0.5, 2, tokens["mask_BT"].shape).astype(np.float32)
     old_logp_BT = tokens["logp_BT"] - tokens["log_ratio_BT"]
 
@@ -270,13 +287,13 @@ def test_the_norm_is_that_of_the_losses_gradient_on_the_logits():
         )
         return -jnp.sum(tokens["weight_BT"] * tokens["correction_BT"] * surrogate_BT)
 
-    norms_BT = np.linalg.norm(jax.grad(loss)(logits_BTV), axis=-1)
+    norms_BT = np.linalg.norm(quick_jit(jax.grad(loss))(logits_BTV), axis=-1)
     assert evidence_of(tokens).logits.total.sum() == pytest.approx(norms_BT.sum(), rel=1e-5)
 
 
 def test_a_certain_token_has_a_norm_of_its_own_rounding():
     """p_y = 1 - 1e-6: sum p^2 has no digits left for the others, so the norm is between 1 and sqrt(2) times 1 - p_y."""
-    tokens = rows_of(example(4, 4), 1, 14)
+    tokens = rows_of(example(4, 4), 1, 14, num_rows=12)
     tokens["logp_BT"][:], tokens["collision_BT"][:] = np.float32(-1e-6), np.float32(1.0)
     found = evidence_of(tokens)
     ratio = found.logits.total.sum() / found.coefficient.total.sum() / 1e-6
@@ -371,9 +388,7 @@ def test_long_sequences_do_not_break_the_bound_by_rounding(spread):
     """20,000 tokens about 0.1, whose plain float32 sum is off by 1e-4 of itself: still Var, D and the bound."""
     z_T = (0.1 + spread * np.random.default_rng(0).normal(size=20_000)).astype(np.float32)
     one_BT = np.ones((1, 20_000), np.int32)
-    table = quick_jit(sequence_statistics, static_argnums=4)(
-        z_T[None], one_BT.astype(np.float32), one_BT > 0, one_BT, GATES
-    )
+    table = statistics_of_sequences(z_T[None], one_BT.astype(np.float32), one_BT > 0, one_BT, GATES)
     assert table.exists[0, 1] and not table.breaks_bound(table.gap_log).any()
     expected = of_sequence(torch.tensor(z_T, dtype=torch.float64), 0.8)
     assert table.mean[0, 1] == pytest.approx(expected["mean"], rel=1e-6)
@@ -388,7 +403,7 @@ def test_a_wrong_bound_would_be_broken():
     """The count of breaches is not zero by construction: with half the bound, sequences break it."""
     z_BT = np.array([[-0.01, 0.01], [0.3, 0.3]], np.float32)
     one_BT = np.ones((2, 2))
-    table = sequence_statistics(
+    table = statistics_of_sequences(
         z_BT, one_BT.astype(np.float32), one_BT.astype(bool), one_BT.astype(np.int32), GATES
     )
     assert not table.breaks_bound(table.gap_log).any()
@@ -403,8 +418,8 @@ def test_a_wrong_bound_would_be_broken():
 
 def test_extreme_log_ratios_stay_finite():
     """+-200 count as +-20: no inf, no NaN; the objective gives such tokens no gradient, so they carry none."""
-    tokens = rows_of(example(7, 12), 1, 13)
-    tokens["log_ratio_BT"] = np.where(np.arange(13) % 2, 200, -200) * np.ones((12, 1), np.float32)
+    tokens = rows_of(example(7, 12), 1, 14)
+    tokens["log_ratio_BT"] = np.where(np.arange(14) % 2, 200, -200) * np.ones((12, 1), np.float32)
     found = evidence_of(tokens)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(found))
     assert found.largest.abs_log_ratio.max() == 20 and found.tokens.gate.sum() == 0
@@ -414,7 +429,7 @@ def test_extreme_log_ratios_stay_finite():
 
 
 def test_masked_tokens_are_never_read():
-    tokens = rows_of(example(8, 12, 0.2), 2, 30)
+    tokens = rows_of(example(8, 12, 0.2), 2, 30, num_rows=12)
     dirty = {
         name: np.where(tokens["mask_BT"], x, np.float32(np.nan)) if x.dtype.kind == "f" else x
         for name, x in tokens.items()
@@ -480,7 +495,7 @@ def test_it_has_no_gradient():
 
 def test_a_row_goes_through_json_and_back():
     """Two updates of two micro-batches: what is read is what was collected, to 7 digits; and it is small."""
-    parts = [evidence_of(rows_of(example(i, 24, 0.02 * (i + 1)), 1, 14)) for i in range(4)]
+    parts = [evidence_of(rows_of(example(i, 24, 0.02 * (i + 1)), 2, 30)) for i in range(4)]
     row = evidence_row([stack_evidence(parts[:2]), stack_evidence(parts[2:])], GSPO_LIKE)
     text = json.dumps(row, allow_nan=False)
     assert len(text) < 8000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,6 +16,17 @@ from sapo_jax.objectives.grpo import grpo
 from sapo_jax.objectives.gspo import gspo
 from sapo_jax.objectives.sapo import sapo
 from tests.diagnostics.reference import of_sequence
+
+# One program each, instead of their single operations.
+signed_bins = jax.jit(signed_bin)
+positive_bins = jax.jit(positive_bin)
+histogram_of = jax.jit(histogram, static_argnums=(2, 3))
+
+
+def token_diagnostics(objective, z_BT, adv_BT, cfg):
+    """What the objective reports of each token, where none is masked."""
+    mask_BT = np.ones(z_BT.shape, bool)
+    return jax.jit(objective, static_argnums=3)(z_BT, adv_BT, mask_BT, cfg)[1]
 
 
 def test_settings_are_the_runs_own_or_the_papers():
@@ -51,14 +63,14 @@ def test_the_bounds_constant_is_the_supremum_of_the_second_derivative(tau):
 def test_clips_are_those_of_the_objectives():
     """Tokens that the objectives report as clipped, on both sides of the bands and for both signs of A."""
     rng = np.random.default_rng(0)
-    z_BT, mask_BT = rng.normal(0, 0.3, (6, 9)).astype(np.float32), np.ones((6, 9), bool)
+    z_BT = rng.normal(0, 0.3, (6, 9)).astype(np.float32)
     adv_BT = np.broadcast_to(rng.choice([-1.0, 1.0], (6, 1)), z_BT.shape).astype(np.float32)
     gates = Gates.of(SAPO())
     for objective, cfg, band, z in (
         (grpo, GRPO(), gates.grpo, z_BT),
         (gspo, GSPO(), gates.gspo, z_BT.mean(1)[:, None]),
     ):
-        expected_BT = objective(z_BT, adv_BT, mask_BT, cfg)[1]["clipped"]
+        expected_BT = token_diagnostics(objective, z_BT, adv_BT, cfg)["clipped"]
         found_BT = np.broadcast_to(clipped(np.exp(z), adv_BT, band), z_BT.shape)
         np.testing.assert_array_equal(found_BT, expected_BT)
         assert 0 < found_BT.sum() < outside(np.exp(z) + 0 * z_BT, band).sum() <= found_BT.size
@@ -68,9 +80,8 @@ def test_tau_follows_the_sign_as_in_the_objective():
     cfg = SAPO(tau_pos=0.4, tau_neg=3.0)
     z_BT, adv_BT = np.full((1, 3), 0.7, np.float32), np.array([[1.0, -1.0, 0.0]], np.float32)
     gate_BT = 1 - closed_gate(z_BT, Gates.of(cfg).tau(adv_BT))
-    np.testing.assert_allclose(
-        gate_BT, sapo(z_BT, adv_BT, np.ones((1, 3), bool), cfg)[1]["gate"], rtol=1e-6
-    )
+    expected_BT = token_diagnostics(sapo, z_BT, adv_BT, cfg)["gate"]
+    np.testing.assert_allclose(gate_BT, expected_BT, rtol=1e-6)
 
 
 # ---------------------------------------------------------------- histograms
@@ -84,14 +95,14 @@ def test_signed_bins():
     assert edges[-1] > 20 and edges[hist.SIDE + 1] < 1e-4
     wide = centers > 0.01
     assert np.all(np.diff(edges)[wide] / centers[wide] < 0.126)
-    np.testing.assert_array_equal(signed_bin(centers.astype(np.float32)), np.arange(173))
+    np.testing.assert_array_equal(signed_bins(centers.astype(np.float32)), np.arange(173))
     x = np.random.default_rng(0).normal(0, 1, 1000) * 10.0 ** np.random.default_rng(1).uniform(
         -6, 1, 1000
     )
     expected = np.clip(np.searchsorted(edges, x) - 1, 0, 172)
-    np.testing.assert_array_equal(signed_bin(x.astype(np.float32)), expected)
+    np.testing.assert_array_equal(signed_bins(x.astype(np.float32)), expected)
     np.testing.assert_array_equal(
-        signed_bin(np.array([np.nan, np.inf, -np.inf, 1e9])), [-1, 172, 0, 172]
+        signed_bins(np.array([np.nan, np.inf, -np.inf, 1e9])), [-1, 172, 0, 172]
     )
 
 
@@ -100,15 +111,15 @@ def test_positive_bins():
     assert hist.POSITIVE_BINS == 91 and edges[0] == 0
     np.testing.assert_allclose(edges[[1, -1]], [1e-12, 1e3])
     middle = np.sqrt(edges[1:-1] * edges[2:]).astype(np.float32)
-    np.testing.assert_array_equal(positive_bin(middle), np.arange(1, 91))
+    np.testing.assert_array_equal(positive_bins(middle), np.arange(1, 91))
     np.testing.assert_array_equal(
-        positive_bin(np.array([0, 1e-30, 9e-13, 1e9, np.inf, np.nan])), [0, 0, 0, 90, 90, -1]
+        positive_bins(np.array([0, 1e-30, 9e-13, 1e9, np.inf, np.nan])), [0, 0, 0, 90, 90, -1]
     )
 
 
 def test_histogram_counts_by_row_and_leaves_out_what_is_not_valid():
     bins, rows = np.array([[0, 1, 1], [2, -1, 1]]), np.array([[0, 0, 1], [1, 0, -1]])
-    found = histogram(bins, rows, 2, 3)
+    found = histogram_of(bins, rows, 2, 3)
     np.testing.assert_array_equal(found, [[1, 1, 0], [0, 1, 1]])
     assert found.dtype == jnp.int32
 
@@ -116,7 +127,8 @@ def test_histogram_counts_by_row_and_leaves_out_what_is_not_valid():
 @pytest.mark.parametrize("xp", [np, jnp])
 def test_quantiles_are_within_a_bin(xp):
     x = np.random.default_rng(0).normal(0.02, 0.3, 20_000).astype(np.float32)
-    counts = xp.asarray(histogram(signed_bin(x), np.zeros(len(x), int), 1, hist.SIGNED_BINS)[0])
+    no_rows = np.zeros(len(x), int)
+    counts = xp.asarray(histogram_of(signed_bins(x), no_rows, 1, hist.SIGNED_BINS))[0]
     for q in (0.01, 0.25, 0.5, 0.99):
         assert hist.quantile(counts, hist.SIGNED_EDGES, q) == pytest.approx(
             np.quantile(x, q), rel=0.13, abs=2e-4

@@ -68,7 +68,7 @@ def test_the_settings_that_it_names_are_keys_of_the_config():
 
 def test_what_the_update_makes_is_in_it():
     """All names of the statistics of tokens, with and without a KL penalty, and of the evidence."""
-    tokens = rows_of(example(0, 6, 0.1), 1, 14)
+    tokens = rows_of(example(0, 6, 0.1), 1, 14, num_rows=12)
     mask_BT = tokens["mask_BT"]
     zeros_BT = np.zeros(mask_BT.shape, np.float32)
     per_token = dict.fromkeys(("ratio", "gate", "grad_weight", "clipped", "centered"), zeros_BT)

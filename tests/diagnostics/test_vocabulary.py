@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,6 +11,8 @@ from sapo_jax.diagnostics import vocabulary_gradient, vocabulary_spread
 from sapo_jax.objectives.sapo import sapo
 
 CFG = SAPO(tau_pos=0.8, tau_neg=1.7)
+gradient_of = jax.jit(vocabulary_gradient, static_argnums=4)
+spread_of = jax.jit(vocabulary_spread)
 
 
 def test_against_autodiff_through_the_objective():
@@ -26,14 +27,14 @@ def test_against_autodiff_through_the_objective():
     def logp(logits_NV):
         return jax.nn.log_softmax(logits_NV)[np.arange(10), token_N]
 
-    old_logp_N = logp(logits_NV) - z_N
+    old_logp_N = jax.jit(logp)(logits_NV) - z_N
 
     def surrogate(logits_NV):
         z_1N = (logp(logits_NV) - old_logp_N)[None]
         return sapo(z_1N, adv_N[None], np.ones((1, 10), bool), CFG)[0].sum()
 
-    expected_NV = jax.grad(surrogate)(jnp.asarray(logits_NV))
-    found_NV = vocabulary_gradient(logits_NV, token_N, adv_N, z_N, CFG)
+    expected_NV = jax.jit(jax.grad(surrogate))(logits_NV)
+    found_NV = np.asarray(gradient_of(logits_NV, token_N, adv_N, z_N, CFG))
     np.testing.assert_allclose(found_NV, expected_NV, atol=2e-6)
     np.testing.assert_allclose(found_NV.sum(-1), 0, atol=1e-6)
     assert np.abs(found_NV).max() > 0.3 and not found_NV[adv_N == 0].any()
@@ -42,9 +43,9 @@ def test_against_autodiff_through_the_objective():
 @pytest.mark.parametrize("adv", [1.0, -1.0])
 def test_by_hand(adv):
     """p = (1/2, 1/4, 1/4), y = 0, r = 1: the gradient is A (1/2, -1/4, -1/4) for any tau."""
-    gradient_V = vocabulary_gradient(np.log([2.0, 1, 1]), 0, adv, 0.0, CFG)
+    gradient_V = gradient_of(np.log([2.0, 1, 1]), 0, adv, 0.0, CFG)
     np.testing.assert_allclose(gradient_V, adv * np.array([0.5, -0.25, -0.25]), atol=1e-7)
-    spread = vocabulary_spread(gradient_V, 0)
+    spread = spread_of(gradient_V, 0)
     one, two = (spread.raised, spread.lowered) if adv > 0 else (spread.lowered, spread.raised)
     assert (float(one), float(two)) == pytest.approx((1, 2), rel=1e-6)
     assert float(spread.sampled) == pytest.approx(adv / 2) and float(spread.moved) == pytest.approx(
@@ -59,9 +60,9 @@ def test_negative_advantages_raise_all_that_were_not_sampled():
     """V = 1000: a push of A < 0 on one token of p_y = 1/2 is spread over 999 equal others, each a thousandth of it."""
     logits_V = np.zeros(1000, np.float32)
     logits_V[7] = np.log(999)
-    gradient_V = np.asarray(vocabulary_gradient(logits_V, 7, -1.0, 0.0, CFG))
+    gradient_V = np.asarray(gradient_of(logits_V, 7, -1.0, 0.0, CFG))
     assert (gradient_V > 0).sum() == 999 and gradient_V[7] == pytest.approx(-0.5, rel=1e-5)
-    spread = vocabulary_spread(gradient_V, 7)
+    spread = spread_of(gradient_V, 7)
     assert float(spread.raised) == pytest.approx(999, rel=1e-4) and float(
         spread.lowered
     ) == pytest.approx(1)
@@ -74,16 +75,16 @@ def test_the_less_likely_the_token_the_more_is_moved():
     logits_N2 = np.log(np.stack([p_N, 1 - p_N], axis=1))
     token_N = np.zeros(3, int)
     z, adv = np.full(3, 0.5), np.full(3, -2.0)
-    moved_N = vocabulary_spread(vocabulary_gradient(logits_N2, token_N, adv, z, CFG), token_N).moved
+    moved_N = spread_of(gradient_of(logits_N2, token_N, adv, z, CFG), token_N).moved
     weight = 2 * np.exp(0.5) / np.cosh(1.7 / 2 * np.expm1(0.5)) ** 2
     np.testing.assert_allclose(moved_N, weight * (1 - p_N), rtol=1e-5)
 
 
 @pytest.mark.parametrize("z", [-200.0, 200.0, 21.0])
 def test_beyond_the_bounds_there_is_no_gradient(z):
-    gradient_V = vocabulary_gradient(np.zeros(5), 1, 1.0, z, CFG)
+    gradient_V = gradient_of(np.zeros(5), 1, 1.0, z, CFG)
     assert not np.any(gradient_V)
-    assert all(float(x) == 0 for x in jax.tree.leaves(vocabulary_spread(gradient_V, 1)))
+    assert all(float(x) == 0 for x in jax.tree.leaves(spread_of(gradient_V, 1)))
 
 
 def test_shapes_that_do_not_fit_are_named():
