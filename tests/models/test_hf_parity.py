@@ -113,10 +113,13 @@ def test_rotary_angles(head_dim, theta, yarn):
 
     positions_BT = np.array([[0, 1, 2, 7, 30], [5, 4, 3, 0, 0]], np.int32)
     cos_BTh, sin_BTh = (x.numpy() for x in reference(torch.zeros(1), torch.tensor(positions_BT)))
-    ours = rotation_at(positions_BT, head_dim, theta, yarn)
+    ours = quick_jit(lambda positions_BT: rotation_at(positions_BT, head_dim, theta, yarn))(
+        positions_BT
+    )
     for ours_BT1h, theirs_BTh in ((ours.cos, cos_BTh), (ours.sin, sin_BTh)):
         assert ours_BT1h.dtype == jnp.float32
-        np.testing.assert_allclose(np.tile(ours_BT1h[:, :, 0], 2), theirs_BTh, atol=1e-5)
+        ours_BTh = np.tile(np.asarray(ours_BT1h)[:, :, 0], 2)
+        np.testing.assert_allclose(ours_BTh, theirs_BTh, atol=1e-5)
 
 
 # ---------------------------------------------------------------- values, from the bottom up
@@ -254,14 +257,19 @@ def test_router_statistics(E, k):
     a small dtype."""
     logits_BTE = np.random.default_rng(0).normal(0, 2, (3, 7, E)).astype(np.float32)
     segments_BT = (np.arange(7) < np.array([[7], [4], [1]])).astype(np.int32)
-    prob_BTE = jax.nn.softmax(logits_BTE)
-    ids_BTk = jax.lax.top_k(prob_BTE, k)[1]
-    routing = _routing_statistics(ids_BTk, prob_BTE, segments_BT > 0)
+
+    @quick_jit
+    def routed(logits_BTE):
+        prob_BTE = jax.nn.softmax(logits_BTE)
+        ids_BTk = jax.lax.top_k(prob_BTE, k)[1]
+        return ids_BTk, _routing_statistics(ids_BTk, prob_BTE, segments_BT > 0)
+
+    ids_BTk, routing = jax.device_get(routed(logits_BTE))
     theirs = load_balancing_loss_func(
         (torch.tensor(logits_BTE).reshape(-1, E),), E, k, torch.tensor(segments_BT)
     )
     assert routing.aux_loss == pytest.approx(theirs.item() / k, rel=1e-5)
-    counts_E = np.bincount(np.asarray(ids_BTk)[segments_BT > 0].flatten(), minlength=E)
+    counts_E = np.bincount(ids_BTk[segments_BT > 0].flatten(), minlength=E)
     np.testing.assert_allclose(routing.load_E, counts_E / (12 * k), rtol=1e-6)
     # The dtype holds E, "not recorded", too.
     assert routing.expert_ids_BTk.dtype == (np.uint8 if E < 256 else np.uint16)
@@ -330,7 +338,7 @@ def assert_same_gradients(name: str, expert_ids_BTLk: np.ndarray | None = None) 
         value, _ = loss(policy.bind(params), batch)
         return value
 
-    ours, gradients = quick_jit(jax.value_and_grad(loss_value))(params)
+    ours, gradients = jax.device_get(quick_jit(jax.value_and_grad(loss_value))(params))
 
     assert ours == pytest.approx(value, abs=1e-5)
     for (path, theirs), gradient in zip(

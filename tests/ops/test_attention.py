@@ -69,12 +69,12 @@ def test_attention_gradients_do_not_leak():
 
 def test_attention_scores_are_float32_in_bfloat16_compute():
     """Two keys whose scores, 256 and 257, are one number in bfloat16 get different weights."""
-    q = jnp.ones((1, 2, 1, 4), jnp.bfloat16) * 2  # scale h^-0.5 = 0.5
-    k = jnp.array([[256, 0, 0, 0], [256, 1, 0, 0]], jnp.bfloat16)[None, :, None]
-    v = jnp.array([[0.0] * 4, [1.0] * 4], jnp.bfloat16)[None, :, None]
+    q = np.full((1, 2, 1, 4), 2, jnp.bfloat16)  # scale h^-0.5 = 0.5
+    k = np.array([[256, 0, 0, 0], [256, 1, 0, 0]], jnp.bfloat16)[None, :, None]
+    v = np.array([[0.0] * 4, [1.0] * 4], jnp.bfloat16)[None, :, None]
     positions = np.zeros((1, 2), int)
     segments = np.ones((1, 2), int)
-    out = attention(q, k, v, positions, segments)
+    out = np.asarray(quick_jit(attention)(q, k, v, positions, segments))
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(out[0, 0, 0].astype(np.float32), 1 / (1 + np.exp(-1)), rtol=0.01)
 
