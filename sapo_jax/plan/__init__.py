@@ -13,6 +13,6 @@
 Names are imported when they are first used, so that the dry run starts without JAX.
 """
 
-import lazy_loader as lazy
+import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,4 +1,4 @@
-"""What a compiled program does once, on one device.
+"""What one run of a compiled program costs, on one device.
 
 The costs are the compiler's cycle estimates, the FLOPs of matmuls and kernels, the bytes of HBM
 traffic, and the collectives. The compiler's own `cost_analysis()` counts the body of a loop once;
@@ -38,13 +38,14 @@ FREE = {
     "after-all",
 }
 
+CollectiveId = str | tuple[str, str | None]  # see `_collective_identity`
+
 
 @dataclasses.dataclass
 class Costs:
     """The costs of a program or of a part of it, on one device."""
 
-    # Sum of the compiler's estimates for instructions; Mosaic kernels and collectives are not in
-    # it.
+    # Sum of the compiler's estimates for instructions, without Mosaic kernels and collectives.
     cycles: float = 0.0
     matmul_flops: float = 0.0
     hbm_bytes: float = 0.0
@@ -116,7 +117,7 @@ class _CostReader:
             )
         open_loops_seen = 0
 
-        counted_collectives: set[object] = set()
+        counted_collectives: set[CollectiveId] = set()
         for instruction in computation.instructions.values():
             if instruction.op != "while":
                 self._add_instruction(
@@ -146,7 +147,7 @@ class _CostReader:
         total: Costs,
         computation: Computation,
         instruction: Instruction,
-        counted_collectives: set[object],
+        counted_collectives: set[CollectiveId],
         open_trips: OpenTrips,
     ) -> None:
         """Add an instruction that is not a loop, with the computations that it calls."""
@@ -168,7 +169,7 @@ class _CostReader:
         total: Costs,
         computation: Computation,
         instruction: Instruction,
-        counted_collectives: set[object],
+        counted_collectives: set[CollectiveId],
         outer_source: str = "",
     ) -> None:
         """Add the matmuls, kernels and collectives of an instruction, also those inside a fusion.
@@ -220,8 +221,8 @@ def _branch_that_counts(branches: list[Costs]) -> Costs:
     return by_cost[0] if runs_kernels else by_cost[-1]
 
 
-def _collective_identity(instruction: Instruction) -> object:
-    """What the links of one chain have in common; of a collective on its own, its name."""
+def _collective_identity(instruction: Instruction) -> CollectiveId:
+    """What the links of one chain have in common, chain and channel; else the collective's name."""
     chain = instruction.attribute(r'chain_id="(\d+)"')
     if chain is None:
         return instruction.name

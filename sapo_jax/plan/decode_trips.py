@@ -27,6 +27,7 @@ class StepsPhase:
     steps: float
 
     def loop(self) -> OpenLoop:
+        """The one loop of the phase."""
         return OpenLoop("decode steps", self.steps)
 
 
@@ -50,6 +51,7 @@ class RefillingPhase:
         return self.compactions * self.turns_per_compaction * self.steps_per_turn
 
     def loop(self) -> OpenLoop:
+        """The outermost loop of the phase, with those inside it."""
         admissions = OpenLoop("admit a waiting request", self.admissions_per_turn)
         steps = OpenLoop("decode steps", self.steps_per_turn)
         turns = OpenLoop("admit, then step", self.turns_per_compaction, (admissions, steps))

@@ -141,9 +141,8 @@ class Memory:
     moments: float  # AdamW's two moments, float32
     reference: float  # parameters of the KL reference
     gradients: float  # float32; twice as much while the gradients of micro-batches are added up
-    activations: (
-        float  # what is kept for the backward pass, and the one layer that is being worked on
-    )
+    # What is kept for the backward pass, and the one layer that is being worked on.
+    activations: float
     logits: float  # of one slice of the vocabulary, and their gradient
     kv_cache: float
     decode_weights: float  # layers and head, laid out for the decode loop in the compute dtype

@@ -136,6 +136,7 @@ def is_kernel(instruction: Instruction) -> bool:
 
 
 def is_paged_attention(instruction: Instruction) -> bool:
+    """Whether it is the kernel of decoding's attention, which reads the cache by pages."""
     return instruction.op == "custom-call" and instruction.name.startswith("paged_attention")
 
 

@@ -59,10 +59,12 @@ class Programs:
 
     @property
     def work(self) -> Workload:
+        """The shapes of an RL iteration."""
         return Workload.of(self.cfg)
 
     @functools.cached_property
     def policy(self) -> Policy:
+        """The model without parameters."""
         return make_policy(self.cfg.model)
 
     @functools.cached_property
@@ -235,6 +237,7 @@ class Programs:
 
     @functools.cached_property
     def sampler(self) -> Sampler:
+        """The run's sampler, but that no token ends a completion."""
         rollout = self.cfg.rollout
         return Sampler(
             policy=self.policy,

@@ -25,8 +25,7 @@ from sapo_jax.plan.chips import Chip, Topology
 from sapo_jax.plan.collectives import Collective, first_group
 from sapo_jax.plan.costs import Costs
 
-# An assumption: the part of the peak that splash attention and megablox reach at the shapes used
-# here.
+# An assumption: the part of the peak that splash attention and megablox reach at our shapes.
 KERNEL_EFFICIENCY = 0.7
 HOP = 1e-6  # seconds of latency per hop, "How to Scale Your Model", chapter 2
 
@@ -113,14 +112,17 @@ class Times:
 
     @property
     def roof(self) -> float:
+        """The largest of compute, hbm and interconnect."""
         return max(self.compute, self.hbm, self.interconnect)
 
     @property
     def estimate(self) -> float:
+        """The larger of what the cores need and of the roof: all overlaps."""
         return max(self.cores, self.roof)
 
     @property
     def serial(self) -> float:
+        """What the cores need, and then the interconnect: nothing of it is hidden."""
         return max(self.cores, self.compute, self.hbm) + self.interconnect
 
     @property
