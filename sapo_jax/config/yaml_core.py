@@ -14,6 +14,7 @@ import re
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
 
 _INT = re.compile(r"[-+]?[0-9]+(_[0-9]+)*$")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(_[0-9]+)*(\.[0-9]*)?)([eE][-+]?[0-9]+)?$")
@@ -43,12 +44,12 @@ class _Loader(yaml.SafeLoader):
         self.duplicates: list[str] = []
         self._depth = 0
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         self._depth += 1
         if self._depth > MAX_DEPTH:
             mark = self.peek_event().start_mark
             problem = f"nested more than {MAX_DEPTH} deep"
-            raise yaml.composer.ComposerError(None, None, problem, mark)
+            raise ComposerError(None, None, problem, mark)
         node = super().compose_node(parent, index)
         self._depth -= 1
         return node
@@ -60,7 +61,7 @@ class _Loader(yaml.SafeLoader):
             size = _size_written_out(node, sizes)
             if size > len(sizes) + MAX_REPEATED:
                 problem = f"its aliases repeat more than {MAX_REPEATED} values"
-                raise yaml.composer.ComposerError(None, None, problem, node.start_mark)
+                raise ComposerError(None, None, problem, node.start_mark)
         return node
 
     def compose_mapping_node(self, anchor: dict[str, yaml.Node]) -> yaml.MappingNode:
@@ -88,7 +89,7 @@ def _size_written_out(node: yaml.Node, sizes: dict[int, int]) -> int:
     if id(node) in sizes:
         if sizes[id(node)] == 0:
             problem = "an alias lies within what it stands for"
-            raise yaml.composer.ComposerError(None, None, problem, node.start_mark)
+            raise ComposerError(None, None, problem, node.start_mark)
         return sizes[id(node)]
     sizes[id(node)] = 0  # until it is known
     size = 1
@@ -100,7 +101,7 @@ def _size_written_out(node: yaml.Node, sizes: dict[int, int]) -> int:
         children = node.value
     elif any("\ud800" <= character <= "\udfff" for character in node.value):
         problem = "half of a surrogate pair (\\uD800 to \\uDFFF) is not text"
-        raise yaml.composer.ComposerError(None, None, problem, node.start_mark)
+        raise ComposerError(None, None, problem, node.start_mark)
     for child in children:
         size += _size_written_out(child, sizes)
     sizes[id(node)] = size

@@ -11,9 +11,12 @@ Hugging Face gives the whole string, as long as the data spells no special token
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import subprocess
+import sys
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,9 +158,10 @@ class FileTokenizer(Tokenizer):
     """A Hugging Face `tokenizer.json`, with the tokenizer_config.json and generation_config.json
     beside it.
 
-    The end token is `eos_token` of tokenizer_config.json, else the one `eos_token_id` of
-    generation_config.json. Stop ids are the end token and every `eos_token_id`. Padding is
-    `pad_token`, else `pad_token_id`, else the end token. These are special tokens, and so are the
+    `eos_token_id` is that of generation_config.json, else, as in transformers, that of config.json.
+    The end token is `eos_token` of tokenizer_config.json, else the one `eos_token_id`. Stop ids are
+    the end token and every `eos_token_id`. Padding is `pad_token`, else `pad_token_id` of
+    generation_config.json, else the end token. These are special tokens, and so are the
     added tokens that the file marks as special; other added tokens (`<think>`) are ordinary words.
 
     The library is told to take special tokens for the text that they are. Those that are meant
@@ -171,6 +175,7 @@ class FileTokenizer(Tokenizer):
         self.path = path
         self._config_path = path.with_name("tokenizer_config.json")
         self._generation_path = path.with_name("generation_config.json")
+        self._model_path = path.with_name("config.json")
         spec = _read_json(path)
         self._backend = _load_backend(path, spec)
         self._backend.encode_special_tokens = True  # encode them as the text that they are
@@ -252,20 +257,14 @@ class FileTokenizer(Tokenizer):
     def _control_ids(self, named_tokens: dict[str, str]) -> tuple[int, tuple[int, ...], int]:
         """(end id, stop ids, pad id), as the class's docstring derives them."""
         generation = _read_json(self._generation_path, missing_ok=True)
-        eos_ids = generation.get("eos_token_id")
-        if eos_ids is None:
-            eos_ids = []
-        elif not isinstance(eos_ids, list):
-            eos_ids = [eos_ids]
-        pad_id = generation.get("pad_token_id")
-        given_ids = list(eos_ids)
-        if pad_id is not None:
-            given_ids.append(pad_id)
-        for i in given_ids:
-            if not isinstance(i, int) or i < 0 or self._backend.id_to_token(i) is None:
-                raise ValueError(
-                    f"{self._generation_path}: no token of {self.path} has the id {i!r}"
-                )
+        eos_path = self._generation_path
+        eos_ids = self._ids_under(generation, "eos_token_id", eos_path)
+        if not eos_ids:
+            eos_path = self._model_path
+            model_config = _read_json(eos_path, missing_ok=True)
+            eos_ids = self._ids_under(model_config, "eos_token_id", eos_path)
+        pad_ids = self._ids_under(generation, "pad_token_id", self._generation_path)
+        pad_id = pad_ids[0] if pad_ids else None
         if "eos_token" in named_tokens:
             end_id = self._id_of(named_tokens["eos_token"])
         elif len(set(eos_ids)) == 1:
@@ -273,7 +272,7 @@ class FileTokenizer(Tokenizer):
         else:
             reason = "no file beside it names one"
             if eos_ids:
-                reason = f"{self._generation_path.name} names several ({eos_ids})"
+                reason = f"{eos_path.name} names several ({eos_ids})"
             raise ValueError(
                 f"{self.path}: which token ends a turn? {reason}."
                 f' Put {{"eos_token": "..."}} into {self._config_path}'
@@ -284,6 +283,19 @@ class FileTokenizer(Tokenizer):
             pad_id = end_id
         stop_ids = tuple(dict.fromkeys([end_id, *eos_ids]))
         return end_id, stop_ids, pad_id
+
+    def _ids_under(self, config: dict[str, Any], key: str, path: Path) -> list[int]:
+        """The ids, one or a list of them, under a key of a file. The vocabulary must have them."""
+        ids = config.get(key)
+        if ids is None:
+            return []
+        if not isinstance(ids, list):
+            ids = [ids]
+        for i in ids:
+            is_id = type(i) is int and 0 <= i < 2**32
+            if not is_id or self._backend.id_to_token(i) is None:
+                raise ValueError(f"{path}: {key}: no token of {self.path} has the id {i!r:.60}")
+        return ids
 
     def _encode(self, marked: str) -> list[int]:
         ids = self._library_ids(marked)
@@ -309,7 +321,8 @@ class FileTokenizer(Tokenizer):
                 # A text that spells a stand-in, or the cut, in the library's characters is cut too.
                 part = _FORGED.sub(_OPEN + CUT, part)
                 text += part.replace(CUT, _LIBRARY_CUT)
-        return self._backend.encode(text, add_special_tokens=False).ids
+        with _library_errors(self.path):
+            return self._backend.encode(text, add_special_tokens=False).ids
 
     def _decode(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=False)
@@ -321,8 +334,10 @@ def _library_stand_in(token_id: int) -> str:
 
 def _unknown_id(model: dict[str, Any]) -> int | None:
     """The id that a model of the library gives to what is not in its vocabulary."""
-    if model.get("unk_token") is not None:
-        return model["vocab"].get(model["unk_token"])
+    vocabulary = model.get("vocab")
+    unknown_token = model.get("unk_token")
+    if isinstance(vocabulary, dict) and isinstance(unknown_token, str):
+        return vocabulary.get(unknown_token)
     return model.get("unk_id")
 
 
@@ -330,6 +345,8 @@ def _read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:
     if missing_ok and not path.exists():
         return {}
     try:
+        if not path.is_file():  # reading a pipe would wait for ever
+            raise ValueError("not a file")
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a JSON file: {error}") from error
@@ -339,10 +356,58 @@ def _read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:
 
 
 def _load_backend(path: Path, spec: dict[str, Any]) -> tokenizers.Tokenizer:
+    text = json.dumps(spec)
+    model = spec.get("model")
+    has_prefix = isinstance(model, dict) and model.get("continuing_subword_prefix")
+    if has_prefix or '"Precompiled"' in text:
+        _try_in_another_process(path, text)
+    with _library_errors(path):
+        return tokenizers.Tokenizer.from_str(text)
+
+
+_TRIAL = """
+import sys, tokenizers
+backend = tokenizers.Tokenizer.from_str(sys.stdin.buffer.read().decode())
+backend.no_truncation()
+backend.no_padding()
+for text in ("", "Calculate 3 + 4.", "\u00e9 \ufb01 \u2460 \u4e2d", "x" * 100):
+    backend.encode(text, add_special_tokens=False)
+"""
+_TRIAL_SECONDS = 60
+
+
+def _try_in_another_process(path: Path, text: str) -> None:
+    """Load a tokenizer.json in a process that may die or hang. Raises ValueError if it does.
+
+    It is done for files with the two parts that the library trusts blindly (tokenizers 0.22): the
+    table of a `Precompiled` normaliser, which is a dump of memory, and a prefix of subwords, which
+    it cuts off the merges. With wrong ones it panics, and prints that to stderr itself.
+    """
+    command = [sys.executable, "-I", "-c", _TRIAL]
     try:
-        return tokenizers.Tokenizer.from_str(json.dumps(spec))
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{path}: not a tokenizer.json: {error}") from error
+        trial = subprocess.run(
+            command, input=text.encode(), capture_output=True, timeout=_TRIAL_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise ValueError(
+            f"{path}: not a tokenizer.json: loading it takes more than {_TRIAL_SECONDS} s"
+        ) from None
+    if trial.returncode != 0:
+        lines = trial.stderr.decode(errors="replace").strip().splitlines() or ["it died"]
+        raise ValueError(f"{path}: not a tokenizer.json: {lines[-1][:200]}")
+
+
+@contextlib.contextmanager
+def _library_errors(path: Path) -> Generator[None]:
+    """Raise ValueError for the bare Exception that the library raises, and where it panics: a panic
+    is no Exception, so that it would pass every handler and end the process with a traceback.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{path}: not a tokenizer.json: {str(error)[:200]}") from error
 
 
 def load_tokenizer(name_or_path: str) -> Tokenizer:

@@ -25,7 +25,15 @@ from sapo_jax.config import Model, read_json_object
 from sapo_jax.distributed import sharding
 from sapo_jax.errors import ModelDirError
 from sapo_jax.hub.safetensors_header import TensorHeader, read_header
-from sapo_jax.hub.table import EMBEDDING, HEAD, HubParam, TensorKind, dim_sizes, hub_params, tensor_kinds
+from sapo_jax.hub.table import (
+    EMBEDDING,
+    HEAD,
+    HubParam,
+    TensorKind,
+    dim_sizes,
+    hub_params,
+    tensor_kinds,
+)
 from sapo_jax.hub.writer import INDEX
 from sapo_jax.models import Policy
 
@@ -44,9 +52,9 @@ class WeightFiles:
 
     The constructor reads and checks all headers. It raises ModelDirError with ALL that is wrong:
     files that are missing or damaged, or of which it is not clear which are meant; and tensors that
-    are missing, unknown, in two files, or of another shape or dtype than `cfg` asks for. It reads no
-    tensor, but for an output head that the files bring although `cfg` ties it to the embedding: it
-    must equal the embedding.
+    are missing, unknown, in two files, or of another shape or dtype than `cfg` asks for. It reads
+    no tensor, but for an output head that the files bring although `cfg` ties it to the embedding:
+    that must equal the embedding.
 
     notes: sentences about files and tensors that are there and not used.
 
@@ -140,8 +148,7 @@ class WeightFiles:
                 )
             if header.dtype not in SUPPORTED_DTYPES:
                 problems.append(
-                    f"{where} has dtype {header.dtype}; "
-                    f"supported are {', '.join(SUPPORTED_DTYPES)}"
+                    f"{where} has dtype {header.dtype}; supported are {', '.join(SUPPORTED_DTYPES)}"
                 )
         if num_buffers > 0:
             self.notes.append(
@@ -170,8 +177,9 @@ class WeightFiles:
             return [f"{where} has dtype {self._headers[head].dtype}, but {remedy}"]
         head_rows = self._file(self._file_of[head]).get_slice(head)
         embedding_rows = self._file(self._file_of[embedding]).get_slice(embedding)
-        for start in range(0, self._headers[head].shape[0], _ROWS_COMPARED):
-            rows = slice(start, start + _ROWS_COMPARED)
+        num_rows = self._headers[head].shape[0]
+        for start in range(0, num_rows, _ROWS_COMPARED):
+            rows = slice(start, min(start + _ROWS_COMPARED, num_rows))
             head_part = head_rows[rows].astype(np.float32, copy=False)
             embedding_part = embedding_rows[rows].astype(np.float32, copy=False)
             if not np.array_equal(head_part, embedding_part, equal_nan=True):

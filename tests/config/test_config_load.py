@@ -169,6 +169,12 @@ def test_empty_file_is_all_defaults_and_lacks_tasks(write):
     assert load(write("# nothing\n"), ["data.tasks=[{kind: reasoning_gym}]"]) == expected
 
 
+# Ten lines that stand for 10^10 values.
+ALIASES = "name: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
+for _level in range(1, 10):
+    ALIASES += f"a{_level}: &a{_level} [{', '.join([f'*a{_level - 1}'] * 10)}]\n"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -178,7 +184,11 @@ def test_empty_file_is_all_defaults_and_lacks_tasks(write):
         ("just text", r"expected `key: value` lines, got str"),
         ("a: 1\n---\nb: 2\n", r"not valid YAML"),
         ("name: !!python/object/apply:os.system [ls]\n", r"line 1, column 7: not valid YAML"),
-        ("name: &x [*x]\n", r"not made of text"),
+        ("name: &x [*x]\n", r"line 1, column 7: .* an alias lies within what it stands for"),
+        ("name: " + 3000 * "[", r"line 1, column 10\d: .* nested more than 100 deep"),
+        ('name: "\\ud800"\n', r"line 1, column 7: .* half of a surrogate pair"),
+        ('name: "\\U00110000"\n', r"a value does not fit its tag"),
+        (ALIASES, r"its aliases repeat more than 100000 values"),
         ("train: !!bool maybe\n", r"a value does not fit its tag"),
         ("train: !!float .inf.\n", r"a value does not fit its tag"),
         ("name: !!binary aGk=\n", r"not made of text"),
