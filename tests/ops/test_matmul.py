@@ -24,6 +24,12 @@ SHAPES = {  # of w, and how many of its dims are summed over
 }
 each_shape = pytest.mark.parametrize(("shape", "over"), SHAPES.values(), ids=SHAPES)
 
+
+def value_and_gradients(x, w, d_out, over):
+    y, pull = jax.vjp(lambda x, w: linear(x, w, over), x, w)
+    return y, *pull(d_out)
+
+
 # ---------------------------------------------------------------- linear
 
 
@@ -34,8 +40,8 @@ def test_values_and_gradients_are_those_of_the_sum(shape, over):
     x = random.standard_normal(LEADING + shape[:over])
     w = random.standard_normal(shape)
     d_out = random.standard_normal(LEADING + shape[over:])
-    y, pull = jax.vjp(lambda x, w: linear(x, w, over), jnp.float32(x), jnp.float32(w))
-    d_x, d_w = pull(jnp.float32(d_out))
+    run = quick_jit(value_and_gradients, static_argnums=3)
+    y, d_x, d_w = run(np.float32(x), np.float32(w), np.float32(d_out), over)
     flat_x = x.reshape(6, -1)
     flat_w = w.reshape(np.prod(shape[:over]), -1)
     flat_d_out = d_out.reshape(6, -1)
@@ -65,15 +71,17 @@ def test_gradients_of_a_large_product():
 
 @each_shape
 def test_the_rule_has_the_dtypes_of_autodiff(shape, over):
-    x = jnp.ones(LEADING + shape[:over], jnp.bfloat16)
-    w = jnp.ones(shape, jnp.bfloat16)
-    y, pull = jax.vjp(lambda x, w: linear(x, w, over), x, w)
-    assert {a.dtype for a in (y, *pull(y))} == {jnp.dtype(jnp.bfloat16)}
+    x = jax.ShapeDtypeStruct(LEADING + shape[:over], jnp.bfloat16)
+    w = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    d_out = jax.ShapeDtypeStruct(LEADING + shape[over:], jnp.bfloat16)
+    arrays = jax.eval_shape(lambda *args: value_and_gradients(*args, over), x, w, d_out)
+    assert [a.shape for a in arrays] == [d_out.shape, x.shape, w.shape]
+    assert {a.dtype for a in arrays} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_small_weights_are_left_to_autodiff(monkeypatch):
     def traced() -> str:
-        return str(jax.make_jaxpr(lambda x, w: linear(x, w))(jnp.ones((2, 8)), jnp.ones((8, 8))))
+        return str(jax.make_jaxpr(lambda x, w: linear(x, w))(np.ones((2, 8)), np.ones((8, 8))))
 
     assert "custom_vjp" not in traced()
     monkeypatch.setattr(matmul, "LARGE", 64)

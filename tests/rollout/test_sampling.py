@@ -16,11 +16,13 @@ from scipy import stats
 from sapo_jax.rollout.sampling import LANE, SamplingParams, sample_token, truncate
 
 PROB = np.array([0.4, 0.05, 0.25, 0.1, 0.2])
+truncate_jitted = jax.jit(truncate, static_argnums=1)
+sample_token_jitted = jax.jit(sample_token, static_argnums=2)
 
 
 def kept(prob, sampling: SamplingParams) -> list[int]:
     """Indices of the tokens that are left."""
-    out_BV = np.asarray(truncate(jnp.log(jnp.asarray(prob, jnp.float32))[None], sampling))
+    out_BV = np.asarray(truncate_jitted(np.log(prob.astype(np.float32))[None], sampling))
     assert np.all(
         (out_BV == -np.inf) | np.isclose(out_BV, np.log(prob), rtol=1e-6)
     )  # what is left is unchanged
@@ -115,14 +117,11 @@ def test_truncation_of_random_logits(sampling):
     logits_BV = np.random.default_rng(0).normal(0, 2, (200, 13)).astype(np.float32)
     logits_BV[::2] = np.round(logits_BV[::2] * 2) / 2
     expected_BV = np.array([slow_truncate(row, sampling) for row in logits_BV])
-    out_BV = np.asarray(jax.jit(truncate, static_argnums=1)(logits_BV, sampling))
+    out_BV = np.asarray(truncate_jitted(logits_BV, sampling))
     np.testing.assert_array_equal(out_BV, expected_BV)
     assert np.isfinite(out_BV).any(axis=1).all()
     assert len(set(np.isfinite(out_BV).sum(axis=1))) > 1 or sampling == SamplingParams(top_k=3)
     np.testing.assert_array_equal(np.argmax(out_BV, axis=1), np.argmax(logits_BV, axis=1))
-
-
-truncate_jitted = jax.jit(truncate, static_argnums=1)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -193,22 +192,23 @@ def test_the_frequency_test_can_fail():
 
 def test_greedy_takes_the_best_token_with_log_prob_zero():
     logits_BV = np.random.default_rng(1).standard_normal((9, 6)).astype(np.float32)
-    token_B, logp_B = sample_token(uniform(9), logits_BV, SamplingParams(temperature=0.0))
+    greedy = SamplingParams(temperature=0.0)
+    token_B, logp_B = sample_token_jitted(uniform(9), logits_BV, greedy)
     np.testing.assert_array_equal(token_B, logits_BV.argmax(axis=1))
     np.testing.assert_array_equal(logp_B, 0)
 
 
 def test_a_row_depends_on_its_own_number_and_logits_alone():
     """Half of the rows in reverse, the others replaced."""
-    run = jax.jit(functools.partial(sample_token, sampling=SamplingParams()))
+    run = functools.partial(sample_token_jitted, sampling=SamplingParams())
     logits_BV, other_BV = np.random.default_rng(1).standard_normal((2, 64, 6)).astype(np.float32)
-    u_B, other_u_B = (uniform(64, seed) for seed in (3, 4))
-    token_B, logp_B = run(u_B, logits_BV)
+    u_B, other_u_B = (np.asarray(uniform(64, seed)) for seed in (3, 4))
+    token_B, logp_B = map(np.asarray, run(u_B, logits_BV))
     other_BV[:32], order = logits_BV[31::-1], np.arange(31, -1, -1)
-    token_N, logp_N = run(jnp.concatenate([u_B[order], other_u_B[32:]]), other_BV)
+    token_N, logp_N = run(np.concatenate([u_B[order], other_u_B[32:]]), other_BV)
     np.testing.assert_array_equal(token_N[:32], token_B[order])
     np.testing.assert_allclose(logp_N[:32], logp_B[order], atol=1e-6)
-    assert np.any(token_N[32:] != token_B[32:])
+    assert np.any(np.asarray(token_N)[32:] != token_B[32:])
 
 
 def test_large_logits_keep_their_log_probs():
@@ -244,8 +244,8 @@ def test_the_ends_of_the_interval_draw_possible_tokens(V):
     logits_V = np.full(V, -np.inf, np.float32)
     left = sorted({2, V // 2, V - 3})
     logits_V[left] = [-40.0, 1.0, -30.0]
-    u_B = jnp.array([0.0, np.nextafter(np.float32(1), np.float32(0))])
-    token_B, logp_B = sample_token(u_B, jnp.tile(logits_V, (2, 1)), SamplingParams())
+    u_B = np.array([0.0, np.nextafter(np.float32(1), np.float32(0))], np.float32)
+    token_B, logp_B = sample_token_jitted(u_B, np.tile(logits_V, (2, 1)), SamplingParams())
     assert set(np.asarray(token_B).tolist()) <= set(left) and np.isfinite(logp_B).all()
 
 
@@ -253,7 +253,7 @@ def test_the_nucleus_of_negative_zeros_and_ones():
     """Logits of both signs and both zeros: in the order of the floats."""
     logits_BV = np.array([[-0.0, 0.0, -0.5, 0.5, -3.0, 3.0, -np.inf]], np.float32)
     for top_p in (0.5, 0.78, 0.83, 0.9, 0.999, 1 - 1e-7):
-        out_V = np.asarray(truncate(jnp.asarray(logits_BV), SamplingParams(top_p=top_p)))[0]
+        out_V = np.asarray(truncate_jitted(logits_BV, SamplingParams(top_p=top_p)))[0]
         np.testing.assert_array_equal(
             out_V, slow_truncate(logits_BV[0], SamplingParams(top_p=top_p))
         )
