@@ -147,23 +147,35 @@ def test_tokens_come_back_in_order():
 def test_backward_keeps_nothing_for_each_block():
     """What a backward pass needs is as large as the tokens: no hidden units, and no weights for
     each block."""
-    x = jnp.ones((512, 32))
-    ids = jnp.zeros((512, 1), jnp.int32)
-    gates = jnp.ones((512, 1))
-    weights = jnp.ones((2, 32, 64)), jnp.ones((2, 32, 64)), jnp.ones((2, 64, 32))
-    _, pull = jax.vjp(lambda x, *w: local_moe_ffn(x, ids, gates, *w, block=8), x, *weights)
-    assert max(leaf.size for leaf in jax.tree.leaves(pull)) == x.size
+    shapes = (512, 32), (2, 32, 64), (2, 32, 64), (2, 64, 32)
+    x, *weights = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    ids = jnp.asarray(np.zeros((512, 1), np.int32))
+    gates = jnp.asarray(np.ones((512, 1), np.float32))
+
+    def pull(x, *weights):
+        return jax.vjp(lambda x, *w: local_moe_ffn(x, ids, gates, *w, block=8), x, *weights)[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(pull, x, *weights))
+    assert max(leaf.size for leaf in kept) == x.size
 
 
 def test_gradients_of_bfloat16_weights_are_summed_in_float32():
     """512 equal parts of one sum: in bfloat16 it stays at 256 of them."""
-    x = jnp.ones((512, 1), jnp.bfloat16)
-    ids = jnp.zeros((512, 1), jnp.int32)
-    gates = jnp.ones((512, 1), jnp.bfloat16)
-    weights = (jnp.ones((1, 1, 1), jnp.bfloat16),) * 3
-    y, pull = jax.vjp(lambda *w: local_moe_ffn(x, ids, gates, *w, block=1), *weights)
-    _, of_up, of_down = (float(d.astype(jnp.float32)[0, 0, 0]) for d in pull(jnp.ones_like(y)))
-    assert of_up == of_down == pytest.approx(512 * float(jax.nn.silu(1.0)), rel=0.01)
+    x = jnp.asarray(np.ones((512, 1), jnp.bfloat16))
+    ids = jnp.asarray(np.zeros((512, 1), np.int32))
+    gates = jnp.asarray(np.ones((512, 1), jnp.bfloat16))
+    weights = (np.ones((1, 1, 1), jnp.bfloat16),) * 3
+
+    @quick_jit
+    def gradients(*weights):
+        y, pull = jax.vjp(lambda *w: local_moe_ffn(x, ids, gates, *w, block=1), *weights)
+        return pull(jnp.ones_like(y))
+
+    _, of_up, of_down = (
+        float(gradient[0, 0, 0]) for gradient in map(np.asarray, gradients(*weights))
+    )
+    silu_of_1 = 1 / (1 + np.exp(-1))
+    assert of_up == of_down == pytest.approx(512 * silu_of_1, rel=0.01)
 
 
 @pytest.mark.parametrize("B", [3, FEW, FEW + 1])
