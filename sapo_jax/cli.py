@@ -1,7 +1,8 @@
 """`sapo-jax <command> CONFIG key=value ...`: the only place that reads a command line.
 
 Exit codes: 0 what was asked for is done; 1 it failed; 2 the command line or the config is wrong;
-75 the run was told to stop (SIGTERM, Ctrl-C), has saved, and the same command resumes it.
+74 the disk is full, or a file has reached the limit on its size; 75 the run was told to stop
+(SIGTERM, SIGHUP, Ctrl-C), has saved, and the same command resumes it; 130 a second Ctrl-C.
 
 A command imports what it needs when it is run, so that `--help` answers at once, and commands that
 only read files start without JAX.
@@ -17,11 +18,16 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from sapo_jax.config import ConfigError, load_file_or_run, warnings, with_vocabulary
-from sapo_jax.errors import STOPPED, Stopped, UserError
+from sapo_jax.errors import NO_SPACE, STOPPED, Stopped, UserError, from_os_error
+from sapo_jax.io.streams import lenient_streams
 
 OK = 0
 FAILED = 1
 WRONG_USAGE = 2
+INTERRUPTED = 130  # as shells have it: 128 + SIGINT
+
+# What these commands make is in files; for all others, it is what they print.
+COMMANDS_THAT_WRITE_FILES = ("train", "sft", "sweep", "export", "convert")
 
 EXAMPLES = """examples:
   sapo-jax config configs/quickstart.yaml              what would run; compiles nothing
@@ -54,10 +60,21 @@ YAML_FILE_OR_RUN = "a YAML file, or the folder of a run"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return the exit code.
 
-    An error whose message is written for people becomes that message; anything else is a bug and
-    keeps its traceback.
+    An error whose message is written for people becomes that message, and so does an error of the
+    operating system; anything else is a bug and keeps its traceback. A stdout that cannot be
+    written ends no command; it fails one that has nothing but its output to show.
     """
     args = parse_arguments(argv)
+    with lenient_streams() as stdout:
+        code = run_command(args)
+        stdout.flush()
+        if stdout.has_lost_output and args.command not in COMMANDS_THAT_WRITE_FILES:
+            return code or NO_SPACE
+        return code
+
+
+def run_command(args: argparse.Namespace) -> int:
+    """Load the config, if the command has one, and run the command. Returns the exit code."""
     logging.getLogger("absl").setLevel(logging.ERROR)
     if not hasattr(args, "config"):
         return report_errors(args.run, args)
@@ -65,6 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.config = load_file_or_run(args.config, args.overrides)
     except ConfigError as error:
         print(error, file=sys.stderr)
+        return WRONG_USAGE
+    except OSError as error:
+        print(f"error: {from_os_error(error)}", file=sys.stderr)
         return WRONG_USAGE
     for warning in warnings(args.config):
         print(f"warning: {warning}", file=sys.stderr)
@@ -85,7 +105,17 @@ def report_errors(run: Callable[[argparse.Namespace], int], args: argparse.Names
         return STOPPED
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return FAILED
+        return error.exit_code
+    except OSError as error:
+        message = from_os_error(error)
+        print(f"error: {message}", file=sys.stderr)
+        return message.exit_code
+    except KeyboardInterrupt:
+        print(
+            "interrupted; a run goes on from its newest checkpoint by the same command",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
 
 
 def run_as_one_of_several(args: argparse.Namespace) -> int:

@@ -82,7 +82,7 @@ _ADVICE = {
     errno.ENOTDIR: "a part of this path is no folder: set another place",
     errno.EISDIR: "a folder is where a file belongs: remove it, or set another place",
     errno.ELOOP: "its links lead in a circle: set another place",
-    errno.ENOENT: "set a place that exists",
+    errno.ENOENT: "it cannot be made there: set another place",
     errno.EMFILE: "this process may not open more files: raise the limit, as in `ulimit -n 1024`",
     errno.ENFILE: "the machine has no more open files to give: end other processes",
     errno.EIO: "the device has failed: set another place",

@@ -16,6 +16,7 @@ A step folder holds `state/` (one array per leaf, named by its path in the tree)
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -134,17 +135,19 @@ class Checkpoints:
     directory: a path on a disk, or gs://.
     cfg: how many checkpoints are kept; None opens the directory for reading only.
 
-    Opening for writing moves incomplete step folders aside (`<step>.incomplete-<n>`) and removes
-    Orbax's temporary ones, and those that an earlier start has moved aside as incomplete; so only one process group may have a directory open for writing. All
-    processes make the same calls.
+    Opening for writing moves incomplete step folders aside (`<step>.incomplete-<n>`). It removes
+    Orbax's temporary folders, and what an earlier start has moved aside as incomplete. So only one
+    process group may have a directory open for writing. All processes make the same calls.
     """
 
     def __init__(self, directory: str | epath.PathLike, cfg: schema.Checkpoint | None = None):
         self.directory = epath.Path(directory).resolve()
         logging.getLogger("absl").addFilter(_already_raised)
         logging.getLogger("asyncio").addFilter(_already_raised)
+        _quieten_tensorstore()
         self._pending: int | None = None  # the step being saved in the background
         self._last: int | None = None  # the step saved or restored last
+        self._has_failed = False  # a save
         self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
         self._manager: ocp.CheckpointManager | None = None
         if cfg is not None:
@@ -233,15 +236,14 @@ class Checkpoints:
         """
         arrays = jax.tree.leaves(state)
         needed = sum(x.size * x.dtype.itemsize for x in arrays) + _BYTES_BESIDE_ARRAYS
-        lacks_space = False
-        free = 0
+        free = None
         if is_first() and "://" not in str(self.directory):
             free = _free_bytes(self.directory)
             if free < needed:
                 self._sweep()
                 free = _free_bytes(self.directory)
-            lacks_space = free < needed
-        if any_true(lacks_space):
+        free = broadcast_from_first(free)
+        if free is not None and free < needed:
             name = "the next checkpoint"
             if step is not None:
                 name = f"checkpoint {self.directory / str(step)}"
@@ -274,6 +276,8 @@ class Checkpoints:
             self._reader.close()
             if self._manager is not None:
                 self._manager.close()
+            if self._has_failed:
+                self._sweep_after_failure()  # threads may have written until now
 
     def steps(self) -> list[int]:
         """The complete checkpoints on disk, ascending. A save under way is not among them."""
@@ -414,17 +418,24 @@ class Checkpoints:
         if self._manager is not None:
             # Orbax has already forgotten the steps that the failed one was to replace.
             self._manager.reload()
+        self._has_failed = True
+        self._sweep_after_failure()
+        name = f"checkpoint {self.directory / str(step)}"
+        if is_out_of_space(error):
+            return CheckpointSpaceError(
+                f"{name} was not saved (the disk is full, or a file has reached `ulimit -f`). "
+                f"Check free space, then run the same command again; {self._what_is_kept()}."
+            )
+        return CheckpointError(
+            f"{name} was not saved ({_cause(error)}). Check free space and permissions, then run "
+            f"the same command again; {self._what_is_kept()}."
+        )
+
+    def _sweep_after_failure(self) -> None:
         try:
             self._sweep()
-        except OSError as sweep_error:
-            _notice(f"what the failed save has left in {self.directory} stays ({sweep_error}).")
-        message = (
-            f"checkpoint {self.directory / str(step)} was not saved ({_cause(error)}). Check free "
-            f"space and permissions, then run the same command again; {self._what_is_kept()}."
-        )
-        if is_out_of_space(error):
-            return CheckpointSpaceError(f"the disk is full: {message}")
-        return CheckpointError(message)
+        except OSError:
+            return  # the next start sweeps again; what has failed is more important
 
     def _what_is_kept(self) -> str:
         steps = self.steps()
@@ -502,6 +513,24 @@ def _already_raised(record: logging.LogRecord) -> bool:
     It is raised, with its cause, by `wait`. asyncio then logs it once more, as never retrieved.
     """
     return not (record.exc_info and ("orbax" in record.pathname or "asyncio" in record.pathname))
+
+
+@functools.cache
+def _quieten_tensorstore() -> None:
+    """Do not print the error of threads that report a failed write to an event loop that has ended.
+
+    After the first write that failed, Orbax closes its loop, and `wait` raises that failure.
+    tensorstore's threads then print one traceback for each write that fails after it.
+    """
+    previous_hook = sys.unraisablehook
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        error = unraisable.exc_value
+        if isinstance(error, RuntimeError) and str(error) == "Event loop is closed":
+            return
+        previous_hook(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _cause(error: Exception) -> str:

@@ -7,20 +7,25 @@ import fcntl
 from collections.abc import Iterator
 from pathlib import Path
 
-from sapo_jax.errors import FolderError
+from sapo_jax.errors import FolderError, from_os_error
 
 
 @contextlib.contextmanager
 def claimed(folder: Path, name: str = ".lock", *, wait: bool = False) -> Iterator[None]:
     """Hold the lock `name` in the folder, which is made where it is not there.
 
-    Where another process holds it: with `wait`, wait for it, else raise FolderError.
+    Where another process holds it: with `wait`, wait for it, else raise FolderError. That is raised
+    too where the folder or the lock cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     operation = fcntl.LOCK_EX
     if not wait:
         operation |= fcntl.LOCK_NB
-    with open(folder / name, "w") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / name, "w")
+    except OSError as error:
+        raise from_os_error(error, folder) from error
+    with lock:
         try:
             fcntl.flock(lock, operation)
         except BlockingIOError:

@@ -14,6 +14,7 @@ ends, instead of mixing its rows in.
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 import time
 import uuid
@@ -33,8 +34,17 @@ SECONDS_BETWEEN_UPLOADS = 30.0  # of those that nothing waits for
 def as_path(path: str) -> Path | epath.Path:
     """A pathlib path for the disk, an epath one for a bucket.
 
-    (pathlib would take a slash out of gs://.)
+    (pathlib would take a slash out of gs://.) Raises FolderError for text that can be no path.
     """
+    try:
+        is_path = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        is_path = False
+    if not is_path:
+        raise FolderError(
+            f"{path!r} cannot be the path of a folder: it holds a NUL or half a "
+            "character; set another run_dir"
+        )
     if path.startswith("gs://"):
         return epath.Path(path)
     return Path(path)
@@ -77,7 +87,16 @@ class Folder:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(file.read_bytes())
                 self._uploaded[file] = version
+        self._remove_replaced_events(files)
         self._last_upload = time.monotonic()
+
+    def _remove_replaced_events(self, files: list[Path]) -> None:
+        """Remove TensorBoard's files in the bucket that a start has replaced by others."""
+        for folder in {file.parent for file in files if "tfevents" in file.name}:
+            target = self.path / folder.relative_to(self.logs).as_posix()
+            for uploaded in target.iterdir():
+                if not (folder / uploaded.name).exists():
+                    uploaded.unlink()
 
 
 @contextlib.contextmanager
@@ -85,7 +104,7 @@ def open_folder(path: Path | epath.Path, *, write: bool = True) -> Iterator[Fold
     """The folder of a run; with `write`, claimed for this process.
 
     Of several processes the first one opens it; for the others it is a name. Raises FolderError if
-    another process works in a folder on a disk.
+    another process works in a folder on a disk, or if the folder cannot be made or written.
     """
     if isinstance(path, Path):
         with _folder_on_disk(path, write) as folder:

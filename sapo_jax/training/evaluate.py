@@ -135,7 +135,8 @@ def describe(metrics: dict[str, Any], k: int) -> str:
 def evaluate_run(cfg: Config, step: int | None) -> None:
     """`sapo-jax eval`: evaluate a checkpoint of a run.
 
-    The result is printed, and appended to evaluations.jsonl in the run's folder.
+    The result is printed, and appended to evaluations.jsonl in the run's folder, which is made
+    where there is none: a model directory can be evaluated without a run.
     """
     with open_run(cfg, write=False) as run:
         trained = run.trained_params(step)
@@ -149,9 +150,11 @@ def evaluate_run(cfg: Config, step: int | None) -> None:
                 "temperature": cfg.evaluate.temperature,
                 **evaluation.metrics,
             }
-            append_rows(run.folder.logs / EVALUATIONS, [row])
             result = describe(evaluation.metrics, cfg.evaluate.samples)
-            print(f"{trained.stage} step {trained.step}: {result}")
+            # Printed first, whatever happens to the file: it took minutes.
+            print(f"{trained.stage} step {trained.step}: {result}", flush=True)
+            run.folder.logs.mkdir(parents=True, exist_ok=True)
+            append_rows(run.folder.logs / EVALUATIONS, [row])
 
 
 def show_samples(

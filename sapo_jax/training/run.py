@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import resource
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -30,7 +31,7 @@ from sapo_jax.distributed.processes import (
     process_shard,
 )
 from sapo_jax.distributed.signals import StopFlag, stop_on_signals
-from sapo_jax.errors import FolderError, ModelDirError, ProcessError, RunError
+from sapo_jax.errors import FolderError, ModelDirError, ProcessError, RunError, from_os_error
 from sapo_jax.hub.weights import check_weights, load_params
 from sapo_jax.io.checkpoint import Checkpoints
 from sapo_jax.io.files import CONFIG, write_atomically
@@ -42,6 +43,8 @@ from sapo_jax.training.malloc_trim import trim_after_compiling
 from sapo_jax.training.random_streams import Stream, data_seed, random_key
 
 T = TypeVar("T")
+
+FEWEST_OPEN_FILES = 128  # the limit that a run asks for: verifiers' pipes, checkpoints, logs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,9 +170,10 @@ def open_run(cfg: Config, *, write: bool = True) -> Iterator[Run]:
     problems checks that every verifier is registered. All mistakes in the configuration, the data
     and the model directory are found before the folder is touched.
 
-    Raises RunError if another process works in the folder, or if it holds a run with another
-    configuration.
+    Raises FolderError if another process works in the folder, or if it cannot be written; RunError
+    if it holds a run with another configuration.
     """
+    _check_open_files()
     trim_after_compiling()
     with contextlib.ExitStack() as stack:
         try:
@@ -183,7 +187,8 @@ def open_run(cfg: Config, *, write: bool = True) -> Iterator[Run]:
             problems = load_problems(cfg.data, tokenizer)
             say(problems.notices)
             if cfg.model.path is not None:
-                check_weights(cfg.model.path, cfg.model)
+                notes = check_weights(cfg.model.path, cfg.model)
+                say(f"model.path: {note}" for note in notes)
         except (ValueError, ProcessError) as error:  # all of them are written for people
             raise RunError(str(error)) from error
 
@@ -221,6 +226,16 @@ def say(notices: Iterable[str]) -> None:
             print(f"notice: {notice}", file=sys.stderr, flush=True)
 
 
+def _check_open_files() -> None:
+    """Raises RunError where this process may open too few files for verifiers and checkpoints."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit != resource.RLIM_INFINITY and limit < FEWEST_OPEN_FILES:
+        raise RunError(
+            f"this process may open {limit} files only, and a run needs {FEWEST_OPEN_FILES}; raise "
+            "the limit, as in `ulimit -n 1024`, then run the same command again"
+        )
+
+
 def _check_prompts_divide(cfg: Config, shard: ProcessShard) -> None:
     """Raises ProcessError where whole groups cannot be divided equally among the teams."""
     num_prompts = cfg.rollout.prompts_per_step
@@ -237,17 +252,24 @@ def _check_prompts_divide(cfg: Config, shard: ProcessShard) -> None:
 def _in_all_processes(action: Callable[[], T]) -> T:
     """What `action` returns; where it fails in any process, all raise RunError. A collective.
 
+    The process whose folder is to blame raises that FolderError itself.
+
     Only failures whose message is written for people are passed on in this way.
     """
     results = []
-    failure = None
+    failure: Exception | None = None
     message = None
     try:
         results.append(action())
     except (RunError, FolderError, ConfigError) as error:
         failure = error
         message = str(error)
+    except OSError as error:
+        failure = from_os_error(error)
+        message = str(failure)
     messages = [text for text in all_gather(message) if text]
+    if isinstance(failure, FolderError):
+        raise failure  # its exit code says whether the disk is full
     if messages:
         raise RunError(messages[0]) from failure
     return results[0]

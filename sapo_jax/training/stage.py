@@ -12,10 +12,13 @@ from typing import Any, Self
 from sapo_jax.batch import TrainState
 from sapo_jax.data import PromptBatches
 from sapo_jax.distributed.processes import broadcast_from_first
-from sapo_jax.errors import RunError, Stopped
+from sapo_jax.errors import LogError, RunError, Stopped
+from sapo_jax.io.files import METRICS
 from sapo_jax.io.run_log import Log
 from sapo_jax.training.clock import Clock
 from sapo_jax.training.run import Run, say
+
+STEPS_SHOWN = 10  # of those that an error lists
 
 OPTIMIZER_KEY = {"cold_start": "cold_start.optimizer", "rl": "optimizer"}
 
@@ -53,17 +56,43 @@ class Stage:
         return broadcast_from_first(self.checkpoints.steps())
 
     def restore(self, abstract_state: TrainState) -> TrainState | None:
-        """The state of the newest checkpoint; None where there is none.
+        """The state of the newest whole checkpoint; None where there is none.
 
-        Data and logs go to the same step.
+        Data and logs go to the same step. Raises LogError where the log lacks rows of steps that
+        the checkpoint has behind it, and CheckpointSpaceError where the stage is not done and the
+        disk has no room for the next checkpoint.
         """
         restored = self.checkpoints.restore(abstract_state)
         if restored is None:
+            self.checkpoints.check_space(abstract_state)
             return None
         self.step = restored.step
+        self._check_log()
+        if not self.is_done:
+            self.checkpoints.check_space(abstract_state)
         say(self._batches.set_state(restored.extras["data"]))
         self._log.rewind(self.name, self.step)
         return restored.tree
+
+    def _check_log(self) -> None:
+        """Raises LogError where metrics.jsonl lacks rows up to the step that was restored.
+
+        It stops instead of repairing. The rows are the record of the experiment, and only training
+        can make them again: from an older checkpoint, which is the user's decision.
+        """
+        missing = []
+        if self.name == "rl":
+            missing += _steps_of("cold_start", self._log, 1, self._run.cfg.cold_start.steps)
+            missing += _steps_of("rl", self._log, 0, self.step)
+        else:
+            missing += _steps_of(self.name, self._log, 1, self.step)
+        if missing:
+            raise LogError(
+                f"{self._run.folder.logs / METRICS} lacks rows that its checkpoints have behind "
+                f"them: {'; '.join(missing)}. Put the file back from a copy; or remove the "
+                f"checkpoints in {self._run.dir / 'checkpoints'} from the first missing step on, "
+                "and the same command makes these steps again; or remove the folder to start again"
+            )
 
     def stop_if_told(self, state: TrainState) -> None:
         """Save and raise Stopped, where a signal has come to any process. A collective."""
@@ -98,6 +127,17 @@ class Stage:
         self.checkpoints.save(self.step, state, self._run.checkpoint_extras(self._batches))
         clock.lap("checkpoint")
         return clock.laps
+
+
+def _steps_of(stage: str, log: Log, first: int, last: int) -> list[str]:
+    """The steps that the log lacks, as text: `rl 3, 4, 5`, or nothing."""
+    steps = log.missing_steps(stage, first, last)
+    if not steps:
+        return []
+    shown = ", ".join(str(step) for step in steps[:STEPS_SHOWN])
+    if len(steps) > STEPS_SHOWN:
+        shown += f", ... and {len(steps) - STEPS_SHOWN} more, up to {steps[-1]}"
+    return [f"{stage} {shown}"]
 
 
 def nonfinite_message(stage: str, step: int, limit: int) -> str:

@@ -253,7 +253,7 @@ def biggest_data_file(step_folder: Path) -> Path:
     return max((f for f in step_folder.rglob("d/*") if f.is_file()), key=lambda f: f.stat().st_size)
 
 
-def test_a_flipped_byte_that_orbax_misses_is_named(tmp_path):
+def test_a_flipped_byte_that_orbax_misses_is_named(tmp_path, capfd):
     rng = np.random.default_rng(0)
     state = {
         "params": {
@@ -273,12 +273,10 @@ def test_a_flipped_byte_that_orbax_misses_is_named(tmp_path):
         )
         raw = plain.restore(tmp_path / "2" / "state", restore_args=restore_args)
     assert np.sum(np.asarray(raw["params/w"]) != np.asarray(state["params"]["w"])) == 1
-    with pytest.raises(CheckpointError) as caught:
-        Checkpoints(tmp_path).restore(abstract(state))
-    assert str(tmp_path / "2") in str(caught.value) and "params/w" in str(caught.value)
-    assert "params/b" not in str(caught.value) and "Delete this folder" in str(caught.value)
-    subprocess.run(["rm", "-r", str(tmp_path / "2")], check=True)  # what the message asks for
     step, restored, _ = Checkpoints(tmp_path).restore(abstract(state))
+    notice = capfd.readouterr().err
+    assert f"{tmp_path / '2'} is damaged" in notice and "params/w" in notice
+    assert "params/b" not in notice and "it is skipped" in notice
     assert step == 1
     assert_bit_equal(restored, state)
 
