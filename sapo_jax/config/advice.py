@@ -105,6 +105,22 @@ def answer_form(cfg: Config) -> Iterator[Problem]:
         yield Problem(("cold_start.response",), text)
 
 
+def answer_limit(cfg: Config) -> Iterator[Problem]:
+    """Where the whole completion may be the answer, a long one is not cut off by `max_chars`.
+
+    A token is about four characters.
+    """
+    takes_whole_text = cfg.rewards.extract in ("all", "final")
+    characters = 4 * cfg.rollout.max_new_tokens
+    if takes_whole_text and characters > cfg.rewards.max_chars:
+        text = (
+            f"completions of {cfg.rollout.max_new_tokens} tokens have about {characters} characters"
+            f" but with extract: {cfg.rewards.extract} the whole text is the answer, and one of"
+            f" over {cfg.rewards.max_chars} is unparsable; use extract: auto, or raise max_chars"
+        )
+        yield Problem(("rewards.max_chars", "rollout.max_new_tokens"), text)
+
+
 def task_ratios(cfg: Config) -> Iterator[Problem]:
     total_weight = sum(task.weight for task in cfg.data.tasks)
     for position, task in enumerate(cfg.data.tasks):
@@ -161,6 +177,7 @@ ADVICE: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     kl_estimator,
     sequence_ratio,
     answer_form,
+    answer_limit,
     task_ratios,
     never_evaluated,
     yarn_reach,

@@ -39,6 +39,7 @@ from sapo_jax.data.messages import (
 )
 from sapo_jax.errors import DataError
 from sapo_jax.rewards.allowlist import NEEDS_OPTIONS, REASONING_GYM_TASKS
+from sapo_jax.rewards.registry import check_gold
 
 _CHUNK = 1024  # problems per generator instance
 # These generators draw from the global random state or from the order of a set, which differ from
@@ -412,6 +413,9 @@ def _to_problem(
         mistake = tools_mistake(tools)
         if mistake is not None:
             raise _BadRow(mistake)
+    mistake = check_gold(verifier, answer, metadata)
+    if mistake is not None:
+        raise _BadRow(f"`{layout.columns['answer']}`, for the verifier {verifier!r}: {mistake}")
     # An empty list of tools is none: templates render no tools for either.
     return Problem(question, answer, verifier, metadata, messages, tools or None)
 

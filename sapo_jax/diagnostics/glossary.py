@@ -205,10 +205,17 @@ GLOSSARY = (
                 "raise `rollout.max_new_tokens`",
             ),
             Entry(
-                ("verifier/timeout_fraction", "verifier/error_fraction"),
+                ("verifier/error_fraction",),
                 "share of the completions that are masked because their verifier failed",
                 "0",
-                "`rewards.deadline`, `rewards.memory_mb`, or the verifier",
+                "`rewards.memory_mb`, or the verifier (the log names file and line)",
+            ),
+            Entry(
+                ("verifier/timeout_fraction",),
+                "share of the completions whose answer kept the verifier busy until "
+                "`rewards.deadline`; their reward is 0",
+                "0",
+                "`rewards.deadline`; `rewards.on_timeout: mask` where it is not the answer's fault",
             ),
             Entry(
                 ("verifier/unparsable_fraction",),

@@ -47,7 +47,7 @@ def _decimal_places(value: Fraction) -> int | None:
     return places
 
 
-def numeric_equal(first: Any, second: Any, float_rounding: int, numeric_precision: int) -> bool:
+def numeric_equal(left: Any, right: Any, float_rounding: int, numeric_precision: int) -> bool:
     """What math-verify's `sympy_numeric_eq` is to say of two SymPy expressions.
 
     The last two arguments are those of the function that it replaces; nothing is rounded here.
@@ -55,8 +55,8 @@ def numeric_equal(first: Any, second: Any, float_rounding: int, numeric_precisio
     import sympy
     from math_verify.grader import safe_sympy_doit
 
-    first = safe_sympy_doit(first)
-    second = safe_sympy_doit(second)
+    first: Any = safe_sympy_doit(left)
+    second: Any = safe_sympy_doit(right)
     if isinstance(first, sympy.MatrixBase) and isinstance(second, sympy.MatrixBase):
         if first.shape != second.shape:
             return False
@@ -68,8 +68,8 @@ def numeric_equal(first: Any, second: Any, float_rounding: int, numeric_precisio
         return False  # symbols are compared by math-verify's `sympy_symbolic_eq`
     if first.is_Rational and second.is_Rational:
         return fractions_equal(_fraction(first), _fraction(second))
-    difference = sympy.Abs((first - second).evalf(_DIGITS, maxn=400))
-    size = sympy.Abs(first.evalf(_DIGITS, maxn=400))
+    difference: Any = abs((first - second).evalf(_DIGITS, maxn=400))
+    size: Any = abs(first.evalf(_DIGITS, maxn=400))
     if not (difference.is_Float or difference.is_Rational):
         return False
     tolerance = _SAME

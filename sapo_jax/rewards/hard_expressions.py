@@ -61,8 +61,9 @@ def _nesting(text: str) -> int:
 
 def _hard_factorial(text: str) -> str | None:
     numbers = [int(digits) for digits in _DIGITS.findall(text)]
-    for operand, marks in _FACTORIAL.findall(text):
-        if len(marks) > 1:
+    for match in _FACTORIAL.finditer(text):
+        operand, marks = match.groups()
+        if len(marks) > 1 or "!" in _group_before(text[: match.end(1)]):
             return "it takes a factorial of a factorial"
         if operand.isdigit():
             largest = int(operand)

@@ -116,6 +116,7 @@ _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox|textit|rm)\s?\{
 _DRESSING = re.compile(r"\\(?:left|right|displaystyle|,|;|!|quad)(?![a-zA-Z])")
 _WORDS = re.compile(r"[a-z][a-z' -]*[a-z]|[a-z]")
 _CHOICE = re.compile(r"\(?([A-Z])\)?")
+_SIGNS_ALONE = re.compile(r"[^0-9A-Za-z\\(){}\[\]]+")
 _EQUALS = re.compile(r"(?<![<>!:\\])=")
 # Names that are mathematics, not words.
 _MATHEMATICAL_WORDS = frozenset("pi e i sqrt sin cos tan log ln exp infinity oo".split())
@@ -170,7 +171,7 @@ def check_gold(answer: str, metadata: dict[str, Any]) -> None:
         return
     if not gold.text:
         raise ValueError("the gold answer is empty")
-    if why_hard(gold.text) is not None:
+    if why_hard(gold.text) is not None or _SIGNS_ALONE.fullmatch(gold.text):
         return  # it is compared as text
     latex = to_latex(gold.text)
     if not _parse(latex):
@@ -219,6 +220,8 @@ def math(response: str, answer: str, metadata: dict[str, Any]) -> bool:
         raise ValueError("the gold answer is empty")
     if "".join(said.text.split()) == "".join(gold.text.split()):
         return conversion(said.unit, gold.unit) == 1
+    if _SIGNS_ALONE.fullmatch(gold.text):
+        return False
     gold_words = _words(gold.text)
     if gold.number is None and gold_words is not None:
         said_words = _words(said.text)

@@ -50,7 +50,8 @@ _BODY = "|".join(
         # The numerator of a mixed number has one or two digits: 1 000/3 is no mixed number.
         r"(?P<whole>\d++)[ \t]++(?P<part>\d{1,2})\s?/\s?(?P<parts>\d++)(?![\d/])",
         rf"(?P<frac_whole>\d*+)\s?{_FRAC}{_argument('above')}\s?{_argument('below')}",
-        r"(?P<before>\d*+)\.(?P<fixed>\d*+)\\(?:overline|bar)\s?(?:\{(?P<period>\d++)\}|(?P<period_digit>\d))",
+        r"(?P<before>\d*+)\.(?P<fixed>\d*+)\\(?:overline|bar)\s?"
+        r"(?:\{(?P<period>\d++)\}|(?P<period_digit>\d))",
         rf"(?P<base>{_INTEGER})\s?(?P<power>{_TO_THE})",
         rf"(?P<decimal>{_DECIMAL})(?:[eE](?P<exponent>{_SIGN}?\d++)(?!\w)|{_TIMES_TEN})?"
         rf"(?:\s?/\s?(?P<denominator>{_DECIMAL}))?",

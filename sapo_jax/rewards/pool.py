@@ -2,30 +2,71 @@
 
 Each item (a completion and its prompt) runs alone in one of several worker processes, with a
 wall-clock deadline at which the worker is killed, a limit on memory, a cap on length, and a check
-of the result's type. So an item that hangs or crashes costs a worker, never the verdict of another
-item. Status is kept apart from reward (`sapo_jax.types.Verdict`):
+of the result's type. A batch has a budget of time too, and a verifier that runs into its deadline
+several times in a row gets ever shorter ones (`_Leash`). So an item that hangs or crashes costs a
+worker, never the verdict of another item. Status is kept apart from reward
+(`sapo_jax.types.Verdict`):
 
     ok, wrong     the verifier graded the answer: reward 1, or its partial credit (below 1)
-    unparsable    there is no answer to grade: the completion is longer than `max_chars`, it has not
-                  the form `extract`, or the verifier found no answer in it
-    timeout       no verdict came within `deadline` seconds after the worker began the item
-    error         the verifier raised, crashed, ran out of memory or returned something else: the
-                  sample is to be masked
+    unparsable    there is no answer to grade: the completion has not the form `extract`, the answer
+                  in it is longer than `max_chars`, or the verifier found no answer in it
+    timeout       no verdict came within `deadline` seconds after the worker began the item; an
+                  error instead with `on_timeout: mask`
+    error         the verifier raised, crashed, ran out of memory or returned something else, or the
+                  budget of the batch was used up: the sample is to be masked
+
+Gold answers are checked when data is loaded (`registry.check_gold`), so it is the completion that
+makes a verifier run into its deadline. A time-out therefore counts as wrong: masked, it would
+escape the penalty that every other wrong answer gets.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import queue
+import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
-from sapo_jax.rewards.extract import FORMLESS, FORMS, extract_answer
+from sapo_jax.errors import WorkerError
+from sapo_jax.rewards.extract import FORMLESS, FORMS, extract_answer, opens_thinking
 from sapo_jax.rewards.process import WorkerProcess
 from sapo_jax.rewards.protocol import WorkerSettings
 from sapo_jax.rewards.registry import load_plugins, require
 from sapo_jax.types import Prompt, Verdict
+
+_log = logging.getLogger(__name__)
+_MAX_LOGGED_ERRORS = 20  # kinds of errors that are logged
+_PATIENCE = 3  # time-outs in a row of one verifier after which its deadline is halved each time
+_SHORTEST = 1 / 64  # of the deadline that is left of it in the end
+
+
+class _Leash:
+    """The deadline of each verifier: a shorter one after several time-outs in a row.
+
+    A thousand completions that all hang so cost seconds, not hours. A single verdict in time
+    restores the whole deadline. Several threads may call it.
+    """
+
+    def __init__(self, deadline: float) -> None:
+        self._deadline = deadline
+        self._in_a_row: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def seconds(self, verifier: str) -> float:
+        with self._lock:
+            halvings = max(0, self._in_a_row.get(verifier, 0) - _PATIENCE + 1)
+        return self._deadline * max(_SHORTEST, 0.5**halvings)
+
+    def note(self, verifier: str, timed_out: bool) -> None:
+        with self._lock:
+            if timed_out:
+                self._in_a_row[verifier] = self._in_a_row.get(verifier, 0) + 1
+            else:
+                self._in_a_row[verifier] = 0
 
 
 class VerifierPool:
@@ -33,33 +74,44 @@ class VerifierPool:
 
     extract: which part of a completion is the answer, a form of `extract.py`.
     format_reward: added to the reward of a valid verdict where the completion has that form; the
-        forms "all", "final" and "last_number" are asked of no model and pay nothing.
+        forms "auto", "all", "final" and "last_number" are asked of no model and pay nothing.
     workers: processes, each of which runs one item at a time.
     deadline: seconds per item.
+    batch_deadline: seconds per call of `verify`; items that have not begun by then are errors.
+    on_timeout: "wrong" (reward 0) or "mask", for verifiers that wait for something outside.
     memory_mb: MiB of address space per worker.
-    max_chars: a longer completion is unparsable.
+    max_chars: a longer answer is unparsable; the completion that it stands in may be longer.
     plugins: modules that register verifiers.
 
     The pool is a context manager. Workers start when they are first needed and stay; `close`, or
-    leaving the context, kills them. Raises ValueError for a plug-in that cannot be imported.
+    leaving the context, kills them. With plug-ins one worker starts at once: it imports them first,
+    so that an import that hangs or ends its process costs a worker and not the trainer. Raises
+    ValueError for a plug-in that cannot be imported, WorkerError for one that ends its worker.
     """
 
     def __init__(
         self,
         *,
-        extract: str = "all",
+        extract: str = "auto",
         format_reward: float = 0.0,
         workers: int = 2,
         deadline: float = 5.0,
+        batch_deadline: float = 600.0,
+        on_timeout: str = "wrong",
         memory_mb: int = 2048,
         max_chars: int = 20000,
         plugins: Sequence[str] = (),
     ) -> None:
-        load_plugins(plugins)
         self._form = extract
         self._format_reward = format_reward
         self._max_chars = max_chars
         settings = WorkerSettings(tuple(plugins), memory_mb, deadline)
+        self._batch_deadline = batch_deadline
+        self._on_timeout = on_timeout
+        self._leash = _Leash(deadline)
+        self._logged_errors: set[str] = set()
+        if plugins:
+            _import_plugins(plugins, settings)
         self._workers = [WorkerProcess(settings) for _ in range(workers)]
         self._idle: queue.SimpleQueue[WorkerProcess] = queue.SimpleQueue()
         for worker in self._workers:
@@ -105,39 +157,87 @@ class VerifierPool:
         if self._closed:
             raise RuntimeError("the verifier pool is closed")
         self.check(prompt for _, prompt in items)
+        until = time.monotonic() + self._batch_deadline
         try:
             futures = [
-                self._threads.submit(self._grade, completion, prompt)
+                self._threads.submit(self._grade, completion, prompt, until)
                 for completion, prompt in items
             ]
             for done, future in enumerate(as_completed(futures), start=1):
                 future.result()  # raises at once what the thread has raised
                 if progress is not None:
                     progress(done, len(futures))
-            return [future.result() for future in futures]
+            verdicts = [future.result() for future in futures]
         except BaseException:
             self.close()
             raise
+        self._log_errors(verdicts, [prompt for _, prompt in items])
+        return verdicts
 
-    def _grade(self, completion: str, prompt: Prompt) -> Verdict:
-        """The verdict on one item, with the format reward. Runs in one of the threads."""
-        if len(completion) > self._max_chars:
-            detail = f"{len(completion)} characters; rewards.max_chars is {self._max_chars}"
-            return Verdict("unparsable", 0.0, detail)
+    def _log_errors(self, verdicts: Sequence[Verdict], prompts: Sequence[Prompt]) -> None:
+        """Say once of each kind what has gone wrong: such samples are masked, which is silent."""
+        for verdict, prompt in zip(verdicts, prompts, strict=True):
+            kind = f"{prompt.verifier}: {verdict.detail[:60]}"
+            if verdict.status != "error" or kind in self._logged_errors:
+                continue
+            if len(self._logged_errors) < _MAX_LOGGED_ERRORS:
+                self._logged_errors.add(kind)
+                _log.warning(
+                    "the verifier %r failed on problem %d of task %r: %s",
+                    prompt.verifier,
+                    prompt.index,
+                    prompt.task,
+                    verdict.detail,
+                )
+
+    def _grade(self, completion: str, prompt: Prompt, until: float) -> Verdict:
+        """The verdict on one item, with the format reward. Runs in one of the threads.
+
+        `until` is when the budget of the batch is used up, by the monotonic clock.
+        """
         # Halves of surrogate pairs cannot be sent; they become "?".
         completion = completion.encode("utf-8", "replace").decode("utf-8")
+        if opens_thinking(prompt.text):
+            completion = f"<think>{completion}"
         response = extract_answer(completion, self._form)
         if response is None:
             return Verdict("unparsable", 0.0, f"no {FORMS[self._form]} in the completion")
+        if len(response) > self._max_chars:
+            detail = f"{len(response)} characters; rewards.max_chars is {self._max_chars}"
+            return Verdict("unparsable", 0.0, detail)
+        if time.monotonic() > until:
+            detail = f"rewards.batch_deadline = {self._batch_deadline:g} s is used up"
+            return Verdict("error", 0.0, detail)
         item = _json_line(response, prompt)
         worker = self._idle.get()
         try:
-            verdict = worker.grade(prompt.verifier, item)
+            seconds = self._leash.seconds(prompt.verifier)
+            verdict = worker.grade(prompt.verifier, item, seconds)
         finally:
             self._idle.put(worker)
+        timed_out = verdict.status == "timeout"
+        self._leash.note(prompt.verifier, timed_out)
+        if timed_out and self._on_timeout == "mask":
+            return Verdict("error", 0.0, verdict.detail)
+        if timed_out:
+            return verdict
         if not verdict.valid or self._form in FORMLESS:
             return verdict
         return dataclasses.replace(verdict, reward=verdict.reward + self._format_reward)
+
+
+def _import_plugins(plugins: Sequence[str], settings: WorkerSettings) -> None:
+    """Import the plug-ins in a worker of their own, then in this process."""
+    worker = WorkerProcess(settings)
+    try:
+        worker.start()
+    except WorkerError as error:
+        if "rewards.plugins: module" not in str(error):
+            raise
+        # The import has raised: it does so here too, and says more plainly why.
+    finally:
+        worker.kill()
+    load_plugins(plugins)
 
 
 def _json_line(response: str, prompt: Prompt) -> bytes:

@@ -14,16 +14,23 @@ import time
 from typing import IO, Any
 
 from sapo_jax.errors import WorkerError
+from sapo_jax.rewards.process_tree import TOKEN, kill_marked, new_token
 from sapo_jax.rewards.protocol import OUT_OF_MEMORY, WorkerSettings
+from sapo_jax.rewards.registry import well_formed
 from sapo_jax.types import Verdict
 
 START_SECONDS = 120.0  # for a worker's start, and for a verifier's imports
 _TAIL = 4000  # bytes of the worker's stderr that are kept
+_MAX_REPLY = 2**20  # bytes
 _CHUNK = 65536  # bytes that are read from a pipe at a time
 
 
 class _Died(Exception):
     """The worker has closed its end of the pipe."""
+
+
+class _Garbled(Exception):
+    """What came from the worker is no reply: something else has written to its pipe."""
 
 
 class WorkerProcess:
@@ -39,12 +46,19 @@ class WorkerProcess:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._stopped = False
+        self._token = new_token()
         self._prepared: set[str] = set()  # names of verifiers
         self._items_begun = 0  # since the worker was started
         self._stderr = b""  # the end of what it has written
 
-    def grade(self, verifier: str, item: bytes) -> Verdict:
+    def start(self) -> None:
+        """Start the worker now. Raises WorkerError where that fails."""
+        self._start()
+
+    def grade(self, verifier: str, item: bytes, deadline: float) -> Verdict:
         """The verdict on one item (a request as a line of JSON), whatever its verifier does.
+
+        It has `deadline` seconds.
 
         A worker that dies is started again. If it had begun other items before, one of them may
         have doomed it, so this item gets one more trial, on the new worker. Raises WorkerError
@@ -55,19 +69,25 @@ class WorkerProcess:
             try:
                 process = self._ready_for(verifier)
                 self._items_begun += 1
-                reply = self._ask(process, item, self._settings.deadline)
+                reply = self._ask(process, item, deadline)
+                verdict = _verdict(reply)
             except TimeoutError:
                 self.kill()
-                detail = f"no verdict within {self._settings.deadline:g} s"
+                detail = f"no verdict within {deadline:g} s"
                 return Verdict("timeout", 0.0, detail)
             except _Died:
                 cause = self.kill()
                 if is_first_item:
                     return Verdict("error", 0.0, cause)
                 continue
+            except _Garbled as garbled:
+                self.kill()
+                if is_first_item:
+                    return Verdict("error", 0.0, str(garbled))
+                continue
             if reply["retire"]:
                 self.kill()
-            return Verdict(**reply["verdict"])
+            return verdict
 
     def stop(self) -> None:
         """Kill the worker and start none again.
@@ -92,6 +112,7 @@ class WorkerProcess:
                 return ""
             _kill_group(process)
             code = process.wait()
+        kill_marked(self._token)
         stdin, stdout, stderr = _pipes(process)
         self._keep_stderr(_drain(stderr))
         for pipe in (stdin, stdout, stderr):
@@ -125,7 +146,7 @@ class WorkerProcess:
                 stderr=subprocess.PIPE,
                 bufsize=0,
                 start_new_session=True,  # a Ctrl-C is not for it, and its children die with it
-                env=_environment(),
+                env={**_environment(), TOKEN: self._token},
             )
             self._process = process
         stdin, _, _ = _pipes(process)
@@ -143,6 +164,8 @@ class WorkerProcess:
         try:
             reply = self._ask(process, json.dumps(request).encode("ascii"), START_SECONDS)
             failure = reply.get("failed")
+        except _Garbled as garbled:
+            failure = str(garbled)
         except TimeoutError:
             failure = f"no answer within {START_SECONDS:g} s\n{self._last_words()}"
         except _Died:
@@ -190,8 +213,10 @@ class WorkerProcess:
                         if not chunk:
                             raise _Died
                         received += chunk
+                        if len(received) > _MAX_REPLY:
+                            raise _Garbled(f"the worker's reply has over {_MAX_REPLY} bytes")
                         if received.endswith(b"\n"):
-                            return json.loads(received)
+                            return _reply(received)
                 if time.monotonic() >= deadline:
                     raise TimeoutError
 
@@ -200,6 +225,33 @@ class WorkerProcess:
 
     def _last_words(self) -> str:
         return self._stderr.decode("utf-8", "replace").strip()
+
+
+def _reply(line: bytes | bytearray) -> dict[str, Any]:
+    """The reply in a line. Raises _Garbled where it holds none."""
+    try:
+        reply = json.loads(line)
+    except (ValueError, RecursionError):
+        reply = None
+    if not isinstance(reply, dict):
+        raise _Garbled(
+            "what came from the worker is no reply: the verifier, or what it has started, wrote to"
+            f" a pipe that is not its own: {bytes(line[:80])!r}"
+        )
+    return reply
+
+
+def _verdict(reply: dict[str, Any]) -> Verdict:
+    """The verdict in a reply; a worker is not trusted to fill it in. Raises _Garbled."""
+    fields = reply.get("verdict")
+    if set(reply) != {"verdict", "retire"} or not isinstance(reply["retire"], bool):
+        raise _Garbled(f"the worker's reply has the keys {sorted(reply)}")
+    if not isinstance(fields, dict) or set(fields) != {"status", "reward", "detail"}:
+        raise _Garbled("the worker's reply holds no verdict")
+    verdict = Verdict(**fields)
+    if type(verdict.reward) not in (int, float) or not well_formed(verdict):
+        raise _Garbled(f"the worker's reply holds a malformed verdict: {str(fields)[:80]}")
+    return Verdict(verdict.status, float(verdict.reward), verdict.detail)
 
 
 def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes], IO[bytes]]:

@@ -127,6 +127,8 @@ def check_gold(name: str, answer: str, metadata: dict[str, Any]) -> str | None:
 
     A verifier without a check of its own takes every answer.
     """
+    if name not in VERIFIERS:
+        return None
     check = VERIFIERS[name].check_gold
     if check is None:
         return None
@@ -190,7 +192,7 @@ def _checked(result: Any, function: VerifierFunction) -> Verdict:
         return _graded(number)
     if type(result) is Verdict:
         reward = _as_number(result.reward)
-        if reward is None or not _well_formed(result):
+        if reward is None or not well_formed(result):
             text = f"the verifier returned a malformed verdict: {result}"[:_MAX_MESSAGE]
             return Verdict("error", 0.0, f"{text} {where}")
         return Verdict(result.status, reward, result.detail)
@@ -219,7 +221,7 @@ def _graded(reward: float) -> Verdict:
     return Verdict("wrong", reward)
 
 
-def _well_formed(verdict: Verdict) -> bool:
+def well_formed(verdict: Verdict) -> bool:
     """Whether a plug-in has filled in the fields with values of their types."""
     if verdict.status not in get_args(Status) or not isinstance(verdict.detail, str):
         return False

@@ -21,6 +21,7 @@ import traceback
 from typing import Any, BinaryIO
 
 from sapo_jax.rewards import registry
+from sapo_jax.rewards.process_tree import TOKEN, kill_marked
 from sapo_jax.rewards.protocol import OUT_OF_MEMORY, WorkerSettings
 from sapo_jax.types import Verdict
 
@@ -67,6 +68,7 @@ def _end_with_parent(pipe: int, parent: int) -> None:
 
 
 def _kill_own_group() -> None:
+    kill_marked(os.environ.get(TOKEN, ""))  # what has left the group
     os.killpg(os.getpid(), signal.SIGKILL)
 
 

@@ -266,6 +266,7 @@ DOUBTFUL = [
     ("sequence_ratio", ["objective.name=gspo", "loss.normalization=token_mean"], "^loss.normalization: GSPO"),
     ("answer_form", ["cold_start.steps=1", "rewards.extract=answer_tag"], "teaches no <answer>"),
     ("answer_form", ["cold_start.steps=1", "rewards.extract=boxed"], "every completion would be unparsable"),
+    ("answer_limit", ["rewards.extract=all", "rollout.max_new_tokens=30000"], "120000 characters.*use extract: auto"),
     ("task_ratios", ["data.tasks=[{kind: reasoning_gym}, {kind: reasoning_gym, name: gcd, weight: 0.05}]"],
      "^data.tasks.1.weight: its weight asks for 1.52 prompts"),
     ("never_evaluated", ["evaluate.every=200"], "beyond train.steps = 100"),

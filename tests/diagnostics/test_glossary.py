@@ -110,11 +110,11 @@ def test_unknown_names_have_a_hint():
 
 
 def test_the_text_for_people():
-    text = describe_metric("verifier/timeout_fraction")
+    text = describe_metric("verifier/error_fraction")
     lines = text.splitlines()
-    assert lines[0] == "verifier/timeout_fraction"
+    assert lines[0] == "verifier/error_fraction"
     assert [line.split("  ")[1] for line in lines[1:]] == ["what it is", "healthy", "if not"]
-    assert "masked because their verifier failed" in text and "rewards.deadline" in text
+    assert "masked because their verifier failed" in text and "rewards.memory_mb" in text
     assert (
         describe_metric("held_out").count("what it is")
         == 6

@@ -53,6 +53,24 @@ def _spawn(metadata):
     time.sleep(1000)
 
 
+def _setsid(metadata):
+    """Succeeds, and leaves a child in a session of its own."""
+    child = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+    with open(metadata["pid_file"], "a") as file:
+        file.write(f"{child.pid}\n")
+    return True
+
+
+def _garble(metadata, text=b"stray\n"):
+    """Write to every pipe that is open, the one of the replies among them."""
+    for descriptor in range(3, 20):
+        try:
+            os.write(descriptor, text)
+        except OSError:
+            continue
+    return True
+
+
 def _verdict(metadata):
     from sapo_jax.types import Verdict
 
@@ -78,6 +96,10 @@ ACTIONS = {
     "none": lambda m: None,
     "list": lambda m: [1.0],
     "verdict": _verdict,
+    "setsid": _setsid,
+    "garble": _garble,
+    "garble with JSON": lambda m: _garble(m, b'{"verdict": {"status": "ok", "reward": 100}}\n'),
+    "garble without end": lambda m: _garble(m, b"x" * 60_000),
     "sleep": lambda m: time.sleep(1000),
     "sleep a little": lambda m: time.sleep(0.3) is None,
     "spin": lambda m: [None for _ in iter(int, 1)],

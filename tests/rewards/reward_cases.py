@@ -172,6 +172,7 @@ MATH = [
     ("+".join(["1"] * 500), "500", UNPARSABLE),
     ("(" * 400 + "1" + ")" * 400, "1", UNPARSABLE),
     ("100000!", "5", UNPARSABLE),
+    ("((7!)!)!", "5", UNPARSABLE),
     (r"\binom{1000000}{500000}", "5", UNPARSABLE),
     ("9^{9^{9}}", "9^{9^{9}}", OK),  # the same text needs no computing
 ]

@@ -227,6 +227,68 @@ def test_any_text_arrives_whole(text):
     assert [v.status for v in verdicts] == ["ok", "wrong", "ok"]
 
 
+def test_a_long_completion_with_a_short_answer_is_graded():
+    thoughts = "word " * 10_000
+    with VerifierPool(workers=1, max_chars=10) as pool:
+        verdicts = pool.verify([(thoughts + r"\boxed{42}", prompt("42"))])
+    assert verdicts == [RIGHT]
+
+
+def test_thoughts_that_the_prompt_opens_are_no_answer():
+    thinking = dataclasses.replace(prompt("42"), text="Why?<think>\n")
+    with VerifierPool(workers=1) as pool:
+        verdicts = pool.verify([("42", thinking), ("so</think>42", thinking)])
+    assert [verdict.status for verdict in verdicts] == ["unparsable", "ok"]
+
+
+@pytest.mark.parametrize(
+    ("on_timeout", "status", "valid"), [("wrong", "timeout", True), ("mask", "error", False)]
+)
+def test_a_timeout_is_wrong_or_masked(on_timeout, status, valid):
+    settings = {**HOSTILE, "deadline": 0.5, "workers": 1, "on_timeout": on_timeout}
+    with VerifierPool(**settings) as pool:
+        (verdict,) = pool.verify([hostile("sleep")])
+    assert (verdict.status, verdict.reward, verdict.valid) == (status, 0.0, valid)
+
+
+def test_many_items_that_hang_get_ever_less_time():
+    """At the whole deadline they would take 20 * 2 s; a verdict in time restores it."""
+    with VerifierPool(**{**HOSTILE, "deadline": 2.0, "workers": 1}) as pool:
+        pool.verify([hostile("right")])
+        start = time.monotonic()
+        verdicts = pool.verify([hostile("sleep")] * 20)
+        assert time.monotonic() - start < 20
+        assert {verdict.status for verdict in verdicts} == {"timeout"}
+        assert pool._leash.seconds("hostile") < 0.1
+        pool._leash.note("hostile", timed_out=False)
+        assert pool._leash.seconds("hostile") == 2.0
+
+
+def test_a_batch_has_a_budget():
+    settings = {**HOSTILE, "deadline": 0.5, "workers": 1, "batch_deadline": 0.2}
+    with VerifierPool(**settings) as pool:
+        verdicts = pool.verify([hostile("sleep")] * 3)
+    assert [verdict.status for verdict in verdicts] == ["timeout", "error", "error"]
+    assert "batch_deadline = 0.2 s is used up" in verdicts[1].detail
+
+
+@pytest.mark.parametrize("action", ["garble", "garble with JSON", "garble without end"])
+def test_what_a_verifier_writes_to_the_pipe_is_no_reply(action):
+    with VerifierPool(**{**HOSTILE, "workers": 1}) as pool:
+        verdicts = pool.verify([hostile("right"), hostile(action), hostile("right")])
+    assert [verdict.status for verdict in verdicts] == ["ok", "error", "ok"]
+    assert verdicts[1].reward == 0.0
+
+
+def test_a_child_in_a_session_of_its_own_dies_too(tmp_path):
+    pids = tmp_path / "pids"
+    with VerifierPool(**{**HOSTILE, "workers": 1}) as pool:
+        assert pool.verify([hostile("setsid", {"pid_file": str(pids)})]) == [RIGHT]
+    started = [int(pid) for pid in pids.read_text().split()]
+    assert len(started) == 2
+    wait_until(lambda: not any(is_alive(pid) for pid in started))
+
+
 def test_too_long_a_completion_is_not_run():
     with VerifierPool(workers=1, max_chars=10) as pool:
         verdicts = pool.verify([("x" * 11, prompt("x" * 11)), (" " * 10**7, prompt("x"))])
@@ -317,20 +379,34 @@ def test_a_worker_that_cannot_start_shows_its_last_words(tmp_path, monkeypatch):
         _IN_WORKER + "    os.write(2, b'no licence')\n    os._exit(9)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    with VerifierPool(plugins=("stillborn",)) as pool:
-        with pytest.raises(
-            WorkerError, match="cannot start .*: the worker exited with code 9\nno licence"
-        ):
-            pool.verify([("1", prompt("1"))])
+    with pytest.raises(
+        WorkerError, match="cannot start .*: the worker exited with code 9\nno licence"
+    ):
+        VerifierPool(plugins=("stillborn",))
+
+
+@pytest.mark.parametrize(
+    "ending, error, message",
+    [
+        ("raise SystemExit(0)", ValueError, "module 'ending' cannot be imported .SystemExit: 0"),
+        ("import os; os._exit(0)", WorkerError, "the worker exited with code 0"),
+    ],
+)
+def test_a_plugin_that_ends_its_process_when_imported(
+    tmp_path, monkeypatch, ending, error, message
+):
+    (tmp_path / "ending.py").write_text(ending)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(error, match=message):
+        VerifierPool(plugins=("ending",))
 
 
 def test_a_worker_that_never_gets_ready(tmp_path, monkeypatch):
     (tmp_path / "sleepy.py").write_text(_IN_WORKER + "    time.sleep(99)\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(process, "START_SECONDS", 1.0)
-    with VerifierPool(plugins=("sleepy",)) as pool:
-        with pytest.raises(WorkerError, match="cannot start .*: no answer within 1 s"):
-            pool.verify([("1", prompt("1"))])
+    with pytest.raises(WorkerError, match="cannot start .*: no answer within 1 s"):
+        VerifierPool(plugins=("sleepy",))
 
 
 def test_too_little_memory_to_start_is_said():
