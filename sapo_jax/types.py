@@ -28,8 +28,8 @@ FinishReason = Literal["stop", "length"]
 FINISH_REASONS: tuple[str, ...] = get_args(FinishReason)
 
 # ok, wrong: the verifier graded the answer. unparsable: there was no answer to grade (reward 0).
-# timeout: the answer kept the verifier busy until the deadline (reward 0). error: the verifier itself
-# failed, which says nothing about the answer. Such a sample is masked; it is never scored 0.
+# timeout: the answer kept the verifier busy until the deadline (reward 0). error: the verifier
+# itself failed, which says nothing about the answer. Such a sample is masked; it is never scored 0.
 Status = Literal["ok", "wrong", "unparsable", "timeout", "error"]
 
 
