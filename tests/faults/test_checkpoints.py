@@ -182,7 +182,9 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_save(tmp_path):
         assert names(disk / "ck") == ["1", "2"], "what the failed save left is swept"
         (disk / "something").unlink()
         with Checkpoints(disk / "ck", KEEP) as checkpoints:
-            assert checkpoints.restore(abstract(big_state())).step == 2
+            restored = checkpoints.restore(abstract(big_state()))
+            assert restored is not None
+            assert restored.step == 2
             checkpoints.save(3, big_state(), {})
         assert names(disk / "ck") == ["1", "2", "3"]
     finally:
@@ -195,7 +197,11 @@ def big_state() -> dict[str, jax.Array]:
 
 def save_until_the_disk_is_full(directory: str) -> None:
     """As a run whose look ahead found room that another program has taken since."""
-    sapo_jax.io.checkpoint._free_bytes = lambda _: 10**12
+
+    def plenty(directory: object) -> int:
+        return 10**12
+
+    sapo_jax.io.checkpoint._free_bytes = plenty
     try:
         with Checkpoints(directory, KEEP) as checkpoints:
             for step in range(1, 9):
