@@ -296,7 +296,8 @@ def test_bad_parquet(write, tmp_path):
         read_problems(write(b"PAR1 nonsense", "broken.parquet"), "math", KNOWN)
     pq.write_table(pa.table({"text": ["a", "b"]}), tmp_path / "columns.parquet")
     with pytest.raises(
-        DataError, match="columns.parquet: no column answer nor prompt; there are text. Name them in the"
+        DataError,
+        match="columns.parquet: no column answer nor prompt; there are text. Name them in the",
     ):
         read_problems(str(tmp_path / "columns.parquet"), "math", KNOWN)
     binary = pa.table({"prompt": ["a"], "answer": ["b"], "metadata": [{"x": b"raw"}]})

@@ -79,16 +79,14 @@ def test_attention(layout, T, h, monkeypatch):
     def by_xla(q, k, v):
         return attention_ops.attention(q, k, v, positions, segments, prefixes)
 
-    shares_prompts = attention_tpu._completions_share_prompts(
-        jnp.array(segments), jnp.array(prefixes)
-    )
+    shares_prompts = jax.jit(attention_tpu._completions_share_prompts)(segments, prefixes)
     assert bool(shares_prompts) == (layout is SHARED_PROMPTS)
     out, gradients = jax.jit(lambda *x: value_and_gradients(by_kernel, x, d_out * real))(q, k, v)
     expected_out, expected = jax.jit(lambda *x: value_and_gradients(by_xla, x, d_out * real))(
         q, k, v
     )
     # Scores are sums of 128 float32 terms: +-1e-6 each.
-    np.testing.assert_allclose(out * real, expected_out * real, atol=5e-6)
+    np.testing.assert_allclose(np.asarray(out) * real, np.asarray(expected_out) * real, atol=5e-6)
     for name, ours, theirs in zip("qkv", gradients, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5, err_msg=name)
 
@@ -96,8 +94,13 @@ def test_attention(layout, T, h, monkeypatch):
 def test_without_prefixes_segments_are_attended_to_alone():
     positions, segments, _ = rows(SHARED_PROMPTS, 128)
     q, k, v = np.random.default_rng(1).standard_normal((3, 2, 128, 2, 128)).astype(np.float32)
-    out = attention_tpu.device_attention(q, k, v, segment_ids_BT=segments, interpret=True)
-    expected = attention_ops.attention(q, k, v, positions, segments)
+
+    @jax.jit
+    def both(q, k, v):
+        by_kernel = attention_tpu.device_attention(q, k, v, segment_ids_BT=segments, interpret=True)
+        return by_kernel, attention_ops.attention(q, k, v, positions, segments)
+
+    out, expected = jax.device_get(both(q, k, v))
     np.testing.assert_allclose(out[segments > 0], expected[segments > 0], atol=5e-6)
 
 
@@ -169,7 +172,7 @@ def cached(K: int, G: int, T: int, B: int = 5, h: int = 128):
     first and last columns, and which rows are live: all but one."""
     rng = np.random.default_rng(4)
     shapes = (B, K, G, h), (B, K, h, T), (B, K, T, h)
-    q, k, v = (jnp.array(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes)
+    q, k, v = (rng.standard_normal(shape).astype(jnp.bfloat16) for shape in shapes)
     start_B = rng.integers(0, T // PAGE, B).astype(np.int32) * PAGE
     last_B = (start_B + rng.integers(0, T - start_B)).astype(np.int32)
     live_B = np.arange(B) != B // 2
@@ -177,10 +180,12 @@ def cached(K: int, G: int, T: int, B: int = 5, h: int = 128):
     return q, k, v, start_B, last_B, live_B
 
 
+decode_by_kernel = jax.jit(attention_tpu.sharded_decode_attention)
+
+
 def decoded_by_kernel(*args) -> np.ndarray:
     with pltpu.force_tpu_interpret_mode():
-        out = jax.jit(attention_tpu.sharded_decode_attention)(*args)
-        return np.asarray(out.astype(jnp.float32))
+        return np.asarray(decode_by_kernel(*args)).astype(np.float32)
 
 
 @pytest.mark.parametrize(
@@ -190,8 +195,9 @@ def test_decode_attention(K, G, T):
     """Of random numbers; and of a query that sees all keys alike, where each value tells its column:
     just the columns of the row are seen."""
     q, k, v, start_B, last_B, live_B = cached(K, G, T)
-    q_f32, k_f32, v_f32 = (x.astype(jnp.float32) for x in (q, k, v))
-    expected = attention_ops.decode_attention(q_f32, k_f32, v_f32, start_B, last_B, live_B)
+    q_f32, k_f32, v_f32 = (x.astype(np.float32) for x in (q, k, v))
+    exact = jax.jit(attention_ops.decode_attention)
+    expected = np.asarray(exact(q_f32, k_f32, v_f32, start_B, last_B, live_B))
     out = decoded_by_kernel(q, k, v, start_B, last_B)
     np.testing.assert_allclose(out[live_B], expected[live_B], rtol=2**-8, atol=1e-6)
 
@@ -199,8 +205,8 @@ def test_decode_attention(K, G, T):
     seen_BT = (column_T >= start_B[:, None]) & (column_T <= last_B[:, None])
     num_seen_B = np.maximum(seen_BT.sum(axis=1), 1)
     for block in range(0, T, 128):
-        tells_Th = jnp.array(column_T[:, None] == block + np.arange(128), jnp.bfloat16)
-        values = jnp.broadcast_to(tells_Th, v.shape)
+        tells_Th = (column_T[:, None] == block + np.arange(128)).astype(jnp.bfloat16)
+        values = np.broadcast_to(tells_Th, v.shape)
         weight_BKGh = decoded_by_kernel(q * 0, k, values, start_B, last_B)
         times_seen = weight_BKGh * num_seen_B[:, None, None, None]
         block_seen_BT = np.pad(seen_BT, [(0, 0), (0, 128)])[:, block : block + 128]
@@ -216,8 +222,9 @@ def test_decode_attention_reads_live_pages_alone():
     after_BT = page_T > last_B[:, None] // PAGE
     dead_BT = before_BT | after_BT | ~live_B[:, None]
     assert dead_BT.mean() > 0.3
-    spoilt_k = jnp.where(dead_BT[:, None, None], jnp.nan, k)
-    spoilt_v = jnp.where(dead_BT[:, None, :, None], jnp.nan, v)
+    not_a_number = np.array(np.nan, k.dtype)
+    spoilt_k = np.where(dead_BT[:, None, None], not_a_number, k)
+    spoilt_v = np.where(dead_BT[:, None, :, None], not_a_number, v)
     np.testing.assert_array_equal(
         decoded_by_kernel(q, spoilt_k, spoilt_v, start_B, last_B),
         decoded_by_kernel(q, k, v, start_B, last_B),
