@@ -1,6 +1,7 @@
 """Rules across keys: each is broken alone and must be the only thing said. Then the warnings."""
 
 import dataclasses
+import json
 import re
 
 import pytest
@@ -29,6 +30,13 @@ def base(tmp_path, monkeypatch):
     path.write_text("data: {tasks: [{kind: reasoning_gym, name: chain_sum}]}\n")
     for name in ("rows.jsonl", "more.parquet", "rows.csv", "tokenizer.json", "chat.jinja"):
         (tmp_path / name).touch()
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16}
+    shape["num_key_value_heads"] = 1
+    model = {"model_type": "qwen3", "intermediate_size": 64, "vocab_size": 300, "zebra": 1, **shape}
+    (folder / "config.json").write_text(json.dumps(model))
+    (folder / "tokenizer.json").touch()
     return path
 
 
@@ -254,6 +262,8 @@ def test_check_speaks_of_configs_made_in_code():
 
 ONE_STEP = ["train.mini_batches=1"]
 DOUBTFUL = [
+    ("model_directory", ["model.path=model", "data.chat_template=plain"],
+     "^model.path: config.json: not known and ignored: zebra"),
     ("gate_cannot_act", ONE_STEP,
      "^train.mini_batches, train.epochs: .*r = 1 in every.*tau_pos and tau_neg.*tau sweep would be a no-op"),
     ("gate_cannot_act", [*ONE_STEP, "objective.name=grpo"], "clip_low and clip_high change nothing [(]a clip sweep"),
