@@ -163,6 +163,7 @@ def test_the_look_ahead_covers_what_a_checkpoint_takes(num_arrays, tmp_path):
     assert int(du.stdout.split()[0]) * 1024 < num_arrays * 4000 + allowance
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root to mount a small disk")
 def test_a_disk_that_fills_up_in_the_middle_of_a_save(tmp_path):
     """14 MB, checkpoints of 3.7 MB, something else takes the room: one message, no traceback."""
