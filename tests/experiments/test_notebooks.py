@@ -44,7 +44,7 @@ FIGURES = {
 }
 QUICK = "01_soft_gate"  # the others take half a minute to two minutes each on two cores
 PATHS = re.compile(
-    r"(?<![\w.~:/])/(home|root|tmp|usr|var|opt|work|mnt|private|Users)/|[A-Z]:\\|site-packages"
+    r"(?<![\w.~:/])/(home|root|tmp|usr|var|opt|work|mnt|private|Users)/|(?<![A-Za-z])[A-Z]:\\|site-packages"
 )
 
 

@@ -134,8 +134,9 @@ def test_your_own_objective(tmp_path):
     )
     replace_in(
         tmp_path / "sapo_jax/objectives/__init__.py",
-        "OBJECTIVES = {",
-        'from sapo_jax.objectives.ungated import ungated\n\nOBJECTIVES = {"ungated": ungated, ',
+        "OBJECTIVES: dict[str, Objective] = {",
+        "from sapo_jax.objectives.ungated import ungated\n\n"
+        'OBJECTIVES: dict[str, Objective] = {"ungated": ungated, ',
     )
     config_class = re.search(
         r"```python\n(@_config\nclass Ungated:.*?)```", readme_text(), re.DOTALL

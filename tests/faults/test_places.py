@@ -158,10 +158,14 @@ def test_a_lock_may_be_held_again(tmp_path):
 def test_sighup_stops_as_sigterm_does():
     import signal
 
-    with stop_on_signals() as stop:
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert stop.requested
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+    try:
+        with stop_on_signals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.requested
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_sighup_stays_ignored_under_nohup():
