@@ -107,6 +107,7 @@ def test_your_own_model_learns_your_own_task(newcomer):
     """One RL step with both, through verifier processes that import the plug-in."""
     small = ["train.steps=1", "rollout.prompts_per_step=4", "rollout.group_size=2", "run_dir=run"]
     small += ["evaluate.samples=2", "optimizer.warmup_steps=0", "checkpoint.every=1"]
+    small += ["data.max_prompt_tokens=256"]  # the tiny model counts bytes
     assert main(["train", "my_task.yaml", *small]) == 0
     row = json.loads((newcomer / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["verifier/error_fraction"] == 0 and 0 < row["reward/mean"] <= 1
