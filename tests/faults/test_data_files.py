@@ -14,7 +14,7 @@ from sapo_jax.errors import DataError
 
 BYTE = load_tokenizer("byte")
 KNOWN = ("math", "exact")
-BENCHMARKS = Path("/work/shared/benchmarks")
+BENCHMARKS = Path(__file__).parents[3] / "shared" / "benchmarks"  # beside the checkout
 
 VERL = {
     "data_source": "math_dapo",
