@@ -387,8 +387,11 @@ def run_plan(args: argparse.Namespace) -> int:
     from sapo_jax.data import load_tokenizer
     from sapo_jax.plan import command
 
-    tokenizer = load_tokenizer(args.config.data.tokenizer)
-    cfg = with_vocabulary(args.config, tokenizer.vocab_size)
+    cfg = args.config
+    if not cfg.model.vocab_size:
+        # Only then: a tokenizer that the pod has need not be here.
+        tokenizer = load_tokenizer(cfg.data.tokenizer)
+        cfg = with_vocabulary(cfg, tokenizer.vocab_size)
     functions = args.functions.split(",")
     return command.run_plan(
         cfg, args.topology, functions, args.json, args.mean_tokens, args.sweep_mesh

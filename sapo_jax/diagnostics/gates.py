@@ -43,9 +43,15 @@ class Gates:
 
         So SAPO's gate can be studied in a GRPO run, and what GRPO would clip in a SAPO run.
         """
-        sapo = objective if isinstance(objective, SAPO) else SAPO()
-        grpo = objective if isinstance(objective, GRPO) else GRPO()
-        gspo = objective if isinstance(objective, GSPO) else GSPO()
+        sapo = SAPO()
+        grpo = GRPO()
+        gspo = GSPO()
+        if isinstance(objective, SAPO):
+            sapo = objective
+        elif isinstance(objective, GRPO):
+            grpo = objective
+        elif isinstance(objective, GSPO):
+            gspo = objective
         return cls(
             tau_pos=sapo.tau_pos,
             tau_neg=sapo.tau_neg,
