@@ -37,11 +37,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def shared_programs(tmp_path_factory, request):
-    """What one test compiled, the others and the processes that they start read."""
+    """What one test compiled, the others and the processes that they start read.
+
+    With JAX_COMPILATION_CACHE_DIR set, the programs stay in that folder for later sessions.
+    """
     base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if hasattr(request.config, "workerinput") else base) / "programs"
+    session_folder = base.parent if hasattr(request.config, "workerinput") else base
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(session_folder / "programs"))
     options = {
-        "jax_compilation_cache_dir": str(folder),
+        "jax_compilation_cache_dir": folder,
         "jax_persistent_cache_min_compile_time_secs": 0.0,
     }
     for name, value in options.items():
