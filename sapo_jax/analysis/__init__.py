@@ -4,6 +4,8 @@
     phases   `sapo-jax analyze`: the evidence as a table over the phases of training
     figures  the panels and figures of that evidence
     curves   learning curves of the arms of a sweep, or of runs, over their seeds
+    statistics, survival   tests, effect sizes and power of paired seeds; Kaplan-Meier curves
+    collapse   whether a run has collapsed and when, by named rules
     report   `sapo-jax report`: these curves as a picture, CSV files and a table
 
 The names of this package are loaded when they are first used; `__init__.pyi` lists them.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def smooth(y: np.ndarray) -> np.ndarray:
     return np.array([y[max(0, i - half) : i + half + 1].mean() for i in range(len(y))])
 
 
-def series(rows: list[dict[str, Any]], metric: str) -> tuple[np.ndarray, np.ndarray]:
+def series(rows: Sequence[Mapping[str, Any]], metric: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and finite values of a metric, from the rows that hold it.
 
     Of a metric by sign of A (`gate/pos_mean`), only rows that have tokens of that sign.
