@@ -122,6 +122,9 @@ def open_policy(folder: str | Path, *overrides: str, step: int | None = None) ->
         )
     cfg = dataclasses.replace(cfg, mesh=config.Mesh(data=1))
     tokenizer = load_tokenizer(cfg.data.tokenizer)
+    mistakes = config.vocabulary_mistakes(cfg, tokenizer.vocab_size)
+    if mistakes:
+        raise ConfigError(mistakes, str(folder))
     cfg = config.with_vocabulary(cfg, tokenizer.vocab_size)
     mesh = make_mesh(cfg.mesh)
     policy = make_policy(cfg.model)

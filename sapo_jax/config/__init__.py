@@ -4,7 +4,7 @@ Imports no JAX: a configuration is checked before anything heavy starts.
 """
 
 from sapo_jax.config.advice import warnings
-from sapo_jax.config.checks import check, verify
+from sapo_jax.config.checks import check, verify, vocabulary_mistakes
 from sapo_jax.config.errors import ConfigError, Problem
 from sapo_jax.config.load import diff, dump, load, load_file_or_run, with_vocabulary
 from sapo_jax.config.presets import PRESETS
@@ -73,6 +73,7 @@ __all__ = [
     "read_model_keys",
     "to_hugging_face",
     "verify",
+    "vocabulary_mistakes",
     "warnings",
     "with_vocabulary",
 ]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import math
 import string
 import sys
 from collections import defaultdict
@@ -44,33 +43,33 @@ def verify(cfg: Config, *, devices: int, vocab_size: int) -> None:
     `mesh.data` and `model.vocab_size` may leave them open. Raises ConfigError.
     """
     problems = list(_device_count(cfg, devices))
-    if cfg.model.vocab_size and cfg.model.vocab_size < vocab_size:
-        text = (
-            f"{cfg.model.vocab_size} is smaller than the tokenizer's {vocab_size};"
-            " raise it, or 0 to take the latter"
-        )
-        problems.append(Problem(("model.vocab_size", "data.tokenizer"), text))
+    problems += vocabulary_mistakes(cfg, vocab_size)
     problems += check(_completed(cfg, devices, vocab_size))
     if problems:
         source = f"the configuration on {devices} devices with a vocabulary of {vocab_size}"
         raise ConfigError(problems, source)
 
 
+def vocabulary_mistakes(cfg: Config, vocab_size: int) -> list[Problem]:
+    """A model whose vocabulary is smaller than the tokenizer's, which has `vocab_size` tokens."""
+    if cfg.model.vocab_size == 0 or cfg.model.vocab_size >= vocab_size:
+        return []
+    text = (
+        f"{cfg.model.vocab_size} is smaller than the tokenizer's {vocab_size};"
+        " raise it, or 0 to take the latter"
+    )
+    return [Problem(("model.vocab_size", "data.tokenizer"), text)]
+
+
 def _completed(cfg: Config, devices: int, vocab_size: int) -> Config:
     """The configuration with the data axis and the vocabulary that it leaves open."""
-    data_axis = cfg.mesh.data or max(1, devices // _devices_without_data(cfg))
-    mesh = dataclasses.replace(cfg.mesh, data=data_axis)
+    mesh = dataclasses.replace(cfg.mesh, data=cfg.mesh.data_on(devices))
     model = dataclasses.replace(cfg.model, vocab_size=max(cfg.model.vocab_size, vocab_size))
     return dataclasses.replace(cfg, mesh=mesh, model=model)
 
 
-def _devices_without_data(cfg: Config) -> int:
-    """The product of all mesh axes but `data`."""
-    return math.prod((cfg.mesh.fsdp, cfg.mesh.expert, cfg.mesh.context, cfg.mesh.tensor))
-
-
 def _device_count(cfg: Config, devices: int) -> Iterator[Problem]:
-    others = _devices_without_data(cfg)
+    others = cfg.mesh.devices_without_data
     if cfg.mesh.data == 0 and devices % others:
         text = f"the axes but data take {others} devices, which does not divide the {devices}"
         yield Problem(("mesh",), f"{text} there are")
@@ -296,7 +295,7 @@ def batch_axes(cfg: Config) -> Iterator[Problem]:
     `mesh.data: 0` counts as 1 in this rule; `verify` knows better.
     """
     mesh_keys = ("mesh.data", "mesh.fsdp", "mesh.expert")
-    shards = max(1, cfg.mesh.data) * cfg.mesh.fsdp * cfg.mesh.expert
+    shards = cfg.mesh.sequence_shards
     evaluated_prompts = min(cfg.evaluate.batch_prompts, cfg.data.held_out)
     cold_start_sequences = 0
     if cfg.cold_start.steps:

@@ -365,6 +365,20 @@ class Mesh:
     context: Count = 1
     tensor: Count = 1
 
+    @property
+    def devices_without_data(self) -> int:
+        """The product of all axes but `data`."""
+        return self.fsdp * self.expert * self.context * self.tensor
+
+    @property
+    def sequence_shards(self) -> int:
+        """Over how many devices sequences are split; data = 0 counts as 1."""
+        return max(1, self.data) * self.fsdp * self.expert
+
+    def data_on(self, devices: int) -> int:
+        """`data`; where it is 0, what the other axes leave of so many devices, at least 1."""
+        return self.data or max(1, devices // self.devices_without_data)
+
 
 @_config
 class Checkpoint:

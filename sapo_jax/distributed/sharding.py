@@ -68,7 +68,7 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> j
         devices = jax.devices()
     sizes = axis_sizes(cfg, len(devices))
     needed = math.prod(sizes)
-    shape = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    shape = sizes_text(sizes)
     if needed > len(devices):
         raise ValueError(
             f"{shape} needs {needed} devices, but there are {len(devices)}; lower one of them"
@@ -83,9 +83,12 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> j
 
 def axis_sizes(cfg: MeshConfig, num_devices: int) -> tuple[int, ...]:
     """Sizes in the order of AXES; `data: 0` takes the devices that the others leave."""
-    others = cfg.fsdp * cfg.expert * cfg.context * cfg.tensor
-    data = cfg.data or max(1, num_devices // others)
-    return data, cfg.fsdp, cfg.expert, cfg.context, cfg.tensor
+    return cfg.data_on(num_devices), cfg.fsdp, cfg.expert, cfg.context, cfg.tensor
+
+
+def sizes_text(sizes: Sequence[int]) -> str:
+    """Sizes in the order of AXES as one would write them: `mesh.data=2, mesh.fsdp=1, ...`."""
+    return ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
 
 
 def mesh_of_sizes(sizes: Sequence[int], devices: Sequence[jax.Device]) -> jax.sharding.Mesh:

@@ -17,11 +17,8 @@ import re
 import jax
 
 from sapo_jax.errors import PlanError
+from sapo_jax.plan.units import GB, TERA, GiB
 from sapo_jax.text import did_you_mean
-
-GB = 1e9
-GiB = 2**30
-TERA = 1e12
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ token uses k, and a vocabulary of V.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from sapo_jax.config import Config, dump, warnings
 from sapo_jax.config.schema import Model, Train
@@ -25,9 +26,9 @@ from sapo_jax.models.size import (
     routing_bytes,
 )
 from sapo_jax.ops.tiles import LANES, PAGE, SHORT
+from sapo_jax.plan.units import GiB
 from sapo_jax.rollout.cache_width import cache_widths
 
-GiB = 2**30
 FLOAT32_BYTES = 4
 
 
@@ -180,7 +181,7 @@ def memory(cfg: Config, vocab_size: int) -> Memory:
     """
     model = cfg.model
     T = cfg.train.row_tokens or cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
-    shards = _sequence_shards(cfg)
+    shards = cfg.mesh.sequence_shards
 
     parameters = _parameter_bytes(cfg, vocab_size)
     reference = 0.0
@@ -227,11 +228,6 @@ def memory(cfg: Config, vocab_size: int) -> Memory:
 def _compute_itemsize(model: Model) -> int:
     """Bytes of a number in the compute dtype."""
     return 4 if model.compute_dtype == "float32" else 2
-
-
-def _sequence_shards(cfg: Config) -> int:
-    """Over how many devices the sequences are split; `mesh.data: 0` (what is left) counts as 1."""
-    return max(1, cfg.mesh.data) * cfg.mesh.fsdp * cfg.mesh.expert
 
 
 def _parameter_bytes(cfg: Config, vocab_size: int) -> float:
@@ -354,7 +350,7 @@ def _kv_cache_bytes(cfg: Config) -> float:
     most_columns = max(
         _cache_columns(cfg, rollout_completions), _cache_columns(cfg, evaluated_completions)
     )
-    columns_on_device = most_columns / _sequence_shards(cfg)
+    columns_on_device = most_columns / cfg.mesh.sequence_shards
 
     keys_and_values = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim
     bytes_per_column = keys_and_values / cfg.mesh.tensor * _compute_itemsize(model)
@@ -514,10 +510,13 @@ def _replay_text(cfg: Config) -> str:
     return f"{bytes_per_token} B per token ({ids}), {total}, on the {cfg.train.routing_on}"
 
 
-def _mesh_text(cfg: Config) -> str:
+def splitting_axes(sizes: Mapping[str, int]) -> str:
     """The mesh axes that split something: `fsdp 2 x tensor 4`."""
-    sizes = [f"{axis} {size}" for axis, size in dataclasses.asdict(cfg.mesh).items() if size > 1]
-    axes = " x ".join(sizes) or "one device"
+    return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
+
+
+def _mesh_text(cfg: Config) -> str:
+    axes = splitting_axes(dataclasses.asdict(cfg.mesh))
     if cfg.mesh.data == 0:
         return f"{axes}, data: all that are left, counted as 1"
     return axes

@@ -91,8 +91,7 @@ def topology_mesh(cfg: Config, devices: Sequence[jax.Device]) -> jax.sharding.Me
     """
     sizes = sharding.axis_sizes(cfg.mesh, len(devices))
     if math.prod(sizes) != len(devices):
-        axes = zip(sharding.AXES, sizes, strict=True)
-        given = ", ".join(f"mesh.{axis}={size}" for axis, size in axes)
+        given = sharding.sizes_text(sizes)
         raise PlanError(
             f"{given} makes {math.prod(sizes)} devices, the topology has {len(devices)}"
         )

@@ -23,9 +23,9 @@ from sapo_jax.learner.update import make_optimizer, make_update, policy_loss, st
 from sapo_jax.models import Policy, make_policy
 from sapo_jax.ops.attention import cache_page_size
 from sapo_jax.ops.attention_xla import BLOCK
-from sapo_jax.plan.chips import GiB
 from sapo_jax.plan.decode_trips import decode_trips
 from sapo_jax.plan.loops import OpenTrips
+from sapo_jax.plan.units import GiB
 from sapo_jax.plan.workload import Workload
 from sapo_jax.rollout import Sampler, SamplingParams
 from sapo_jax.rollout.cache_width import cache_widths

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from sapo_jax.plan.chips import GiB, Topology
+from sapo_jax.plan.chips import Topology
 from sapo_jax.plan.compile import Compiled, largest_refused
 from sapo_jax.plan.costs import program_costs
 from sapo_jax.plan.hlo import HBM, Module, parse
 from sapo_jax.plan.programs import FUNCTIONS, Programs
 from sapo_jax.plan.roofline import Fabric, collective_rows, times
+from sapo_jax.plan.units import GiB
 from sapo_jax.plan.workload import Workload, useful_flops
 
 FACTS = (

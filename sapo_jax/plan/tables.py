@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from sapo_jax.plan.dry_run import splitting_axes
 from sapo_jax.plan.report import FACTS, MODEL
 
 NO_FIGURE = "-"
@@ -60,7 +61,7 @@ def show(plan: dict[str, Any], console: Console) -> None:
 
 
 def _print_plan_table(plan: dict[str, Any], console: Console) -> None:
-    where = f"{plan['topology']} ({plan['devices']} devices, {_axes(plan['mesh'])})"
+    where = f"{plan['topology']} ({plan['devices']} devices, {splitting_axes(plan['mesh'])})"
     table = Table(title=f"{plan['config']} on {where}")
     table.add_column("", justify="left")
     for name in plan["functions"]:
@@ -112,11 +113,6 @@ def _percent(fraction: float) -> str:
     return f"{100 * fraction:.0f} %"
 
 
-def _axes(mesh: dict[str, int]) -> str:
-    """The mesh axes that split something: `data 2 x fsdp 4`."""
-    return " x ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "one device"
-
-
 def show_ranking(plans: list[dict[str, Any]], console: Console) -> None:
     """Print the meshes of `rank_meshes`, best first."""
     table = Table(
@@ -139,7 +135,7 @@ def show_ranking(plans: list[dict[str, Any]], console: Console) -> None:
             bounds.append(report.get("bound", NO_FIGURE))
         all_fit = all(report["fits"] for report in plan["functions"].values())
         table.add_row(
-            _axes(plan["mesh"]),
+            splitting_axes(plan["mesh"]),
             _yes_or_no(all_fit),
             ", ".join(peaks),
             ", ".join(estimates),

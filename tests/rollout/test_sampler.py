@@ -15,7 +15,7 @@ from scipy import stats
 
 from sapo_jax.batch import Rollout
 from sapo_jax.models import Qwen3
-from sapo_jax.ops import attention as kernels
+from sapo_jax.ops import attention as attention_ops
 from sapo_jax.rollout import Sampler, SamplingParams
 from sapo_jax.rollout import sampler as sampler_module
 from sapo_jax.rollout.cache_width import columns_per_widening
@@ -386,7 +386,7 @@ def test_rows_that_start_at_pages(slots, monkeypatch):
     )
     limits, starts = [130, 3, 1, 130, 64, 100, 2, 9, 80, 130, 5, 33], []
     expected = sample(make(**common), limit_B=limits)
-    attend = kernels.decode_attention
+    attend = attention_ops.decode_attention
 
     def spied(q, k, v, first_B, last_B, live_B):
         jax.debug.callback(
@@ -394,8 +394,8 @@ def test_rows_that_start_at_pages(slots, monkeypatch):
         )
         return attend(q, k, v, first_B, last_B, live_B)
 
-    monkeypatch.setattr(kernels, "decode_attention", spied)
-    monkeypatch.setattr(kernels, "cache_page_size", lambda h, dtype: 8)
+    monkeypatch.setattr(attention_ops, "decode_attention", spied)
+    monkeypatch.setattr(attention_ops, "cache_page_size", lambda h, dtype: 8)
     sampler_module._sample.clear_cache()
     found = sample(make(**common), limit_B=limits)
     jax.effects_barrier()
@@ -409,7 +409,7 @@ def test_rows_that_start_at_pages(slots, monkeypatch):
 def test_pages_and_completions_of_one_token(monkeypatch):
     """A page is more columns than they need: the cache is full before one can be shifted out."""
     expected = sample(make(group_size=4, max_new_tokens=1, slots=2))
-    monkeypatch.setattr(kernels, "cache_page_size", lambda h, dtype: 8)
+    monkeypatch.setattr(attention_ops, "cache_page_size", lambda h, dtype: 8)
     sampler_module._sample.clear_cache()
     found = sample(make(group_size=4, max_new_tokens=1, slots=2))
     sampler_module._sample.clear_cache()
