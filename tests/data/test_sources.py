@@ -414,14 +414,3 @@ def test_bad_options():
         generate_reasoning_gym("chain_sum", {"min_terms": 9}, 0)
     with pytest.raises(DataError, match="refuses its options"):
         generate_reasoning_gym("chain_sum", {"min_terms": "two"}, 0)
-
-
-def test_importing_the_package_is_light():
-    heavy = "('jax', 'grain', 'reasoning_gym', 'pyarrow', 'torch', 'transformers')"
-    code = f"import sys, sapo_jax.data; print([m for m in {heavy} if m in sys.modules])"
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout
-        == "[]\n"
-    )
