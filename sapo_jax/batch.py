@@ -62,6 +62,8 @@ class Batch:
     old_logp_BT: Array | None = None
     ref_logp_BT: Array | None = None  # float32, under the KL reference policy
     correction_BT: Array | None = None  # float32, sampler-trainer importance weight (a constant)
+    # float32, log-probs that the sampler assigned; there where the sequence mask needs them
+    sampler_logp_BT: Array | None = None
     # The experts that tokens are sent to (see models.moe); None: those that the router chooses.
     expert_ids_BTLk: Array | None = None
 

@@ -7,13 +7,20 @@ from sapo_jax.config.advice import warnings
 from sapo_jax.config.checks import check, verify, vocabulary_mistakes
 from sapo_jax.config.errors import ConfigError, Problem
 from sapo_jax.config.load import diff, dump, load, load_file_or_run, with_vocabulary
-from sapo_jax.config.presets import PRESETS
-from sapo_jax.config.pretrained import read_json_object, read_model_keys, to_hugging_face
-from sapo_jax.config.schema import (
+from sapo_jax.config.objective import (
     CISPO,
+    DPPO,
     GRPO,
     GSPO,
     SAPO,
+    TOPR,
+    VESPO,
+    Bounds,
+    Objective,
+)
+from sapo_jax.config.presets import PRESETS
+from sapo_jax.config.pretrained import read_json_object, read_model_keys, to_hugging_face
+from sapo_jax.config.schema import (
     Advantage,
     Checkpoint,
     ColdStart,
@@ -25,11 +32,11 @@ from sapo_jax.config.schema import (
     Loss,
     Mesh,
     Model,
-    Objective,
     Optimizer,
     ReasoningGymTask,
     Rewards,
     Rollout,
+    SequenceMask,
     Task,
     Train,
     Yarn,
@@ -38,11 +45,15 @@ from sapo_jax.errors import ModelDirError
 
 __all__ = [
     "CISPO",
+    "DPPO",
     "GRPO",
     "GSPO",
     "PRESETS",
     "SAPO",
+    "TOPR",
+    "VESPO",
     "Advantage",
+    "Bounds",
     "Checkpoint",
     "ColdStart",
     "Config",
@@ -61,6 +72,7 @@ __all__ = [
     "ReasoningGymTask",
     "Rewards",
     "Rollout",
+    "SequenceMask",
     "Task",
     "Train",
     "Yarn",

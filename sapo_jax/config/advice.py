@@ -5,11 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from sapo_jax.config.errors import Problem
+from sapo_jax.config.objective import DPPO, GRPO, GSPO, SAPO
 from sapo_jax.config.pretrained import model_dir_notes
-from sapo_jax.config.schema import GSPO, SAPO, Config
+from sapo_jax.config.schema import Config
 from sapo_jax.errors import ModelDirError
 
 REAL_MODEL_WIDTH = 1024  # hidden_size from which a model counts as a real, pre-trained one
+
+
+# By objective: the numbers that cannot act where r = 1, and what a sweep over them is called.
+GATE_PARAMETERS = {
+    "sapo": ("objective.tau_pos and tau_neg", "tau"),
+    "grpo": ("objective.clip_low and clip_high", "clip"),
+    "gspo": ("objective.clip_low and clip_high", "clip"),
+    "cispo": ("objective.clip_low and clip_high", "clip"),
+    "vespo": ("objective.c1_pos, c2_pos, c1_neg and c2_neg", "weight"),
+    "dppo": ("objective.delta and cap", "delta"),
+    "topr": ("the weights of negative sequences", "weight"),
+}
 
 
 def warnings(cfg: Config) -> list[str]:
@@ -22,12 +35,7 @@ def gate_cannot_act(cfg: Config) -> Iterator[Problem]:
     the identity there."""
     if cfg.train.mini_batches * cfg.train.epochs > 1:
         return
-    if isinstance(cfg.objective, SAPO):
-        parameters = "objective.tau_pos and tau_neg"
-        kind_of_sweep = "tau"
-    else:
-        parameters = "objective.clip_low and clip_high"
-        kind_of_sweep = "clip"
+    parameters, kind_of_sweep = GATE_PARAMETERS[cfg.objective.name]
     rounding = ""
     if cfg.train.old_logp == "sampler":
         rounding = " up to rounding"
@@ -41,9 +49,13 @@ def gate_cannot_act(cfg: Config) -> Iterator[Problem]:
 
 def tau_order(cfg: Config) -> Iterator[Problem]:
     objective = cfg.objective
-    if isinstance(objective, SAPO) and objective.tau_neg < objective.tau_pos:
+    if not isinstance(objective, SAPO):
+        return
+    tau_pos = objective.temperature("pos")
+    tau_neg = objective.temperature("neg")
+    if tau_neg < tau_pos:
         text = (
-            f"tau_neg = {objective.tau_neg:g} is below tau_pos = {objective.tau_pos:g}. A negative"
+            f"tau_neg = {tau_neg:g} is below tau_pos = {tau_pos:g}. A negative"
             " advantage raises the logits of the very many tokens that were not sampled, so its"
             " updates are the noisy ones and the paper has them fade faster off-policy:"
             " tau_neg > tau_pos (arXiv 2511.20347)"
@@ -90,6 +102,38 @@ def sequence_ratio(cfg: Config) -> Iterator[Problem]:
             " length; the paper (arXiv 2507.18071) uses sequence_mean"
         )
         yield Problem(("loss.normalization",), text)
+
+
+def token_means(cfg: Config) -> Iterator[Problem]:
+    """Objectives that are published with a mean over all tokens."""
+    papers = {
+        "cispo": "CISPO's paper (arXiv 2506.13585) takes the mean over all tokens of a group",
+        "vespo": "VESPO's released recipe and TRL take the mean over all tokens (arXiv 2602.10693)",
+    }
+    paper = papers.get(cfg.objective.name)
+    if paper is not None and cfg.loss.normalization == "sequence_mean":
+        text = f"{paper}, and sequence_mean gives tokens of long sequences less weight"
+        yield Problem(("loss.normalization",), f"{text}; use token_mean")
+
+
+def sampler_anchor(cfg: Config) -> Iterator[Problem]:
+    if isinstance(cfg.objective, DPPO) and cfg.train.old_logp != "sampler":
+        text = (
+            "DPPO's trust region is around the policy that sampled, and around a recomputed one the"
+            " method collapses in its paper (arXiv 2602.04879, Fig. 4); use old_logp: sampler"
+        )
+        yield Problem(("train.old_logp", "objective.name"), text)
+
+
+def dual_clip(cfg: Config) -> Iterator[Problem]:
+    """The published number of the dual clip is a ratio, and bounds are distances from 1."""
+    objective = cfg.objective
+    if isinstance(objective, GRPO) and objective.bounds.neg_high == 3.0:
+        text = (
+            "a bound is a distance from r = 1, so this one closes r > 4; the dual clip that verl"
+            " has by default, clip_ratio_c = 3, is neg_high: 2.0"
+        )
+        yield Problem(("objective.bounds.neg_high",), text)
 
 
 def answer_form(cfg: Config) -> Iterator[Problem]:
@@ -176,6 +220,9 @@ ADVICE: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     correction,
     kl_estimator,
     sequence_ratio,
+    token_means,
+    sampler_anchor,
+    dual_clip,
     answer_form,
     answer_limit,
     task_ratios,

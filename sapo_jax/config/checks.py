@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from sapo_jax.config.errors import ConfigError, Problem, show
+from sapo_jax.config.objective_rules import OBJECTIVE_RULES
 from sapo_jax.config.schema import Config, FileTask, Optimizer, ReasoningGymTask
 from sapo_jax.config.task_rules import (
     COLUMNS,
@@ -415,6 +416,12 @@ def truncated_sampling(cfg: Config) -> Iterator[Problem]:
             " use correction: none, or do not truncate"
         )
         yield Problem(("loss.correction", *truncating), text)
+    if cfg.loss.sequence_mask is not None:
+        text = (
+            f"{why}, so the mask would take the truncation for drift;"
+            " use sequence_mask: null, or do not truncate"
+        )
+        yield Problem(("loss.sequence_mask", *truncating), text)
 
 
 def kl_penalty(cfg: Config) -> Iterator[Problem]:
@@ -504,6 +511,7 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     # algorithm
     truncated_sampling,
     kl_penalty,
+    *OBJECTIVE_RULES,
     routing_replay,
     warm_up,
     kept_checkpoints,

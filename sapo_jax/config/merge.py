@@ -16,6 +16,22 @@ from sapo_jax.errors import ModelDirError
 # objective a section without a name means.
 BOTTOM: Layer = {"objective": {"name": Config().objective.name}}
 
+# Numbers of an objective whose meaning hangs on another key of it. Where a higher layer changes
+# that key, those of the layers below mean nothing any more and are forgotten.
+DEPENDENT_KEYS: dict[str, tuple[str, ...]] = {
+    "gate": (
+        "tau_pos",
+        "tau_neg",
+        "width_pos",
+        "width_neg",
+        "tau_pos_below",
+        "tau_pos_above",
+        "tau_neg_below",
+        "tau_neg_above",
+    ),
+    "divergence": ("delta",),
+}
+
 
 class NoSuchItem(Exception):
     """An override speaks of an item of a list that is not there."""
@@ -28,11 +44,13 @@ def compose(layers: Iterable[Layer], overrides: Sequence[str]) -> tuple[Layer, l
 
     - Mappings merge key by key; all else, lists too, is replaced.
     - A union section whose tag changes (`objective.name`, `data.tasks.N.kind`) starts afresh.
+    - Another `objective.gate` forgets the temperatures and widths of the old one, another
+      `objective.divergence` its delta.
     - A preset counts as its published values, at the layer that names it.
     - Likewise a model directory, as what its config.json says, unless a higher layer names
       another one.
-    - Overrides of tags, of the preset and of the model directory are applied before the others,
-      so that their order on a command line means nothing.
+    - Overrides of tags, of such keys, of the preset and of the model directory are applied before
+      the others, so that their order on a command line means nothing.
     """
     problems: list[Problem] = []
     parsed: list[Override] = []
@@ -41,9 +59,8 @@ def compose(layers: Iterable[Layer], overrides: Sequence[str]) -> tuple[Layer, l
             parsed.append(parse_override(text))
         except ConfigError as error:
             problems += error.problems
-    first = [override for override in parsed if _decides_others(override.keys)]
-    then = [override for override in parsed if not _decides_others(override.keys)]
-    parsed = first + then
+    # Sorting is stable: among overrides of the same turn the later one wins.
+    parsed.sort(key=lambda override: _turn(override.keys))
 
     layers = list(layers)
     model_path = _highest_model_path([*layers, *(override.as_layer() for override in parsed)])
@@ -59,14 +76,19 @@ def compose(layers: Iterable[Layer], overrides: Sequence[str]) -> tuple[Layer, l
     return merged, problems
 
 
-def _decides_others(keys: KeyPath) -> bool:
-    """Whether the key decides which other keys there are, or what their values are."""
+def _turn(keys: KeyPath) -> int:
+    """When an override is applied: 0 for a key that decides which other keys there are, or what
+    their values are; 1 for one that gives others their meaning; 2 for the rest."""
     if keys in (("model", "preset"), ("model", "path")):
-        return True
+        return 0
     section = ROOT
     for key in keys[:-1]:
         section = section.child(key)
-    return section.tag is not None and section.tag == keys[-1]
+    if section.tag is not None and section.tag == keys[-1]:
+        return 0
+    if keys[0] == "objective" and keys[-1] in DEPENDENT_KEYS:
+        return 1
+    return 2
 
 
 def _model_path(layer: Layer) -> Any:
@@ -111,7 +133,7 @@ def merge(under: Any, over: Any, node: Node = ROOT) -> Any:
         return _merge_items(under, over, node)
     if not isinstance(under, dict) or _tag_changes(under, over, node):
         under = {}
-    merged = dict(under)
+    merged = _without_forgotten(under, over, node)
     for key, value in over.items():
         child = node.child(key, section={**under, **over})
         merged[str(key)] = merge(under.get(str(key)), value, child)
@@ -121,6 +143,20 @@ def merge(under: Any, over: Any, node: Node = ROOT) -> Any:
 def _tag_changes(under: dict, over: dict, node: Node) -> bool:
     tag = node.tag
     return tag in over and tag in under and over[tag] != under[tag]
+
+
+def _without_forgotten(under: dict, over: dict, node: Node) -> dict[str, Any]:
+    """A copy of `under` without the numbers that `over` leaves without a meaning."""
+    kept = dict(under)
+    known = node.member_for({**under, **over})
+    for key, dependents in DEPENDENT_KEYS.items():
+        if key not in over or key not in known.keys():
+            continue
+        default = known.child(key).rules.get("default")
+        if over[key] != under.get(key, default):
+            for dependent in dependents:
+                kept.pop(dependent, None)
+    return kept
 
 
 def _merge_items(under: Any, over: dict, node: Node) -> list[Any]:

@@ -1,6 +1,7 @@
 """The whole configuration schema: frozen dataclasses, their units and their defaults.
 
-Every key has a default; a YAML file or a `key.path=value` override changes it. pydantic validates
+The section `objective` is in `objective.py`. Every key has a default, but for those of sections
+that are off by default; a YAML file or a `key.path=value` override changes it. pydantic validates
 types and ranges strictly (`validate.py`); what must hold between several keys is checked in
 `checks.py`. Letters such as P, G and E are those of the shape legend in `types.py`.
 """
@@ -8,32 +9,24 @@ types and ranges strictly (`validate.py`); what must hold between several keys i
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
+from typing import Annotated, Any, Literal
 
 import pydantic
 
-Positive = Annotated[float, pydantic.Field(gt=0)]
-NonNegative = Annotated[float, pydantic.Field(ge=0)]
-Fraction = Annotated[float, pydantic.Field(ge=0, le=1)]
-Count = Annotated[int, pydantic.Field(ge=1)]
-CountOrZero = Annotated[int, pydantic.Field(ge=0)]
-
-Section = TypeVar("Section")
-
-
-@dataclass_transform(frozen_default=True)
-def _config(cls: type[Section]) -> type[Section]:
-    """A frozen dataclass that pydantic validates strictly: no unknown keys, no NaN, no guessing
-    that "3" is a number."""
-    strict = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    cls.__pydantic_config__ = strict  # type: ignore[attr-defined]
-    return dataclasses.dataclass(frozen=True)(cls)
-
+from sapo_jax.config.objective import SAPO, Objective
+from sapo_jax.config.section import (
+    Count,
+    CountOrZero,
+    Fraction,
+    NonNegative,
+    Positive,
+    config_section,
+)
 
 # ---------------------------------------------------------------- model
 
 
-@_config
+@config_section
 class Yarn:
     """YaRN context extension (Peng et al., arXiv 2309.00071), keys as in the Hugging Face
     `rope_scaling`."""
@@ -45,7 +38,7 @@ class Yarn:
     attention_factor: Positive | None = None  # None: 0.1 ln(factor) + 1
 
 
-@_config
+@config_section
 class Model:
     """A Qwen3 decoder; the keys are those of the Hugging Face config.
 
@@ -105,7 +98,7 @@ class Model:
 # ---------------------------------------------------------------- data, rewards
 
 
-@_config
+@config_section
 class ReasoningGymTask:
     """Problems from a reasoning-gym generator.
 
@@ -119,7 +112,7 @@ class ReasoningGymTask:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # the generator's own options
 
 
-@_config
+@config_section
 class FileTask:
     """Problems from the rows of a JSONL, JSON or Parquet file, or of a directory of such files.
 
@@ -142,7 +135,7 @@ class FileTask:
 Task = Annotated[ReasoningGymTask | FileTask, pydantic.Field(discriminator="kind")]
 
 
-@_config
+@config_section
 class Data:
     """The tasks, and how their problems become prompts."""
 
@@ -160,7 +153,7 @@ class Data:
     seed: CountOrZero = 0
 
 
-@_config
+@config_section
 class Rewards:
     """How completions are verified."""
 
@@ -179,10 +172,10 @@ class Rewards:
     plugins: tuple[str, ...] = ()  # modules to import that register verifiers
 
 
-# ---------------------------------------------------------------- rollout, objective
+# ---------------------------------------------------------------- rollout, loss
 
 
-@_config
+@config_section
 class Rollout:
     """How completions are sampled."""
 
@@ -199,54 +192,7 @@ class Rollout:
     min_p: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.0
 
 
-@_config
-class SAPO:
-    """Soft Adaptive Policy Optimization, arXiv 2511.20347, Eqs. 5 and 6: a soft gate on r."""
-
-    name: Literal["sapo"] = "sapo"
-    tau_pos: Positive = 1.0  # temperature of the gate where the advantage is positive
-    tau_neg: Positive = 1.05  # and elsewhere
-
-
-@_config
-class GRPO:
-    """arXiv 2402.03300 with the clip-higher of DAPO, arXiv 2503.14476.
-
-    The values are those of the SAPO paper, section 5.
-    """
-
-    name: Literal["grpo"] = "grpo"
-    clip_low: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.2
-    clip_high: Positive = 0.27
-
-
-@_config
-class GSPO:
-    """arXiv 2507.18071.
-
-    level: one ratio per sequence, or its token form (stop-gradient on the sequence ratio).
-    """
-
-    name: Literal["gspo"] = "gspo"
-    clip_low: Annotated[float, pydantic.Field(gt=0, lt=1)] = 3e-4
-    clip_high: Positive = 4e-4
-    level: Literal["sequence", "token"] = "sequence"
-
-
-@_config
-class CISPO:
-    """arXiv 2506.13585, Eqs. 4, 5: the importance weight is clipped and stopped, no token is
-    dropped."""
-
-    name: Literal["cispo"] = "cispo"
-    clip_low: Annotated[float, pydantic.Field(gt=0, le=1)] = 1.0  # 1.0: no lower bound
-    clip_high: Positive = 0.27
-
-
-Objective = Annotated[SAPO | GRPO | GSPO | CISPO, pydantic.Field(discriminator="name")]
-
-
-@_config
+@config_section
 class Advantage:
     """A = R - mean of the group.
 
@@ -258,7 +204,19 @@ class Advantage:
     eps: NonNegative = 1e-6
 
 
-@_config
+@config_section
+class SequenceMask:
+    """Which sequences are left out of the surrogate: those with A < 0 that have become unlikely.
+
+    A sequence is masked where A < 0 and the mean over its tokens of log(pi / pi_sampler) is less
+    than -below. Its terms are 0 and the denominators stay (arXiv 2512.02556, Eq. 9). `below` has
+    no default, because values from 1e-4 to 0.5 are in use (see configs/README.md).
+    """
+
+    below: Positive  # nats per token
+
+
+@config_section
 class Loss:
     """How tokens are weighted, and what is added to the surrogate.
 
@@ -273,12 +231,13 @@ class Loss:
     # Weight exp(old logp - sampler logp) of a token, against the mismatch of sampler and scorer.
     correction: Literal["none", "truncated", "masked"] = "none"
     correction_cap: Annotated[float, pydantic.Field(gt=1)] = 2.0
+    sequence_mask: SequenceMask | None = None  # with any objective; the KL penalty is not masked
 
 
 # ---------------------------------------------------------------- optimiser, loop
 
 
-@_config
+@config_section
 class Optimizer:
     """AdamW with decoupled weight decay on matrices (not on norms)."""
 
@@ -294,7 +253,7 @@ class Optimizer:
     max_grad_norm: Positive = 1.0
 
 
-@_config
+@config_section
 class ColdStart:
     """Supervised fine-tuning on the tasks' own answers, before RL. steps = 0: none."""
 
@@ -306,7 +265,7 @@ class ColdStart:
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
 
 
-@_config
+@config_section
 class Train:
     """The RL stage."""
 
@@ -333,7 +292,7 @@ class Train:
     print_samples_every: CountOrZero = 20  # RL steps between prints of a few completions; 0: never
 
 
-@_config
+@config_section
 class Diagnostics:
     """Evidence for SAPO's assumptions A1 and A2, and for what hard clips would throw away
     (`diagnostics.jsonl`)."""
@@ -342,7 +301,7 @@ class Diagnostics:
     every: CountOrZero = 1
 
 
-@_config
+@config_section
 class Evaluate:
     """Sampling the held-out problems."""
 
@@ -352,7 +311,7 @@ class Evaluate:
     batch_prompts: Count = 64  # held-out prompts sampled at once
 
 
-@_config
+@config_section
 class Mesh:
     """Devices along each mesh axis; their product is the number of devices used.
 
@@ -380,7 +339,7 @@ class Mesh:
         return self.data or max(1, devices // self.devices_without_data)
 
 
-@_config
+@config_section
 class Checkpoint:
     """When the state is saved, and which checkpoints are kept."""
 
@@ -389,7 +348,7 @@ class Checkpoint:
     keep_every: CountOrZero = 0  # steps; 0: only the last ones are kept
 
 
-@_config
+@config_section
 class Config:
     """A whole run."""
 

@@ -75,6 +75,9 @@ def _explain(error: ErrorDetails, raw: Layer) -> _Mistake:
     if error["type"] == "unexpected_keyword_argument":
         return _Mistake(_unknown_key(keys, section_node, section), keys)
     node = section_node.child(keys[-1], section)
+    if error["type"] == "missing":
+        text = f"missing, and it has no default; expected {node.expected()}"
+        return _Mistake(Problem((dotted(keys),), text), keys[:-1])
     if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
         return _Mistake(_bad_tag(keys, node, error["input"]), keys)
     return _Mistake(Problem((dotted(keys),), _wrong_value(node, error["input"])), keys)

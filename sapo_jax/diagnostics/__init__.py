@@ -6,6 +6,7 @@ On the device, with JAX:
     collect     the evidence for SAPO's assumptions A1 and A2, of one micro-batch
     sequences   its part by sequence: variance of log r, gate gap
     binning     its histograms
+    sequence_mask  how much the sequence mask leaves out
     vocabulary  the gradient on all logits of one position (SAPO, Eq. 9)
 
 On the host, without JAX:

@@ -3,6 +3,7 @@ from .evidence import Evidence, finalize_evidence, reduce_evidence, stack_eviden
 from .gates import Gates
 from .glossary import describe_metric
 from .rows import evidence_row, ratio_quantiles, read_evidence
+from .sequence_mask import collect_sequence_mask
 from .tokens import (
     TokenStats,
     collect_token_stats,
@@ -17,6 +18,7 @@ __all__ = [
     "Gates",
     "TokenStats",
     "collect_evidence",
+    "collect_sequence_mask",
     "collect_token_stats",
     "describe_metric",
     "evidence_row",

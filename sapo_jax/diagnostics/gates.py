@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Self
 
-from sapo_jax.config.schema import GRPO, GSPO, SAPO
+from sapo_jax.config.objective import GRPO, GSPO, SAPO
 
 if TYPE_CHECKING:
     from sapo_jax.batch import Array
@@ -53,8 +53,8 @@ class Gates:
         elif isinstance(objective, GSPO):
             gspo = objective
         return cls(
-            tau_pos=sapo.tau_pos,
-            tau_neg=sapo.tau_neg,
+            tau_pos=sapo.temperature("pos"),
+            tau_neg=sapo.temperature("neg"),
             grpo=(grpo.clip_low, grpo.clip_high),
             gspo=(gspo.clip_low, gspo.clip_high),
         )

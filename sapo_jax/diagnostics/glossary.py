@@ -255,7 +255,8 @@ GLOSSARY = (
             ),
             Entry(
                 ("clip_fraction/{group}mean",),
-                "share of the tokens whose gradient a hard clip removes; 0 with SAPO",
+                "share of the tokens whose gradient a hard clip, bound or mask removes; 0 with "
+                "SAPO alone",
                 "GRPO below 0.05; GSPO higher",
                 _SMALLER_STEPS,
             ),
@@ -289,6 +290,20 @@ GLOSSARY = (
                 "where `loss.kl_coef` > 0",
                 "grows slowly, and levels off",
                 "a larger `loss.kl_coef` holds the policy nearer to the reference",
+            ),
+            Entry(
+                ("sequence_mask/fraction", "sequence_mask/neg_fraction"),
+                "share of the sequences that `loss.sequence_mask` leaves out: of all, and of those "
+                "with A < 0; there where it is set",
+                "small; 0 everywhere is a mask that does nothing",
+                "near 0: lower its `below`; a large part of those with A < 0: raise it, or lower "
+                "`train.mini_batches` or `optimizer.learning_rate`",
+            ),
+            Entry(
+                ("sequence_mask/grad_share",),
+                "share of the gradient that those sequences would have had: sum of weight * |A| * "
+                "`grad_weight` over their tokens, in that of all tokens",
+                "above `sequence_mask/fraction` where long or far sequences are left out",
             ),
         ),
     ),

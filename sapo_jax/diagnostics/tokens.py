@@ -22,6 +22,7 @@ from sapo_jax.batch import Array
 # `collect` registers Evidence as a pytree, which TokenStats needs.
 from sapo_jax.diagnostics import collect  # noqa: F401
 from sapo_jax.diagnostics.evidence import Evidence, finalize_evidence, reduce_evidence
+from sapo_jax.diagnostics.sequence_mask import SequenceMaskSums, finalize_sequence_mask
 from sapo_jax.objectives.kl import k3
 
 # Prefixes of the names of the three entries of every statistic: all tokens, A > 0, A < 0.
@@ -38,6 +39,7 @@ class TokenStats:
     min: dict[str, Array]  # +inf in a group without tokens
     max: dict[str, Array]  # -inf in a group without tokens
     evidence: Evidence | None = None  # of the same tokens, where it was asked for
+    sequence_mask: SequenceMaskSums | None = None  # likewise, where there is a sequence mask
 
 
 def collect_token_stats(
@@ -48,12 +50,13 @@ def collect_token_stats(
     mask_BT: Array,
     extra: Mapping[str, Array] | None = None,
     evidence: Evidence | None = None,
+    sequence_mask: SequenceMaskSums | None = None,
 ) -> TokenStats:
     """Statistics of one micro-batch.
 
     diagnostics: what the objective reports of each token (`ratios.token_diagnostics`)
     extra: further quantities to average, [B, T] by name, e.g. {"kl/reference": ...}
-    evidence: that of the same micro-batch, which goes along
+    evidence, sequence_mask: those of the same micro-batch, which go along
 
     Masked tokens are never read.
     """
@@ -79,6 +82,7 @@ def collect_token_stats(
         min={"ratio": over_groups(jnp.min, diagnostics["ratio"], jnp.inf)},
         max={"ratio": over_groups(jnp.max, diagnostics["ratio"], -jnp.inf)},
         evidence=evidence,
+        sequence_mask=sequence_mask,
     )
     return jax.lax.stop_gradient(stats)
 
@@ -94,6 +98,7 @@ def reduce_token_stats(stacked: TokenStats) -> TokenStats:
         min=jax.tree.map(lambda x: jnp.min(x, axis=0), stacked.min),
         max=jax.tree.map(lambda x: jnp.max(x, axis=0), stacked.max),
         evidence=evidence,
+        sequence_mask=jax.tree.map(lambda x: jnp.sum(x, axis=0), stacked.sequence_mask),
     )
 
 
@@ -108,7 +113,8 @@ def finalize_token_stats(stats: TokenStats) -> dict[str, Array]:
     `gate/mean` is over all tokens, `gate/pos_mean` where A > 0, `gate/neg_mean` where A < 0;
     likewise ratio, grad_weight, clip_fraction, entropy, surrogate/centered_{mean,...},
     kl/old_k3_{mean,...} and the extras. There are ratio/{min,max,pos_min,...},
-    tokens/{count,pos_count,neg_count}, and the metrics of the evidence (`finalize_evidence`).
+    tokens/{count,pos_count,neg_count}, the metrics of the evidence (`finalize_evidence`), and those
+    of the sequence mask (`finalize_sequence_mask`).
 
     In a group without tokens every statistic is 0, never NaN; its count tells that from a true 0.
     """
@@ -130,4 +136,6 @@ def finalize_token_stats(stats: TokenStats) -> dict[str, Array]:
     add("tokens", "count", stats.count)
     if stats.evidence is not None:
         scalars |= finalize_evidence(stats.evidence)
+    if stats.sequence_mask is not None:
+        scalars |= finalize_sequence_mask(stats.sequence_mask)
     return scalars

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from sapo_jax.batch import Array
-from sapo_jax.config.schema import SAPO
+from sapo_jax.config.objective import SAPO
 from sapo_jax.diagnostics.gates import Gates, closed_gate
 from sapo_jax.objectives.ratios import MAX_LOG_RATIO
 

@@ -1,7 +1,9 @@
 """The update: loss and gradients over micro-batches, one optax step, on donated and sharded state.
 
-    loss = -sum(weight_BT * (correction_BT * surrogate_BT - kl_coef * kl_BT))
+    loss = -sum(weight_BT * (correction_BT * kept_BT * surrogate_BT - kl_coef * kl_BT))
            + router_aux_loss_coef * aux
+
+kept_BT is 0 on the sequences that `loss.sequence_mask` leaves out, else 1.
 
 The weights are made for the whole optimiser batch, so micro-batches add up to exactly the same
 gradient. (The auxiliary loss of the router is not linear in the batch: it is the mean of the
@@ -27,6 +29,7 @@ from sapo_jax.learner.scoring import score, split_micro_batches
 from sapo_jax.models import Policy, Qwen3
 from sapo_jax.objectives import OBJECTIVES
 from sapo_jax.objectives.kl import KL_ESTIMATORS
+from sapo_jax.objectives.sequence_mask import leave_out, masked_sequences
 
 # (model, micro-batch) -> loss, (statistics, Routing). The loss is a sum over the rows of the
 # micro-batch; the statistics of the policy loss go to `diagnostics.reduce_token_stats`.
@@ -123,15 +126,16 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
 def policy_loss(cfg: Config) -> LossFn:
     """The RL loss of the configured objective:
 
-        loss = -sum(weight_BT * (correction_BT * surrogate_BT - kl_coef * kl_BT))
+        loss = -sum(weight_BT * (correction_BT * kept_BT * surrogate_BT - kl_coef * kl_BT))
 
-    The sampler-trainer correction and the KL penalty are optional.
+    The sampler-trainer correction, the sequence mask and the KL penalty are optional.
 
-    Raises ValueError where a batch lacks the log-probs of the old policy, or those of the
-    reference with a KL penalty.
+    Raises ValueError where a batch lacks the log-probs of the old policy, those of the sampler with
+    a sequence mask, or those of the reference with a KL penalty.
     """
     objective = OBJECTIVES[cfg.objective.name]
     kl_estimator = KL_ESTIMATORS[cfg.loss.kl] if cfg.loss.kl_coef > 0 else None
+    sequence_mask = cfg.loss.sequence_mask
 
     def loss(model: Qwen3, batch: Batch) -> tuple[Array, Any]:
         if batch.old_logp_BT is None:
@@ -144,7 +148,24 @@ def policy_loss(cfg: Config) -> LossFn:
             batch.mask_BT,
             cfg.objective,
             segment_ids_BT=batch.segment_ids_BT,
+            old_logp_BT=batch.old_logp_BT,
         )
+        mask_sums = None
+        if sequence_mask is not None:
+            if batch.sampler_logp_BT is None:
+                raise ValueError("the sequence mask needs sampler_logp_BT in the batch")
+            left_out_BT = masked_sequences(
+                scores.logp_BT - batch.sampler_logp_BT,
+                batch.adv_BT,
+                batch.mask_BT,
+                sequence_mask.below,
+                batch.segment_ids_BT,
+            )
+            grad_weight_BT = token_diagnostics["grad_weight"]
+            mask_sums = diagnostics.collect_sequence_mask(batch, left_out_BT, grad_weight_BT)
+            surrogate_BT, token_diagnostics = leave_out(
+                surrogate_BT, token_diagnostics, left_out_BT
+            )
         if batch.correction_BT is not None:
             surrogate_BT = batch.correction_BT * surrogate_BT
         extra = {}
@@ -169,6 +190,7 @@ def policy_loss(cfg: Config) -> LossFn:
             batch.mask_BT,
             extra,
             evidence,
+            mask_sums,
         )
         return -jnp.sum(batch.weight_BT * surrogate_BT), (stats, scores.routing)
 

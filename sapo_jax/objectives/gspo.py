@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from sapo_jax.batch import Array
-from sapo_jax.config.schema import GSPO
+from sapo_jax.config.objective import GSPO
 from sapo_jax.objectives.ratios import (
     hard_clip,
     is_live,
@@ -24,6 +24,7 @@ def gspo(
     cfg: GSPO,
     *,
     segment_ids_BT: Array | None = None,
+    old_logp_BT: Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """A narrow hard clip on one ratio per sequence: either all of its tokens are kept, or none.
 
@@ -39,6 +40,7 @@ def gspo(
 
     Source: https://arxiv.org/abs/2507.18071, Eqs. 5, 7 (sequence) and 13, 14 (token).
     """
+    del old_logp_BT  # The ratios alone decide.
     adv_BT = masked(adv_BT, mask_BT)
     log_s_BT = sequence_mean(log_ratio_BT, mask_BT, segment_ids_BT)
     if cfg.level == "token":

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sapo_jax.batch import Array
+from sapo_jax.config.objective import Bounds
 
 # exp(20) = 4.9e8 is far from float32's limit, and far from any ratio worth learning from.
 MAX_LOG_RATIO = 20.0
@@ -43,28 +44,51 @@ def safe_log_ratio(log_ratio_BT: Array, mask_BT: Array) -> jax.Array:
     return jnp.where(is_live(log_ratio_BT, mask_BT), log_ratio_BT, bounded_BT)
 
 
-def sequence_mean(x_BT: Array, mask_BT: Array, segment_ids_BT: Array | None = None) -> jax.Array:
-    """The mean of x over the unmasked tokens of a sequence, on each of its tokens; 0 if none.
+def sequence_sum(x_BT: Array, mask_BT: Array, segment_ids_BT: Array | None = None) -> jax.Array:
+    """The sum of x over the unmasked tokens of a sequence, on each of its tokens; 0 if none.
 
     A row is one sequence or, with segment_ids_BT (0 on padding, 1, 2, ... on its sequences),
     several. A row of T tokens holds at most T sequences: with this static bound the work is linear
     in T, where a table of equal ids would be T x T.
     """
     x_BT = masked(x_BT, mask_BT)
-    count_BT = mask_BT.astype(x_BT.dtype)
     if segment_ids_BT is None:
-        total_B1 = x_BT.sum(axis=1, keepdims=True)
-        length_B1 = count_BT.sum(axis=1, keepdims=True)
-        return jnp.broadcast_to(total_B1 / jnp.maximum(length_B1, 1), x_BT.shape)
+        return jnp.broadcast_to(x_BT.sum(axis=1, keepdims=True), x_BT.shape)
 
-    def mean_of_segments(x_T: Array, count_T: Array, ids_T: Array) -> jax.Array:
-        num_segments = len(ids_T) + 1
-        total_S = jax.ops.segment_sum(x_T, ids_T, num_segments=num_segments)
-        length_S = jax.ops.segment_sum(count_T, ids_T, num_segments=num_segments)
-        return (total_S / jnp.maximum(length_S, 1))[ids_T]
+    def sum_of_segments(x_T: Array, ids_T: Array) -> jax.Array:
+        return jax.ops.segment_sum(x_T, ids_T, num_segments=len(ids_T) + 1)[ids_T]
 
     chex.assert_equal_shape([x_BT, segment_ids_BT])
-    return jax.vmap(mean_of_segments)(x_BT, count_BT, jnp.asarray(segment_ids_BT))
+    return jax.vmap(sum_of_segments)(x_BT, jnp.asarray(segment_ids_BT))
+
+
+def sequence_length(mask_BT: Array, segment_ids_BT: Array | None = None) -> jax.Array:
+    """The number of unmasked tokens of a sequence, at least 1, on each of its tokens; float32."""
+    count_BT = sequence_sum(mask_BT.astype(jnp.float32), mask_BT, segment_ids_BT)
+    return jnp.maximum(count_BT, 1)
+
+
+def sequence_mean(x_BT: Array, mask_BT: Array, segment_ids_BT: Array | None = None) -> jax.Array:
+    """The mean of x over the unmasked tokens of a sequence, on each of its tokens; 0 if none.
+
+    Rows and segments are those of `sequence_sum`.
+    """
+    total_BT = sequence_sum(x_BT, mask_BT, segment_ids_BT)
+    return total_BT / sequence_length(mask_BT, segment_ids_BT)
+
+
+def log_sequence_product(
+    log_ratio_BT: Array, mask_BT: Array, segment_ids_BT: Array | None = None
+) -> jax.Array:
+    """log W = sum_t log r over a sequence, on each of its tokens: a constant for autodiff.
+
+    Each log r counts within +-20, and so does the sum: exp(log W) is finite. (The pseudocode of
+    https://arxiv.org/abs/2602.10693, appendix I, has -18.4 as the lower limit of the sum.)
+    """
+    z_BT = safe_log_ratio(log_ratio_BT, mask_BT)
+    log_product_BT = sequence_sum(z_BT, mask_BT, segment_ids_BT)
+    bounded_BT = jnp.clip(log_product_BT, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return jax.lax.stop_gradient(bounded_BT)
 
 
 def hard_clip(
@@ -87,17 +111,50 @@ def hard_clip(
     return surrogate_BT, open_BT
 
 
+def hold_at_bounds(
+    log_ratio_BT: jax.Array, adv_BT: jax.Array, bounds: Bounds
+) -> tuple[jax.Array, jax.Array]:
+    """log r, held at the hard bound of its sign of A and side of r = 1, if it is beyond that.
+
+    Held, it is a constant: the token keeps the value that it has at the bound and has no gradient.
+    At r = bound the token is open. Returns (log_ratio_BT, beyond_BT), of which the second is bool.
+    A = 0 is treated like A < 0.
+
+    Sources: `neg_low` and `pos_high` are PPO's clip, https://arxiv.org/abs/1707.06347, Eq. 7;
+    `neg_high` is dual-clip PPO's, https://arxiv.org/abs/1912.09729, Eq. 5.
+    """
+    ratio_BT = jnp.exp(log_ratio_BT)
+    is_positive_BT = adv_BT > 0
+    held_BT = log_ratio_BT
+    beyond_BT = jnp.zeros(ratio_BT.shape, bool)
+    of_signs = (
+        (is_positive_BT, bounds.pos_low, bounds.pos_high),
+        (~is_positive_BT, bounds.neg_low, bounds.neg_high),
+    )
+    for of_sign_BT, low, high in of_signs:
+        if low is not None:
+            below_BT = of_sign_BT & (ratio_BT < 1 - low)
+            held_BT = jnp.where(below_BT, jnp.log1p(-low), held_BT)
+            beyond_BT |= below_BT
+        if high is not None:
+            above_BT = of_sign_BT & (ratio_BT > 1 + high)
+            held_BT = jnp.where(above_BT, jnp.log1p(high), held_BT)
+            beyond_BT |= above_BT
+    return held_BT, beyond_BT
+
+
 def token_diagnostics(
     mask_BT: Array, *, ratio_BT: Array, gate_BT: Array, clipped_BT: Array, centered_BT: Array
 ) -> dict[str, jax.Array]:
     """What an objective reports of each token: constants for autodiff, 0 where masked.
 
-    ratio        r, the ratio that the objective used (in GSPO that of the sequence)
-    gate         d surrogate / d r / A: f'(r) for SAPO, 0 or 1 for a hard clip (A = 0 is treated
-                 like A < 0)
+    ratio        r, the ratio that the objective used (in GSPO, VESPO and TOPR that of the
+                 sequence)
+    gate         grad_weight / r: f'(r) for SAPO, 0 or 1 for a hard clip (A = 0 is treated like
+                 A < 0)
     grad_weight  r * gate = d surrogate / d log r / A: the multiplier on A grad log pi, which is 1
                  in REINFORCE
-    clipped      1 where a hard clip zeroes the gradient
+    clipped      1 where a hard clip, bound or mask zeroes the gradient
     centered     the surrogate minus its value at r = 1; unlike the surrogate's, its mean shows
                  progress
     """

@@ -220,6 +220,8 @@ class Programs:
             optional["ref_logp_BT"] = float_BT
         if with_old_logp and loss.correction != "none":
             optional["correction_BT"] = float_BT
+        if with_old_logp and loss.sequence_mask is not None:
+            optional["sampler_logp_BT"] = float_BT
         if with_experts:
             optional["expert_ids_BTLk"] = ids_BTLk
         return Batch(

@@ -249,6 +249,8 @@ def mini_batches(
         log_ratio_BT = scores.old_BT - scores.sampler_BT
         correction_BT = importance_weight(log_ratio_BT, mask_BT, cfg.loss.correction_cap)
         arrays["correction_BT"] = np.asarray(correction_BT)
+    if cfg.loss.sequence_mask is not None:
+        arrays["sampler_logp_BT"] = scores.sampler_BT
     if scores.expert_ids_BTLk is not None:
         arrays["expert_ids_BTLk"] = scores.expert_ids_BTLk
 

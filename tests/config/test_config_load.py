@@ -437,7 +437,10 @@ def test_diff_names_changed_keys(write):
     ]
     assert diff(b, a) == diff(a, b) and diff(a, a) == []
     assert diff(a, load(path, ["objective.name=grpo"])) == [
-        "objective.name", "objective.tau_pos", "objective.tau_neg", "objective.clip_low", "objective.clip_high",
+        "objective.name", "objective.gate", "objective.tau_pos", "objective.tau_neg",
+        "objective.width_pos", "objective.width_neg", "objective.tau_pos_below",
+        "objective.tau_pos_above", "objective.tau_neg_below", "objective.tau_neg_above",
+        "objective.clip_low", "objective.clip_high",
     ]  # fmt: skip
     assert diff(a, dataclasses.replace(a, data=dataclasses.replace(a.data, tasks=()))) == [
         "data.tasks"

@@ -8,7 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from sapo_jax.config import CISPO, GRPO, GSPO, SAPO, Config, ConfigError, load
+from sapo_jax.config import (
+    CISPO,
+    DPPO,
+    GRPO,
+    GSPO,
+    SAPO,
+    TOPR,
+    VESPO,
+    Bounds,
+    Config,
+    ConfigError,
+    SequenceMask,
+    load,
+)
 
 README = Path(__file__).resolve().parents[2] / "configs" / "README.md"
 
@@ -26,8 +39,9 @@ def test_the_table_names_every_key():
     assert set(named) == {"section", "top level", *sections}
     for section in sections - {"objective"}:
         assert field_names(type(getattr(default, section))) <= named[section], section
-    for objective in (SAPO, GRPO, GSPO, CISPO):
+    for objective in (SAPO, GRPO, GSPO, CISPO, VESPO, DPPO, TOPR, Bounds):
         assert field_names(objective) <= named["objective"]
+    assert field_names(SequenceMask) <= named["loss"]
     assert {"name", "run_dir"} <= named["top level"]
 
 

@@ -140,13 +140,12 @@ def test_your_own_objective(tmp_path):
         'OBJECTIVES: dict[str, Objective] = {"ungated": ungated, ',
     )
     config_class = re.search(
-        r"```python\n(@_config\nclass Ungated:.*?)```", readme_text(), re.DOTALL
+        r"```python\n(@config_section\nclass Ungated:.*?)```", readme_text(), re.DOTALL
     )[1]
-    schema = tmp_path / "sapo_jax/config/schema.py"
     replace_in(
-        schema,
-        "Objective = Annotated[SAPO",
-        f"{config_class}\n\nObjective = Annotated[Ungated | SAPO",
+        tmp_path / "sapo_jax/config/objective.py",
+        "Objective = Annotated[\n    SAPO",
+        f"{config_class}\n\nObjective = Annotated[\n    Ungated | SAPO",
     )
     done = subprocess.run(
         [sys.executable, "-c", CONFORMS], cwd=tmp_path, capture_output=True, text=True, env=None

@@ -14,19 +14,46 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sapo_jax.config import CISPO, GRPO, GSPO, SAPO
+from sapo_jax.config import CISPO, DPPO, GRPO, GSPO, SAPO, TOPR, VESPO, Bounds
 from sapo_jax.objectives.weights import token_weights
 
+EVERY_BOUND = Bounds(pos_low=0.3, pos_high=0.4, neg_low=0.2, neg_high=0.9)
 VARIANTS = {
-    "sapo": [SAPO(), SAPO(tau_pos=1e-3, tau_neg=50.0)],
-    "grpo": [GRPO(), GRPO(clip_low=0.6, clip_high=2.0)],
+    "sapo": [
+        SAPO(),
+        SAPO(tau_pos=1e-3, tau_neg=50.0),
+        SAPO(tau_neg_below=12.0, tau_pos_above=0.5),
+        SAPO(bounds=EVERY_BOUND),
+        SAPO(gate="log"),
+        SAPO(gate="log", tau_neg_below=12.0, bounds=Bounds(neg_low=0.2)),
+        SAPO(gate="erf"),
+        SAPO(gate="erf", tau_pos=1.0, tau_neg=0.3, bounds=EVERY_BOUND),
+        SAPO(gate="arctan", tau_pos_below=0.7),
+        SAPO(gate="softsign", width_pos=0.5, width_neg=0.1, tau_neg_above=2.0),
+    ],
+    "grpo": [
+        GRPO(),
+        GRPO(clip_low=0.6, clip_high=2.0),
+        GRPO(bounds=Bounds(neg_high=2.0, pos_low=0.6)),
+    ],
     "gspo": [
         GSPO(),
         GSPO(level="token"),
         GSPO(clip_low=0.2, clip_high=0.27),
         GSPO(clip_low=0.2, clip_high=0.27, level="token"),
     ],
-    "cispo": [CISPO(), CISPO(clip_low=0.2, clip_high=0.5)],
+    "cispo": [
+        CISPO(),
+        CISPO(clip_low=0.2, clip_high=0.5),
+        CISPO(bounds=Bounds(pos_high=0.1, neg_low=0.3)),
+    ],
+    "vespo": [VESPO(), VESPO(c1_pos=0.5, c2_pos=0.2, c1_neg=1.0, c2_neg=4.0)],
+    "dppo": [
+        DPPO(),
+        DPPO(divergence="kl", cap=3.0),
+        DPPO(delta=0.3, bounds=Bounds(neg_low=0.5, neg_high=2.0)),
+    ],
+    "topr": [TOPR()],
 }
 GARBAGE = (np.nan, np.inf, -np.inf, 200.0, -200.0)
 
@@ -41,6 +68,7 @@ class Tokens:
     adv_BT: np.ndarray
     mask_BT: np.ndarray
     weight_BT: np.ndarray
+    old_logp_BT: np.ndarray
     segment_ids_BT: np.ndarray | None = None
 
     def replace(self, **changes) -> Tokens:
@@ -51,25 +79,36 @@ class Tokens:
 
     def astype(self, dtype) -> Tokens:
         return self.replace(
-            log_ratio_BT=self.log_ratio_BT.astype(dtype), adv_BT=self.adv_BT.astype(dtype)
+            log_ratio_BT=self.log_ratio_BT.astype(dtype),
+            adv_BT=self.adv_BT.astype(dtype),
+            old_logp_BT=self.old_logp_BT.astype(dtype),
         )
 
 
-def weighted(log_ratio_BT, adv_BT, mask_BT, segment_ids_BT=None) -> Tokens:
+def old_logps(log_ratio_BT):
+    """Old log-probabilities that leave room for the ratio: half of the largest that do."""
+    return np.minimum(-log_ratio_BT, 0) + np.log(log_ratio_BT.dtype.type(0.5))
+
+
+def weighted(log_ratio_BT, adv_BT, mask_BT, segment_ids_BT=None, old_logp_BT=None) -> Tokens:
+    if old_logp_BT is None:
+        old_logp_BT = old_logps(log_ratio_BT)
     weight_BT = token_weights(
         mask_BT, segment_ids_BT, "sequence_mean", max_new_tokens=mask_BT.shape[1]
     )
-    return Tokens(log_ratio_BT, adv_BT, mask_BT, weight_BT, segment_ids_BT)
+    return Tokens(log_ratio_BT, adv_BT, mask_BT, weight_BT, old_logp_BT, segment_ids_BT)
 
 
-def unweighted(log_ratio_BT, adv_BT, mask_BT=None) -> Tokens:
+def unweighted(log_ratio_BT, adv_BT, mask_BT=None, old_logp_BT=None) -> Tokens:
     """Tokens of weight 1, for which `gradient` is that of the plain sum; none are masked by
     default.
     """
     if mask_BT is None:
         mask_BT = np.ones(log_ratio_BT.shape, bool)
+    if old_logp_BT is None:
+        old_logp_BT = old_logps(log_ratio_BT)
     adv_BT = np.broadcast_to(adv_BT, mask_BT.shape).astype(log_ratio_BT.dtype)
-    return Tokens(log_ratio_BT, adv_BT, mask_BT, np.ones_like(adv_BT))
+    return Tokens(log_ratio_BT, adv_BT, mask_BT, np.ones_like(adv_BT), old_logp_BT)
 
 
 def example() -> Tokens:
@@ -83,8 +122,14 @@ def example() -> Tokens:
     position_BT = np.broadcast_to(np.arange(9), (6, 9))
     mask_BT = (position_BT >= 2) & (position_BT < 2 + length_B[:, None])
     log_ratio_BT = np.where(mask_BT, scale_B1 * rng.standard_normal(mask_BT.shape), 0)
+    # Likely tokens and rare ones, so that a divergence of probabilities has both.
+    old_logp_BT = -np.geomspace(0.01, 5.0, mask_BT.size).reshape(mask_BT.shape).T.reshape(6, 9)
+    old_logp_BT = np.minimum(old_logp_BT, -log_ratio_BT - 0.01)
     return weighted(
-        log_ratio_BT.astype(np.float32), np.where(mask_BT, adv_B1, 0).astype(np.float32), mask_BT
+        log_ratio_BT.astype(np.float32),
+        np.where(mask_BT, adv_B1, 0).astype(np.float32),
+        mask_BT,
+        old_logp_BT=old_logp_BT.astype(np.float32),
     )
 
 
@@ -107,14 +152,19 @@ def extremes() -> list[Tokens]:
     ]
 
 
-def outputs(objective, cfg, log_ratio_BT, adv_BT, mask_BT, weight_BT, segment_ids_BT):
+def outputs(objective, cfg, log_ratio_BT, adv_BT, mask_BT, weight_BT, old_logp_BT, segment_ids_BT):
     """surrogate, diagnostics, and the gradient of sum(weight * surrogate) with respect to the
     log-ratio.
     """
 
     def total(log_ratio_BT):
         surrogate_BT, diagnostics = objective(
-            log_ratio_BT, adv_BT, mask_BT, cfg, segment_ids_BT=segment_ids_BT
+            log_ratio_BT,
+            adv_BT,
+            mask_BT,
+            cfg,
+            segment_ids_BT=segment_ids_BT,
+            old_logp_BT=old_logp_BT,
         )
         return jnp.sum(weight_BT * surrogate_BT), (surrogate_BT, diagnostics)
 
@@ -163,6 +213,7 @@ def check_masked_is_never_read(objective, cfg):
         dirty = tokens.replace(
             log_ratio_BT=np.where(tokens.mask_BT, tokens.log_ratio_BT, np.float32(garbage)),
             adv_BT=np.where(tokens.mask_BT, tokens.adv_BT, np.float32(garbage)),
+            old_logp_BT=np.where(tokens.mask_BT, tokens.old_logp_BT, np.float32(garbage)),
         )
         assert_close(evaluate(objective, cfg, dirty), expected, 0)
 
@@ -176,7 +227,10 @@ def check_padding(objective, cfg):
         return np.pad(x, ((0, 2), (0, 3)), constant_values=fill)
 
     padded = weighted(
-        pad(tokens.log_ratio_BT, 7.0), pad(tokens.adv_BT, -3.0), pad(tokens.mask_BT, False)
+        pad(tokens.log_ratio_BT, 7.0),
+        pad(tokens.adv_BT, -3.0),
+        pad(tokens.mask_BT, False),
+        old_logp_BT=pad(tokens.old_logp_BT, 5.0),
     )
     result = evaluate(objective, cfg, padded)
     assert_close(jax.tree.map(lambda x: x[:B, :T], result), evaluate(objective, cfg, tokens))
@@ -196,7 +250,11 @@ def check_packing(objective, cfg):
     inside_BT = tokens.mask_BT | (np.arange(T) < 2)
     segment_ids = pack(np.where(inside_BT, np.tile([[1], [2], [3]], (B // 3, 1)), 0))
     packed = weighted(
-        pack(tokens.log_ratio_BT), pack(tokens.adv_BT), pack(tokens.mask_BT), segment_ids
+        pack(tokens.log_ratio_BT),
+        pack(tokens.adv_BT),
+        pack(tokens.mask_BT),
+        segment_ids,
+        pack(tokens.old_logp_BT),
     )
     assert_close(packed.weight_BT, pack(tokens.weight_BT))
     expected = jax.tree.map(pack, evaluate(objective, cfg, tokens))
@@ -325,7 +383,9 @@ def check_diagnostics_are_constants(objective, cfg):
     tokens = example()
 
     def total(log_ratio_BT):
-        _, diagnostics = objective(log_ratio_BT, tokens.adv_BT, tokens.mask_BT, cfg)
+        _, diagnostics = objective(
+            log_ratio_BT, tokens.adv_BT, tokens.mask_BT, cfg, old_logp_BT=tokens.old_logp_BT
+        )
         return sum(jnp.sum(value) for value in diagnostics.values())
 
     gradient_BT = jax.jit(jax.grad(total))(jnp.asarray(tokens.log_ratio_BT))

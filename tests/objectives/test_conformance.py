@@ -42,11 +42,11 @@ class Variants(chex.TestCase):
         tokens = example()
         cfg = VARIANTS[name][0]
 
-        def objective(log_ratio_BT, adv_BT, mask_BT):
-            return OBJECTIVES[name](log_ratio_BT, adv_BT, mask_BT, cfg)
+        def objective(log_ratio_BT, adv_BT, mask_BT, old_logp_BT):
+            return OBJECTIVES[name](log_ratio_BT, adv_BT, mask_BT, cfg, old_logp_BT=old_logp_BT)
 
         surrogate_BT, diagnostics = self.variant(objective)(
-            tokens.log_ratio_BT, tokens.adv_BT, tokens.mask_BT
+            tokens.log_ratio_BT, tokens.adv_BT, tokens.mask_BT, tokens.old_logp_BT
         )
         expected = evaluate(OBJECTIVES[name], cfg, tokens)
         expected.pop("gradient")
@@ -59,7 +59,7 @@ class Variants(chex.TestCase):
 def change(**changes):
     """SAPO with one output changed: surrogate=fn or a diagnostic=fn of (old value, log_ratio, adv)."""
 
-    def broken(log_ratio_BT, adv_BT, mask_BT, cfg, *, segment_ids_BT=None):
+    def broken(log_ratio_BT, adv_BT, mask_BT, cfg, *, segment_ids_BT=None, old_logp_BT=None):
         surrogate_BT, diagnostics = sapo(log_ratio_BT, adv_BT, mask_BT, cfg)
         outputs = {"surrogate": surrogate_BT, **diagnostics}
         for name, new in changes.items():
@@ -69,18 +69,20 @@ def change(**changes):
     return broken
 
 
-def masks_after_exp(log_ratio_BT, adv_BT, mask_BT, cfg, *, segment_ids_BT=None):
+def masks_after_exp(log_ratio_BT, adv_BT, mask_BT, cfg, *, segment_ids_BT=None, old_logp_BT=None):
     """The trap of DESIGN 5: where() around exp() is right in value and NaN in gradient."""
     return jnp.where(mask_BT, jnp.exp(log_ratio_BT) * adv_BT, 0), sapo(
         log_ratio_BT, adv_BT, mask_BT, cfg
     )[1]
 
 
-def ignores_segments(log_ratio_BT, adv_BT, mask_BT, cfg, *, segment_ids_BT=None):
+def ignores_segments(log_ratio_BT, adv_BT, mask_BT, cfg, *, segment_ids_BT=None, old_logp_BT=None):
     return gspo(log_ratio_BT, adv_BT, mask_BT, cfg)
 
 
-def reports_gate_of_wrong_sign(log_ratio_BT, adv_BT, mask_BT, cfg, *, segment_ids_BT=None):
+def reports_gate_of_wrong_sign(
+    log_ratio_BT, adv_BT, mask_BT, cfg, *, segment_ids_BT=None, old_logp_BT=None
+):
     """The clip range that is right for A > 0, whatever the sign of A."""
     surrogate_BT, diagnostics = OBJECTIVES["grpo"](log_ratio_BT, adv_BT, mask_BT, cfg)
     clipped_BT = (diagnostics["ratio"] > 1 + cfg.clip_high).astype(jnp.float32)
@@ -123,12 +125,16 @@ def test_check_can_fail(name):
 
 def test_wrong_shapes_and_mask_types_are_refused():
     tokens = example()
-    for objective, cfg in ((OBJECTIVES[name], VARIANTS[name][0]) for name in OBJECTIVES):
+    for name, variants in VARIANTS.items():
+
+        def objective(log_ratio_BT, adv_BT, mask_BT):
+            OBJECTIVES[name](
+                log_ratio_BT, adv_BT, mask_BT, variants[0], old_logp_BT=tokens.old_logp_BT
+            )
+
         with pytest.raises(AssertionError):
-            objective(
-                tokens.log_ratio_BT, tokens.adv_BT[:, :1], tokens.mask_BT, cfg
-            )  # would broadcast
+            objective(tokens.log_ratio_BT, tokens.adv_BT[:, :1], tokens.mask_BT)  # would broadcast
         with pytest.raises(AssertionError):
-            objective(tokens.log_ratio_BT[0], tokens.adv_BT[0], tokens.mask_BT[0], cfg)
+            objective(tokens.log_ratio_BT[0], tokens.adv_BT[0], tokens.mask_BT[0])
         with pytest.raises(AssertionError):
-            objective(tokens.log_ratio_BT, tokens.adv_BT, tokens.mask_BT.astype(np.float32), cfg)
+            objective(tokens.log_ratio_BT, tokens.adv_BT, tokens.mask_BT.astype(np.float32))

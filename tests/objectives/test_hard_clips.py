@@ -65,7 +65,7 @@ def test_gspo_levels_have_the_same_gradient_when_advantages_are_per_sequence(cli
 
     def both_levels(adv_BT):
         """The value and the gradient of the weighted sum, for each level."""
-        tokens = Tokens(log_ratio_BT, adv_BT, mask_BT, weight_BT)
+        tokens = Tokens(log_ratio_BT, adv_BT, mask_BT, weight_BT, np.zeros_like(adv_BT))
         results = []
         for level in ("sequence", "token"):
             cfg = GSPO(clip_low=clip[0], clip_high=clip[1], level=level)
