@@ -4,6 +4,8 @@ on purpose.
 
 from __future__ import annotations
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -126,12 +128,9 @@ def test_check_can_fail(name):
 def test_wrong_shapes_and_mask_types_are_refused():
     tokens = example()
     for name, variants in VARIANTS.items():
-
-        def objective(log_ratio_BT, adv_BT, mask_BT):
-            OBJECTIVES[name](
-                log_ratio_BT, adv_BT, mask_BT, variants[0], old_logp_BT=tokens.old_logp_BT
-            )
-
+        objective = functools.partial(
+            OBJECTIVES[name], cfg=variants[0], old_logp_BT=tokens.old_logp_BT
+        )
         with pytest.raises(AssertionError):
             objective(tokens.log_ratio_BT, tokens.adv_BT[:, :1], tokens.mask_BT)  # would broadcast
         with pytest.raises(AssertionError):
