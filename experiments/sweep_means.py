@@ -17,7 +17,7 @@ import collections
 import sys
 from pathlib import Path
 
-from sapo_jax.analysis.curves import read_arms
+from sapo_jax.analysis.arms import read_arms
 
 METRICS = (
     "clip_fraction/mean",

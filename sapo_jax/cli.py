@@ -41,13 +41,23 @@ EXAMPLES = """examples:
   sapo-jax analyze runs/quickstart                     what the gate does, whether A1 and A2 hold
   sapo-jax metrics gate/neg_mean                       what a metric means, what is healthy
   sapo-jax sweep configs/sweeps/temperature.yaml       arms x seeds -> run folders, results.csv
-  sapo-jax report runs/temperature                     their curves over seeds, with intervals
+  sapo-jax report runs/temperature                     their curves, differences and collapses
 """
 
 SWEEP_NOTES = """A run takes all cores, or all accelerators, that it sees: one at a time on each
 machine is the rule, and --shard uses several machines. With --max-parallel N on a CPU, give each
 run its share of threads: PJRT_NPROC=2 sapo-jax sweep ... (rounding depends on it: keep it over the
 whole sweep). Each run also has rewards.workers processes."""
+
+REPORT_NOTES = """examples:
+  sapo-jax report runs/temperature
+  sapo-jax report runs/temperature --reference tau_1_1 --outcome late
+  sapo-jax report runs/grid --grid objective.tau_pos,objective.tau_neg
+  sapo-jax report runs/quickstart                      one run: its curves, and whether it collapsed
+
+Rules of collapse: held_out, reward (below half of the best from there to the end), nonfinite
+(gradients); grad_norm, entropy, kl are signs that are told beside, and count only where they are
+named. Every file and its columns: sapo_jax/analysis/README.md."""
 
 # argparse has no public name for what `add_subparsers` returns.
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -561,8 +571,10 @@ def add_report(commands: Commands) -> None:
         commands,
         "report",
         run_report,
-        "curves of the arms of a sweep, or of runs, over their seeds: a table, report.png, "
-        "curves.csv, final.csv",
+        "what the arms of a sweep, or runs, came to over their seeds: curves, paired differences "
+        "to a reference arm, collapse; tables, pictures and CSV files",
+        epilog=REPORT_NOTES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "paths", metavar="FOLDER", type=Path, nargs="+", help="folders of sweeps or runs"
@@ -570,7 +582,27 @@ def add_report(commands: Commands) -> None:
     parser.add_argument(
         "--metric",
         metavar="NAME,...",
-        help="metrics to show (held_out/avg,reward/mean,entropy/mean)",
+        help="metrics to show (held_out/avg,reward/mean,entropy/mean); the first one is compared",
+    )
+    parser.add_argument("--arms", metavar="ARM,...", help="these arms only, in this order (all)")
+    parser.add_argument(
+        "--reference", metavar="ARM", help="what the other arms are compared with (the first arm)"
+    )
+    parser.add_argument(
+        "--outcome",
+        choices=("last", "late", "best"),
+        default="last",
+        help="what is compared of each run: the last value; the mean over the last 20 %% of the "
+        "steps; the best one (last)",
+    )
+    parser.add_argument(
+        "--grid", metavar="KEY,KEY", help="also heat maps over two config keys, x and y"
+    )
+    parser.add_argument(
+        "--collapse",
+        metavar="RULE,...",
+        help="rules that make a run count as collapsed, and their parameters, e.g. "
+        "held_out,grad_norm,fall=0.4 (held_out,reward,nonfinite)",
     )
     parser.add_argument(
         "--out", type=Path, help="folder to write to (default: report/ in FOLDER, or where all lie)"
@@ -578,16 +610,36 @@ def add_report(commands: Commands) -> None:
 
 
 def run_report(args: argparse.Namespace) -> int:
-    from sapo_jax.analysis.report import report
+    from sapo_jax.analysis.collapse import DEFAULT_RULES, parse_rules
+    from sapo_jax.analysis.grid import parse_grid
+    from sapo_jax.analysis.report import ReportOptions, report
 
-    metrics = None
-    if args.metric:
-        metrics = args.metric.split(",")
+    rules = DEFAULT_RULES
+    if args.collapse is not None:
+        rules = parse_rules(args.collapse)
+    grid = None
+    if args.grid is not None:
+        grid = parse_grid(args.grid)
+    options = ReportOptions(
+        metrics=comma_separated(args.metric),
+        arms=comma_separated(args.arms),
+        reference=args.reference,
+        outcome=args.outcome,
+        grid=grid,
+        rules=rules,
+    )
     try:
-        report(args.paths, metrics, args.out)
+        report(args.paths, args.out, options)
     except OSError as error:
         raise UserError(str(error)) from error
     return OK
+
+
+def comma_separated(text: str | None) -> list[str] | None:
+    """The words of an option, None where it was not given."""
+    if not text:
+        return None
+    return text.split(",")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from sapo_jax.errors import ReportError
-from sapo_jax.io.plots import series
+from sapo_jax.io.metric_series import series
 from sapo_jax.text import did_you_mean
 
 OUTCOMES = ("held_out", "reward", "nonfinite")
@@ -206,14 +206,24 @@ def parse_rules(text: str) -> CollapseRules:
         if not equals:
             counted.append(key)
             continue
-        try:
-            parameters[key] = type(default_of[key])(value)
-        except ValueError:
-            parameters[key] = math.nan
-        if not parameters[key] > 0:
-            kind = "whole number" if isinstance(default_of[key], int) else "number"
-            raise ReportError(f"--collapse: {key} must be a {kind} above 0, not {value!r}")
+        parameters[key] = _positive(key, value, whole=isinstance(default_of[key], int))
     return CollapseRules(tuple(dict.fromkeys(counted)) or OUTCOMES, **parameters)
+
+
+def _positive(key: str, text: str, whole: bool) -> float:
+    """The number in the text. Raises ReportError where it is not above 0, or not whole."""
+    kind = "number"
+    convert: Callable[[str], float] = float
+    if whole:
+        kind = "whole number"
+        convert = int
+    try:
+        value = convert(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise ReportError(f"--collapse: {key} must be a {kind} above 0, not {text!r}")
+    return value
 
 
 def collapse_text(collapse: Collapse) -> str:

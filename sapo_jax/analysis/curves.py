@@ -11,20 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from sapo_jax.config.resume import NO_SAY_IN_RESULTS
-from sapo_jax.config.yaml_core import parse_yaml
+from sapo_jax.analysis.arms import Arm
 from sapo_jax.diagnostics.bootstrap import bootstrap_interval, interquartile_mean
 from sapo_jax.errors import ReportError
-from sapo_jax.io.files import CONFIG, METRICS, read_rows
-from sapo_jax.io.plots import series
-from sapo_jax.sweeps.results import MANIFEST, read_manifest
+from sapo_jax.io.metric_series import series
 from sapo_jax.text import did_you_mean
 
 DEFAULT_METRICS = ("held_out/avg", "reward/mean", "entropy/mean")
@@ -32,26 +27,6 @@ FEWEST_SEEDS = 3  # with fewer there is no interval
 # A curve has at most so many points. Curves of evaluations have all their points: they are few, and
 # each of them is already an average over many samples.
 MOST_POINTS = 40
-
-
-@dataclasses.dataclass(frozen=True)
-class LoggedRun:
-    """What the folder of a run says about it."""
-
-    folder: Path
-    seed: int
-    arm: str  # the name of its arm in the sweep; without a sweep, the name in its config
-    place: Path  # what to call the arm if several arms have that name
-    group: Hashable  # runs with an equal group are seeds of one arm
-    rows: list[dict[str, Any]]  # of metrics.jsonl, those of the RL stage
-
-
-@dataclasses.dataclass(frozen=True)
-class Arm:
-    """An arm of a sweep, or runs that differ in their seeds alone."""
-
-    label: str
-    runs: list[LoggedRun]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,137 +40,6 @@ class Curve:
     value_TN: np.ndarray  # of the N seeds
     iqm_T: np.ndarray
     interval_T2: np.ndarray | None  # None: too few seeds
-
-
-# ---------------------------------------------------------------- reading
-
-
-def read_arms(paths: Sequence[str | Path]) -> tuple[list[Arm], list[str]]:
-    """The arms in folders of sweeps and of runs, and notes about runs that are missing.
-
-    Runs that are given by their own folders are seeds of one arm if their configurations are the
-    same, apart from the name, the seed, and what has no say in the numbers. Raises ReportError.
-    """
-    run_of_folder: dict[Path, LoggedRun] = {}
-    notes: list[str] = []
-    paths_without_metrics: list[str] = []
-    for path in map(Path, paths):
-        if (path / MANIFEST).exists():
-            runs = _runs_of_sweep(path)
-        else:
-            runs = _run_of_folder(path)
-        begun = [run for run in runs if run.rows]
-        if not begun:
-            paths_without_metrics.append(str(path))
-        elif len(begun) < len(runs):
-            missing = len(runs) - len(begun)
-            text = f"{missing} of {len(runs)} runs have not begun RL, and are left out"
-            notes.append(f"{path}: {text}")
-        for run in runs:
-            run_of_folder[run.folder.resolve()] = run
-    if paths_without_metrics:
-        raise ReportError(
-            f"no metrics of RL in {', '.join(paths_without_metrics)}; "
-            f"give folders of sweeps (with {MANIFEST}) or of runs (with {METRICS})"
-        )
-    arms = _group_into_arms(list(run_of_folder.values()))
-    for arm in arms:
-        last_steps = {run.rows[-1]["step"] for run in arm.runs}
-        if len(last_steps) > 1:
-            notes.append(
-                f"{arm.label}: its runs have come to RL steps {min(last_steps)} to "
-                f"{max(last_steps)}; its curves end where all of them are"
-            )
-    return arms, notes
-
-
-def _runs_of_sweep(path: Path) -> list[LoggedRun]:
-    runs = []
-    for name, entry in read_manifest(path)["runs"].items():
-        run = LoggedRun(
-            folder=path / name,
-            seed=entry["seed"],
-            arm=entry["arm"],
-            place=path / entry["arm"],
-            group=(path, entry["arm"]),
-            rows=_read_rl_rows(path / name),
-        )
-        runs.append(run)
-    return runs
-
-
-def _run_of_folder(path: Path) -> list[LoggedRun]:
-    """The run in that folder, or [] if it has no metrics of RL."""
-    rows = _read_rl_rows(path)
-    if not rows:
-        return []
-    file = path / CONFIG
-    try:
-        config, _ = parse_yaml(file.read_text(encoding="utf-8"))
-        run = LoggedRun(
-            folder=path,
-            seed=int(config["train"]["seed"]),
-            arm=str(config["name"]),
-            place=path,
-            group=_identity(config),
-            rows=rows,
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ReportError(f"{file} is not the configuration of a run ({error!r})") from error
-    return [run]
-
-
-def _read_rl_rows(folder: Path) -> list[dict[str, Any]]:
-    try:
-        rows = read_rows(folder / METRICS)
-    except ValueError as error:
-        raise ReportError(str(error)) from error
-    return [row for row in rows if row["stage"] == "rl"]
-
-
-def _identity(config: dict[str, Any]) -> frozenset[tuple[str, str]]:
-    """All settings of a run that have a say in its numbers, apart from the seed."""
-    ignored = ("name", "train.seed", *NO_SAY_IN_RESULTS)
-    return frozenset(
-        (key, value) for key, value in _flat(config, "") if not key.startswith(ignored)
-    )
-
-
-def _flat(value: Any, path: str) -> Iterator[tuple[str, str]]:
-    """The dotted key and the text of every value of a nested mapping."""
-    if isinstance(value, dict) and value:
-        for key, below in value.items():
-            yield from _flat(below, f"{path}.{key}".lstrip("."))
-    else:
-        yield path, repr(value)
-
-
-def _group_into_arms(runs: Sequence[LoggedRun]) -> list[Arm]:
-    """The arms in the order in which they are given. Raises ReportError for a seed given twice."""
-    runs_of_group: dict[Hashable, list[LoggedRun]] = {}
-    for run in runs:
-        runs_of_group.setdefault(run.group, []).append(run)
-    arms_of_name = Counter(group[0].arm for group in runs_of_group.values())
-    arms = []
-    for group in runs_of_group.values():
-        _refuse_equal_seeds(group)
-        label = group[0].arm
-        if arms_of_name[label] > 1:
-            label = str(group[0].place)
-        begun = [run for run in group if run.rows]
-        if begun:
-            arms.append(Arm(label, begun))
-    return arms
-
-
-def _refuse_equal_seeds(group: Sequence[LoggedRun]) -> None:
-    for seed, count in Counter(run.seed for run in group).items():
-        if count > 1:
-            folders = " and ".join(str(run.folder) for run in group if run.seed == seed)
-            raise ReportError(f"{folders} are the same run, seed {seed}; give one of them")
-
-
-# ---------------------------------------------------------------- statistics
 
 
 def curve(arm: Arm, metric: str) -> Curve | None:
@@ -292,3 +136,8 @@ def _point_row(curve: Curve, t: int) -> dict[str, Any]:
         "min": float(curve.value_TN[t].min()),
         "max": float(curve.value_TN[t].max()),
     }
+
+
+def metrics_of(curves: Iterable[Curve]) -> list[str]:
+    """The metrics that there are curves of, in their order."""
+    return list(dict.fromkeys(curve.metric for curve in curves))

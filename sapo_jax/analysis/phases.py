@@ -1,6 +1,7 @@
 """`sapo-jax analyze RUN`: the evidence of a run as a table over the phases of training, and plots.
 
 Needs nothing but the run's diagnostics.jsonl: neither the data nor the checkpoints nor the config.
+Where metrics.jsonl lies beside it, a line says whether the run has collapsed, and when.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
+from sapo_jax.analysis.collapse import collapse_text, find_collapse
 from sapo_jax.analysis.read import RunEvidence, read_run_evidence
 from sapo_jax.diagnostics import histograms as hist
 from sapo_jax.diagnostics.evidence import SIGNS, Evidence, finalize_evidence
 from sapo_jax.diagnostics.gates import Gates
-from sapo_jax.io.files import write_csv
+from sapo_jax.io.files import METRICS, read_rows, write_csv
 
 PHASES = ("early", "middle", "late")
 POSITIVE = SIGNS.index("pos")
@@ -177,6 +179,15 @@ def _drift(drift_of_steps: list[list[float]]) -> str:
     return f"Mean |log r| in each update of a step: {values}."
 
 
+def _collapse(run_dir: Path) -> str:
+    """The line about collapse, by the rules of `collapse.py`; "" without metrics of RL."""
+    rows = [row for row in read_rows(run_dir / METRICS) if row["stage"] == "rl"]
+    if not rows:
+        return ""
+    text = collapse_text(find_collapse(rows))
+    return f"{text[0].upper()}{text[1:]}.\n"
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -187,6 +198,7 @@ def analyze(run_dir: str | Path, out: str | Path | None = None) -> list[Path]:
     """
     run = read_run_evidence(run_dir)
     print(show(run))
+    print(_collapse(Path(run_dir)), end="")
 
     from sapo_jax.analysis import figures  # here, because it imports matplotlib
 

@@ -1,165 +1,214 @@
-"""`sapo-jax report`: the curves of arms over their seeds as a picture, two CSV files and a table.
+"""`sapo-jax report`: what the arms of sweeps, or runs, came to, as tables, pictures and CSV files.
 
-What a curve is stands in `curves.py`.
+The README of this folder lists the files and their columns. What the numbers are stands where they
+are made: curves over seeds in `curves.py`, paired differences in `pairs.py`, collapse in
+`collapse.py` and `arm_survival.py`, two swept keys in `grid.py`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.lines import Line2D
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sapo_jax.analysis import report_figures
+from sapo_jax.analysis.arm_survival import (
+    ArmSurvival,
+    collapse_rows,
+    collapse_table,
+    survival_of_arms,
+    survival_rows,
+)
+from sapo_jax.analysis.arms import Arm, LoggedRun, choose_arms, read_arms, swept_keys
+from sapo_jax.analysis.collapse import (
+    DEFAULT_RULES,
+    Collapse,
+    CollapseRules,
+    collapse_text,
+    find_collapse,
+)
 from sapo_jax.analysis.curves import (
     FEWEST_SEEDS,
     Curve,
     curve_rows,
     curves_of,
     final_rows,
-    read_arms,
+    metrics_of,
+)
+from sapo_jax.analysis.grid import Grid, grid_rows, make_grid
+from sapo_jax.analysis.outcomes import number_text, run_rows
+from sapo_jax.analysis.pairs import (
+    Comparison,
+    compare_arms,
+    comparison_notes,
+    comparison_rows,
+    comparison_tables,
+    difference_rows,
 )
 from sapo_jax.io.files import write_csv
-from sapo_jax.io.plots import BLUE, GREEN, GREY, ORANGE, finish_panel, save
+from sapo_jax.io.plots import save
 
-COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", GREY)  # Okabe-Ito
-STYLES = ("-", "--", ":", "-.")  # once all colours are in use, the next style begins
-COLUMNS = 3  # panels side by side
-MOST_MARKED_POINTS = 25  # a curve with more points has no marks
-LINES = "Lines: interquartile mean over seeds (IQM)."
-BANDS = " Bands: its 95 % bootstrap interval, point by point."
-TITLES = {
-    "held_out/avg": "Held-out accuracy",
-    "held_out/pass": "Held-out problems solved at least once",
-    "reward/mean": "Training reward",
-    "entropy/mean": "Entropy (nats per token)",
-    "completion/length_mean": "Completion length (tokens)",
-    "grad_norm": "Gradient norm",
-}
+# Files that a report writes where it has something to put in them; older ones are removed.
+OPTIONAL_FILES = ("differences.png", "differences.csv", "comparisons.csv", "grid.png", "grid.csv")
+MOST_KEYS = 40  # of runs by themselves, in runs.csv
+MOST_RUNS_TOLD = 20  # collapsed ones, a line each
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportOptions:
+    """What a report looks at."""
+
+    metrics: Sequence[str] | None = None  # None: the usual ones; the first of them is compared
+    arms: Sequence[str] | None = None  # their labels; None: all
+    reference: str | None = None  # the label of an arm; None: the first arm
+    outcome: str = "last"  # of each run: last, late or best
+    grid: tuple[str, str] | None = None  # two config keys
+    rules: CollapseRules = DEFAULT_RULES
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """What a report has found, before it is written down."""
+
+    arms: list[Arm]
+    reference: Arm
+    curves: list[Curve]
+    collapse_of: dict[LoggedRun, Collapse]
+    survival: list[ArmSurvival]
+    comparisons: list[Comparison]
+    grid: Grid | None
+    notes: list[str]
 
 
 def report(
-    paths: Sequence[str | Path], metrics: Sequence[str] | None = None, out: str | Path | None = None
+    paths: Sequence[str | Path],
+    out: str | Path | None = None,
+    options: ReportOptions | None = None,
 ) -> list[Path]:
-    """Prints the table; writes report.png, curves.csv and final.csv to `out`. Returns their paths.
+    """Prints the tables and writes the pictures and CSV files to `out`. Returns their paths.
 
     paths: folders of sweeps or runs
-    metrics: None for the usual ones
     out: a folder; by default report/ in the one folder, or in the folder that holds all of them
 
     Raises ReportError, RunError.
     """
-    arms, notes = read_arms(paths)
-    curves = curves_of(arms, metrics)
+    found = find(paths, options or ReportOptions())
     home = Path(os.path.commonpath([Path(path).absolute() for path in paths]))
     folder = home / "report"
     if out is not None:
         folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    written = [
-        save(draw(curves, home.name), folder / "report.png"),
-        write_csv(folder / "curves.csv", curve_rows(curves)),
-        write_csv(folder / "final.csv", final_rows(curves)),
-    ]
-    console = Console()
-    for metric in _metrics_of(curves):
-        console.print(final_table(metric, curves))
-    lines = ["Interquartile means over seeds.", *notes, *(f"wrote {path}" for path in written)]
-    for line in lines:
-        console.print(Text(line), soft_wrap=True)
+    written = write(found, folder, home.name)
+    show(found, written)
     return written
 
 
-def _metrics_of(curves: Sequence[Curve]) -> list[str]:
-    return list(dict.fromkeys(curve.metric for curve in curves))
-
-
-# ---------------------------------------------------------------- the picture
-
-
-def draw(curves: Sequence[Curve], title: str) -> Figure:
-    """A panel for each metric. An arm has the same colour in all of them."""
-    metrics = _metrics_of(curves)
-    arms = list(dict.fromkeys(curve.arm for curve in curves))
-    columns = min(len(metrics), COLUMNS)
-    rows = -(-len(metrics) // columns)
-    width = max(5.0 * columns, 6.5)
-    height = 3.9 * rows + 0.9 + 0.2 * len(arms)
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
-    figure = Figure(figsize=(width, height), layout=layout)
-    figure.suptitle(title, fontsize=14, fontweight="bold", parse_math=False)
-    line_of_label: dict[str, Line2D] = {}
-    for i, metric in enumerate(metrics):
-        axes = figure.add_subplot(rows, columns, i + 1)
-        curves_of_metric = [curve for curve in curves if curve.metric == metric]
-        for curve in curves_of_metric:
-            label = f"{curve.arm} ({_seeds(curve)})"
-            line_of_label[label] = _draw_curve(axes, curve, arms.index(curve.arm))
-        finish_panel(axes, TITLES.get(metric, metric), "RL step", is_share(metric))
-        axes.set_ylabel(_y_label(curves_of_metric), color=GREY)
-    legend_title = LINES
-    if any(curve.interval_T2 is not None for curve in curves):
-        legend_title += BANDS
-    legend = figure.legend(
-        line_of_label.values(),
-        line_of_label,
-        loc="outside lower center",
-        frameon=False,
-        ncols=min(len(line_of_label), columns),
-        title=legend_title,
-        title_fontsize=9,
+def find(paths: Sequence[str | Path], options: ReportOptions) -> Findings:
+    """Reads the runs and works out all that a report holds. Raises ReportError, RunError."""
+    arms, notes = read_arms(paths)
+    if options.arms is not None:
+        arms = choose_arms(arms, options.arms)
+    reference = arms[0]
+    if options.reference is not None:
+        (reference,) = choose_arms(arms, [options.reference])
+    curves = curves_of(arms, options.metrics)
+    compared_metric = metrics_of(curves)[0]
+    collapse_of = {run: find_collapse(run.rows, options.rules) for arm in arms for run in arm.runs}
+    comparisons, notes_about_pairs = compare_arms(arms, reference, compared_metric, options.outcome)
+    grid = None
+    if options.grid is not None:
+        grid = make_grid(arms, options.grid, compared_metric, options.outcome, collapse_of)
+    return Findings(
+        arms=arms,
+        reference=reference,
+        curves=curves,
+        collapse_of=collapse_of,
+        survival=survival_of_arms(arms, collapse_of, reference),
+        comparisons=comparisons,
+        grid=grid,
+        notes=[*notes, *notes_about_pairs],
     )
-    for text in legend.get_texts():
-        text.set_parse_math(False)  # the names of arms are anyone's text
-    return figure
 
 
-def _draw_curve(axes: Axes, curve: Curve, arm_index: int) -> Line2D:
-    colour = COLOURS[arm_index % len(COLOURS)]
-    style = STYLES[arm_index // len(COLOURS) % len(STYLES)]
-    marker = ""
-    if len(curve.step_T) <= MOST_MARKED_POINTS:
-        marker = "o"
-    (line,) = axes.plot(
-        curve.step_T,
-        curve.iqm_T,
-        linewidth=2,
-        color=colour,
-        linestyle=style,
-        marker=marker,
-        markersize=4,
-    )
-    if curve.interval_T2 is not None:
-        low_T = curve.interval_T2[:, 0]
-        high_T = curve.interval_T2[:, 1]
-        axes.fill_between(curve.step_T, low_T, high_T, color=colour, alpha=0.15, linewidth=0)
-    return line
+# ---------------------------------------------------------------- files
 
 
-def _y_label(curves: Sequence[Curve]) -> str:
-    longest_window = max(curve.window for curve in curves)
-    if longest_window == 1:
-        return "IQM"
-    return f"IQM, each point over {longest_window} steps"
+def write(found: Findings, folder: Path, title: str) -> list[Path]:
+    """Writes everything to the folder, which exists. Returns the paths."""
+    keys = swept_keys(found.arms)[:MOST_KEYS]
+    runs = run_rows(found.arms, metrics_of(found.curves), found.collapse_of, keys)
+    curves_figure = report_figures.draw_curves(found.curves, title)
+    survival_figure = report_figures.draw_survival(found.survival, title)
+    written = [
+        save(curves_figure, folder / "report.png"),
+        write_csv(folder / "curves.csv", curve_rows(found.curves)),
+        write_csv(folder / "final.csv", final_rows(found.curves)),
+        write_csv(folder / "runs.csv", runs),
+        save(survival_figure, folder / "survival.png"),
+        write_csv(folder / "survival.csv", survival_rows(found.survival)),
+        write_csv(folder / "collapses.csv", collapse_rows(found.survival, found.reference.label)),
+    ]
+    if found.comparisons:
+        figure = report_figures.draw_differences(found.comparisons, title)
+        written += [
+            save(figure, folder / "differences.png"),
+            write_csv(folder / "differences.csv", difference_rows(found.comparisons)),
+            write_csv(folder / "comparisons.csv", comparison_rows(found.comparisons)),
+        ]
+    if found.grid is not None:
+        figure = report_figures.draw_grid(found.grid, title)
+        written += [
+            save(figure, folder / "grid.png"),
+            write_csv(folder / "grid.csv", grid_rows(found.grid)),
+        ]
+    for name in OPTIONAL_FILES:
+        if folder / name not in written:
+            (folder / name).unlink(missing_ok=True)
+    return written
 
 
-def _seeds(curve: Curve) -> str:
-    """How many seeds the curve is of, such as `2 seeds, no interval`."""
-    seeds = curve.value_TN.shape[1]
-    text = "1 seed" if seeds == 1 else f"{seeds} seeds"
-    if seeds < FEWEST_SEEDS:
-        text += ", no interval"
-    return text
+# ---------------------------------------------------------------- what is printed
 
 
-# ---------------------------------------------------------------- the table
+def show(found: Findings, written: Sequence[Path]) -> None:
+    console = Console()
+    for metric in metrics_of(found.curves):
+        console.print(final_table(metric, found.curves))
+    lines = ["Interquartile means over seeds."]
+    if found.comparisons:
+        for table in comparison_tables(found.comparisons):
+            console.print(table)
+        lines += comparison_notes(found.comparisons)
+    if len(found.arms) > 1:
+        console.print(collapse_table(found.survival, found.reference.label))
+    lines += _lines_about_collapse(found)
+    lines += found.notes
+    lines += [f"wrote {path}" for path in written]
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)
+
+
+def _lines_about_collapse(found: Findings) -> list[str]:
+    """A line for each run that has collapsed; for a single run, whether it has."""
+    runs = list(found.collapse_of)
+    told = [run for run in runs if found.collapse_of[run].step is not None]
+    if len(runs) == 1:
+        told = runs
+    lines = [
+        f"{run.folder.name}: {collapse_text(found.collapse_of[run])}"
+        for run in told[:MOST_RUNS_TOLD]
+    ]
+    if len(told) > MOST_RUNS_TOLD:
+        lines.append(f"... and {len(told) - MOST_RUNS_TOLD} more runs that collapsed, in runs.csv")
+    if not told:
+        lines.append(f"None of the {len(runs)} runs has collapsed.")
+    return lines
 
 
 def final_table(metric: str, curves: Sequence[Curve]) -> Table:
@@ -176,25 +225,14 @@ def final_table(metric: str, curves: Sequence[Curve]) -> Table:
     for row in final_rows([curve for curve in curves if curve.metric == metric]):
         interval = f"needs {FEWEST_SEEDS} seeds"
         if row["ci_low"] != "":
-            interval = f"{_number(metric, row['ci_low'])} to {_number(metric, row['ci_high'])}"
+            low = number_text(metric, row["ci_low"])
+            interval = f"{low} to {number_text(metric, row['ci_high'])}"
         table.add_row(
             Text(row["arm"]),
             str(row["seeds"]),
             str(row["step"]),
-            _number(metric, row["first_iqm"]),
-            _number(metric, row["iqm"]),
+            number_text(metric, row["first_iqm"]),
+            number_text(metric, row["iqm"]),
             interval,
         )
     return table
-
-
-def _number(metric: str, value: float) -> str:
-    if is_share(metric):
-        return f"{value:.1%}"
-    return f"{value:.4g}"
-
-
-def is_share(metric: str) -> bool:
-    """Whether it is one of the metrics that people read in per cent."""
-    shares = ("held_out/avg", "held_out/pass", "accuracy/")
-    return metric.startswith(shares) or metric.endswith("_fraction")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sapo_jax.io.files import METRICS, read_rows
+from sapo_jax.io.metric_series import series
 
 # Okabe-Ito: told apart by colour-blind readers too.
 BLUE = "#0072B2"
@@ -61,27 +61,6 @@ def smooth(y: np.ndarray) -> np.ndarray:
     """Centred moving average over a 15th of the points, over fewer near the ends."""
     half = max(1, len(y) // 30)
     return np.array([y[max(0, i - half) : i + half + 1].mean() for i in range(len(y))])
-
-
-def series(rows: Sequence[Mapping[str, Any]], metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and finite values of a metric, from the rows that hold it.
-
-    Of a metric by sign of A (`gate/pos_mean`), only rows that have tokens of that sign.
-    """
-    sign_count = ""
-    for sign in ("pos", "neg"):
-        if f"/{sign}_" in metric:
-            sign_count = f"tokens/{sign}_count"
-    steps = []
-    values = []
-    for row in rows:
-        if metric not in row or row.get(sign_count, 1) <= 0:
-            continue
-        value = float(row[metric])
-        if np.isfinite(value):
-            steps.append(row["step"])
-            values.append(value)
-    return np.array(steps, int), np.array(values, float)
 
 
 def _curve(axes: Axes, rows: list[dict[str, Any]], metric: str, label: str, colour: str) -> bool:

@@ -82,7 +82,9 @@ class Board:
         """
         if self._source.exists():
             seconds = 0.0
-            for row in _rows_of(self._source.read_bytes()):
+            # The last line may be one that is being written just now.
+            whole_lines, _, _ = self._source.read_bytes().rpartition(b"\n")
+            for row in _rows_of(whole_lines):
                 seconds += _seconds(row)
             self._first_wall_time -= seconds
         paths = {}

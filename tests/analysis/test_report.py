@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sapo_jax.analysis.curves import MOST_POINTS, Arm, LoggedRun, curve, curves_of, read_arms
-from sapo_jax.analysis.report import draw, final_table, report
+from sapo_jax.analysis.arms import Arm, LoggedRun, read_arms
+from sapo_jax.analysis.curves import MOST_POINTS, curve, curves_of
+from sapo_jax.analysis.report import final_table, report
+from sapo_jax.analysis.report_figures import draw_curves
 from sapo_jax.cli import main
 from sapo_jax.config import dump, load
 from sapo_jax.diagnostics.bootstrap import bootstrap_interval, interquartile_mean
@@ -49,7 +51,7 @@ def arm_of(values_NT, metric: str = "m", first: int = 1) -> Arm:
     for seed, values in enumerate(values_NT):
         folder = Path(str(seed))
         rows = [{"step": first + t, metric: value} for t, value in enumerate(values)]
-        run = LoggedRun(folder=folder, seed=seed, arm="a", place=folder, group="a", rows=rows)
+        run = LoggedRun(folder, seed, arm="a", place=folder, group="a", rows=rows, values={})
         runs.append(run)
     return Arm("a", runs)
 
@@ -161,8 +163,13 @@ def test_the_files_hold_the_curves(capsys):
     sweep_folder()
     written = report(["out"])
     assert [str(path) for path in written] == [
-        f"{Path.cwd()}/out/report/{n}" for n in ("report.png", "curves.csv", "final.csv")
-    ]
+        f"{Path.cwd()}/out/report/{name}"
+        for name in (
+            "report.png", "curves.csv", "final.csv", "runs.csv",
+            "survival.png", "survival.csv", "collapses.csv",
+            "differences.png", "differences.csv", "comparisons.csv",
+        )
+    ]  # fmt: skip
     rows = read_csv(Path("out/report/curves.csv"))
     assert [r["metric"] for r in rows] == ["held_out/avg"] * 6 + ["reward/mean"] * 8 + [
         "entropy/mean"
@@ -190,14 +197,14 @@ def test_the_files_hold_the_curves(capsys):
 def test_few_seeds_are_told_in_table_and_legend(capsys):
     sweep_folder(seeds=2)
     curves = curves_of(read_arms(["out"])[0], ["held_out/avg"])
-    legend = draw(curves, "t").legends[0]
+    legend = draw_curves(curves, "t").legends[0]
     assert [text.get_text() for text in legend.get_texts()] == [
         "soft (2 seeds, no interval)",
         "hard (2 seeds, no interval)",
     ]
     assert "Bands" not in legend.get_title().get_text()
     report(["out"])
-    assert capsys.readouterr().out.count("needs 3 seeds") == 6
+    assert capsys.readouterr().out.count("needs 3 seeds") == 7
     assert {(row["ci_low"], row["ci_high"]) for row in read_csv(Path("out/report/curves.csv"))} == {
         ("", "")
     }
@@ -206,7 +213,7 @@ def test_few_seeds_are_told_in_table_and_legend(capsys):
 def test_the_picture_is_labelled():
     sweep_folder()
     curves = curves_of(read_arms(["out"])[0], None)
-    figure = draw(curves, "runs $x$")
+    figure = draw_curves(curves, "runs $x$")
     assert [axes.get_title(loc="left") for axes in figure.axes] == [
         "Held-out accuracy", "Training reward", "Entropy (nats per token)",
     ]  # fmt: skip
@@ -222,7 +229,7 @@ def test_the_picture_is_labelled():
 def test_strange_arm_names_are_drawn_and_listed(tmp_path):
     """The name of a run is anyone's text."""
     curves = curves_of(read_arms([run_folder("runs/a", r"name='_$x_{$ [red]é'")])[0], None)
-    draw(curves, "t").savefig(tmp_path / "x.png")
+    draw_curves(curves, "t").savefig(tmp_path / "x.png")
     assert final_table("held_out/avg", curves).row_count == 1
 
 

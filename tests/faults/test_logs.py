@@ -7,6 +7,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from tensorboardX.proto import event_pb2
 from sapo_jax.errors import LogError
 from sapo_jax.io.run_log import RunLog
 from sapo_jax.io.streams import lenient_streams
+from sapo_jax.io.tensorboard import Board
 from sapo_jax.training.stage import _steps_of
 
 
@@ -123,6 +125,21 @@ def test_on_a_full_disk_the_copy_makes_room_for_the_log(tmp_path, capfd):
     assert "TensorBoard's files" in capfd.readouterr().err
 
 
+def test_a_row_that_is_being_written_while_tensorboard_starts_is_no_error(tmp_path, capfd):
+    """The thread may read metrics.jsonl in the middle of a write: half a line is not there yet."""
+    source = tmp_path / "metrics.jsonl"
+    whole = '{"stage": "rl", "step": 1, "m0": 1.0}\n'
+    source.write_text(whole + whole[:20])
+    board = Board(source, tmp_path / "tb", ["rl"])
+    while board.is_alive and not list((tmp_path / "tb").glob("rl/events*")):
+        time.sleep(0.01)
+    with source.open("a") as file:
+        file.write(whole[20:].replace('"m0": 1.0', '"m0": 2.0'))
+    board.close()
+    assert scalars(tmp_path / "tb" / "rl") == [(1, "m0", 1.0), (1, "m0", 2.0)]
+    assert capfd.readouterr().err == ""
+
+
 # ---------------------------------------------------------------- metrics.jsonl
 
 
@@ -165,6 +182,7 @@ def test_two_different_rows_of_one_step_stop_the_start(tmp_path):
 PRINT_MUCH = """
 import sys
 from sapo_jax.io.streams import lenient_streams
+from sapo_jax.io.tensorboard import Board
 
 with lenient_streams() as stdout:
     for i in range(100_000):
