@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,6 +63,36 @@ def run_rows(
                 row[f"step_of/{rule}"] = _cell(collapse.step_of_rule[rule])
             rows.append(row)
     return rows
+
+
+def hparams_of(
+    arms: Sequence[Arm], rows: Sequence[dict[str, Any]], keys: Sequence[str], home: Path
+) -> dict[str, tuple[dict[str, Any], dict[str, float]]]:
+    """Settings and results of each run, by its folder's path below `home`, from rows of runs.csv.
+
+    The settings are the arm, the seed and the keys; the results are the columns of the metrics,
+    and whether the run has collapsed and when, as far as there is a number.
+    """
+    runs = [run for arm in arms for run in arm.runs]
+    hparams = {}
+    for run, row in zip(runs, rows, strict=True):
+        settings: dict[str, Any] = {"arm": row["arm"], "seed": row["seed"]}
+        for key in keys:
+            try:
+                settings[key] = setting(run, key)
+            except KeyError:
+                continue
+        not_results = {"arm", "run", "seed", *keys}
+        results = {
+            name: float(value)
+            for name, value in row.items()
+            if name not in not_results and isinstance(value, int | float)
+        }
+        name = os.path.relpath(run.folder.absolute(), home)
+        if name == ".":  # a report of that run alone
+            name = run.folder.name
+        hparams[name] = (settings, results)
+    return hparams
 
 
 def _metric_cells(run: LoggedRun, metric: str) -> dict[str, Any]:

@@ -42,7 +42,8 @@ from sapo_jax.analysis.curves import (
     metrics_of,
 )
 from sapo_jax.analysis.grid import Grid, grid_rows, make_grid
-from sapo_jax.analysis.outcomes import number_text, run_rows
+from sapo_jax.analysis.hparams import write_hparams
+from sapo_jax.analysis.outcomes import hparams_of, number_text, run_rows
 from sapo_jax.analysis.pairs import (
     Comparison,
     compare_arms,
@@ -104,7 +105,7 @@ def report(
     if out is not None:
         folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    written = write(found, folder, home.name)
+    written = write(found, folder, home)
     show(found, written)
     return written
 
@@ -139,8 +140,12 @@ def find(paths: Sequence[str | Path], options: ReportOptions) -> Findings:
 # ---------------------------------------------------------------- files
 
 
-def write(found: Findings, folder: Path, title: str) -> list[Path]:
-    """Writes everything to the folder, which exists. Returns the paths."""
+def write(found: Findings, folder: Path, home: Path) -> list[Path]:
+    """Writes everything to the folder, which exists. Returns the paths.
+
+    home: the folder that all runs lie in, whose name the pictures bear.
+    """
+    title = home.name
     keys = swept_keys(found.arms)[:MOST_KEYS]
     runs = run_rows(found.arms, metrics_of(found.curves), found.collapse_of, keys)
     curves_figure = report_figures.draw_curves(found.curves, title)
@@ -167,6 +172,8 @@ def write(found: Findings, folder: Path, title: str) -> list[Path]:
             save(figure, folder / "grid.png"),
             write_csv(folder / "grid.csv", grid_rows(found.grid)),
         ]
+    hparams = hparams_of(found.arms, runs, keys, home)
+    written.append(write_hparams(folder / "hparams", hparams))
     for name in OPTIONAL_FILES:
         if folder / name not in written:
             (folder / name).unlink(missing_ok=True)

@@ -201,15 +201,10 @@ def _event_encoder() -> Encoder:
     Without a step it makes the two records that begin a file: the version of the format, and the
     start of a session, at which TensorBoard forgets all steps that it has read from older files.
     """
-    event_pb2, masked_crc32c = _import_tensorboardx()
+    event_pb2, masked_crc32c = import_tensorboardx()
 
     def record(event: Any) -> bytes:
-        """TFRecord: length, checksum of the length, data, checksum of the data."""
-        data = event.SerializeToString()
-        length = struct.pack("<Q", len(data))
-        length_checksum = struct.pack("<I", masked_crc32c(length))
-        data_checksum = struct.pack("<I", masked_crc32c(data))
-        return length + length_checksum + data + data_checksum
+        return tfrecord(event.SerializeToString(), masked_crc32c)
 
     def encode(wall_time: float, step: int | None, scalars: dict[str, float] | None) -> bytes:
         if step is None or scalars is None:
@@ -225,7 +220,15 @@ def _event_encoder() -> Encoder:
     return encode
 
 
-def _import_tensorboardx() -> tuple[Any, Callable[[bytes], int]]:
+def tfrecord(data: bytes, masked_crc32c: Callable[[bytes], int]) -> bytes:
+    """A record of an event file: length, checksum of the length, data, checksum of the data."""
+    length = struct.pack("<Q", len(data))
+    length_checksum = struct.pack("<I", masked_crc32c(length))
+    data_checksum = struct.pack("<I", masked_crc32c(data))
+    return length + length_checksum + data + data_checksum
+
+
+def import_tensorboardx() -> tuple[Any, Callable[[bytes], int]]:
     """tensorboardX's messages and checksum, without torch.
 
     tensorboardX imports torch where that is installed (187 MB, 1.8 s), for a type hint. While it is

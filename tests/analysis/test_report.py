@@ -167,7 +167,7 @@ def test_the_files_hold_the_curves(capsys):
         for name in (
             "report.png", "curves.csv", "final.csv", "runs.csv",
             "survival.png", "survival.csv", "collapses.csv",
-            "differences.png", "differences.csv", "comparisons.csv",
+            "differences.png", "differences.csv", "comparisons.csv", "hparams",
         )
     ]  # fmt: skip
     rows = read_csv(Path("out/report/curves.csv"))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboardX.proto import event_pb2, summary_pb2
+from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 from sapo_jax.analysis.arms import read_arms
 from sapo_jax.analysis.report import OPTIONAL_FILES
@@ -299,3 +302,48 @@ def test_a_grid_takes_any_config_key_that_differs(no_png):
     ]
     assert main(["report", "a", "b", *options]) == 0
     assert [row["runs"] for row in read_csv("grid.csv")] == ["2"] * 4
+
+
+# ---------------------------------------------------------------- TensorBoard's HPARAMS tab
+
+
+def summaries(path: Path) -> dict[str, summary_pb2.Summary.Value]:
+    """The values of an event file by their tags."""
+    data = path.read_bytes()
+    values = {}
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        event = event_pb2.Event.FromString(data[12 : 12 + length])
+        values |= {value.tag: value for value in event.summary.value}
+        data = data[16 + length :]
+    return values
+
+
+def plugin_data(value: summary_pb2.Summary.Value) -> HParamsPluginData:
+    assert value.metadata.plugin_data.plugin_name == "hparams"
+    return HParamsPluginData.FromString(value.metadata.plugin_data.content)
+
+
+def test_settings_and_results_are_sessions_of_the_hparams_tab(no_png):
+    sweep(GRID, lambda run: 0.5 + 0.1 * run.seed)
+    assert main(["report", "out"]) == 0
+    files = sorted(Path("out/report/hparams").rglob("events*"))
+    assert [path.parent.name for path in files] == sorted(
+        path.name for path in Path("out").glob("tau*")
+    )
+    values = summaries(Path("out/report/hparams/tau_pos=2-tau_neg=5-seed1") / files[0].name)
+    settings = plugin_data(values["_hparams_/session_start_info"]).session_start_info.hparams
+    assert settings["objective.tau_pos"].number_value == 2
+    assert settings["objective.tau_neg"].number_value == 5
+    assert (settings["arm"].string_value, settings["seed"].number_value) == (
+        "tau_pos=2-tau_neg=5",
+        1,
+    )
+    experiment = plugin_data(values["_hparams_/experiment"]).experiment
+    assert {info.name for info in experiment.hparam_infos} == set(settings)
+    metrics = [info.name.tag for info in experiment.metric_infos]
+    assert {"held_out/avg/last", "held_out/avg/best", "collapsed"} <= set(metrics)
+    assert values["held_out/avg/last"].simple_value == pytest.approx(0.6)
+    assert plugin_data(values["_hparams_/session_end_info"]).session_end_info.status == 1
+    assert main(["report", "out/tau_pos=2-tau_neg=5-seed1", "--out", "there"]) == 0
+    assert (Path("there/hparams/tau_pos=2-tau_neg=5-seed1") / files[0].name).exists()
