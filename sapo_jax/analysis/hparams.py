@@ -53,7 +53,7 @@ def write_hparams(folder: Path, runs: Mapping[str, tuple[Settings, Results]]) ->
 
 
 def _messages() -> tuple[Any, Any]:
-    """tensorboardX's messages of the plug-in. (They are made at run time, so they have no types.)"""
+    """The messages of the plug-in in tensorboardX, which are made at run time: without types."""
     from tensorboardX.proto import api_pb2, plugin_hparams_pb2
 
     return api_pb2, plugin_hparams_pb2
