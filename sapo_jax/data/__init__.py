@@ -2,7 +2,8 @@
 
 In the order of the flow: `sources.py` reads problems from generators and files, whose columns
 `layouts.py` finds; `messages.py` checks and prepares conversations; `template.py` (with
-`chat_jinja.py`) renders them as prompts; `tokenizer.py` encodes these; `stand_ins.py` keeps special
+`chat_jinja.py`) renders them as prompts, for templates of files in a process that can be ended
+(`template_process.py`); `tokenizer.py` encodes these; `stand_ins.py` keeps special
 tokens that data only spells apart from those that are meant; `problems.py` joins all that and
 splits the prompts; `batches.py` draws batches, and `identity.py` tells whether their data is still
 the same; `sft.py` makes supervised examples.
@@ -21,7 +22,7 @@ from sapo_jax.data.problems import (
 )
 from sapo_jax.data.sft import check_response_template, sft_example
 from sapo_jax.data.sources import Problem, generate_reasoning_gym, read_problems
-from sapo_jax.data.template import ChatTemplate, load_template
+from sapo_jax.data.template import ChatTemplate, load_template, template_source
 from sapo_jax.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer, load_tokenizer
 from sapo_jax.errors import DataError
 
@@ -44,5 +45,6 @@ __all__ = [
     "load_tokenizer",
     "read_problems",
     "sft_example",
+    "template_source",
     "trained_on",
 ]

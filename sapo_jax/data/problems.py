@@ -24,6 +24,7 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Self
 
 from sapo_jax.config import Data, FileTask, ReasoningGymTask
 from sapo_jax.config.task_rules import task_names
@@ -31,7 +32,7 @@ from sapo_jax.data.common import apportion, normalise_space, stable_hash
 from sapo_jax.data.layouts import PROVENANCE
 from sapo_jax.data.messages import SYSTEM_ROLES, Message
 from sapo_jax.data.sources import Problem, generate_reasoning_gym, read_problems
-from sapo_jax.data.template import load_template
+from sapo_jax.data.template_process import open_template
 from sapo_jax.data.tokenizer import Tokenizer
 from sapo_jax.errors import DataError
 from sapo_jax.rewards import VERIFIERS
@@ -87,17 +88,17 @@ def load_problems(
     names = task_names(cfg.tasks)
     weights = {name: task.weight for name, task in zip(names, cfg.tasks)}
     quota = apportion(cfg.held_out, weights, "data.held_out")
-    to_prompt = PromptMaker(cfg, tokenizer)
     splits: dict[str, _Split] = {}
     mistakes: list[str] = []
     notices: list[str] = []
-    for i, (name, task) in enumerate(zip(names, cfg.tasks)):
-        split = _Split(name, quota[name], cfg, to_prompt, notices)
-        try:
-            split.fill(task, verifiers)
-            splits[name] = split
-        except DataError as error:
-            mistakes += [f"data.tasks[{i}] ({name}): {mistake}" for mistake in error.mistakes]
+    with PromptMaker(cfg, tokenizer) as to_prompt:
+        for i, (name, task) in enumerate(zip(names, cfg.tasks)):
+            split = _Split(name, quota[name], cfg, to_prompt, notices)
+            try:
+                split.fill(task, verifiers)
+                splits[name] = split
+            except DataError as error:
+                mistakes += [f"data.tasks[{i}] ({name}): {mistake}" for mistake in error.mistakes]
     if mistakes:
         raise DataError(*mistakes)
     return dataclasses.replace(_join(splits), notices=tuple(dict.fromkeys(notices)))
@@ -113,13 +114,13 @@ def load_demonstrations(
     DataError where nothing is left.
     """
     held_out_keys = set().union(*(leak_keys(prompt) for prompt in held_out))
-    to_prompt = PromptMaker(cfg, tokenizer)
     taken: set[int] = set()
     prompts = []
-    for problem in read_problems(path, "exact", ("exact",), whole_answers=True):
-        prompt = to_prompt(problem, "demonstrations")
-        if prompt is not None and held_out_keys.isdisjoint(leak_keys(prompt)):
-            prompts.append(_numbered(prompt, taken))
+    with PromptMaker(cfg, tokenizer) as to_prompt:
+        for problem in read_problems(path, "exact", ("exact",), whole_answers=True):
+            prompt = to_prompt(problem, "demonstrations")
+            if prompt is not None and held_out_keys.isdisjoint(leak_keys(prompt)):
+                prompts.append(_numbered(prompt, taken))
     if not prompts:
         raise DataError(f"{path}: every prompt is over-long or held out, no demonstration is left")
     return prompts
@@ -216,14 +217,24 @@ class PromptMaker:
 
     `data.system_prompt` goes before problems that bring no system message of their own. Like the
     messages it is data: only the template and `data.chat_template_kwargs` can put special tokens
-    into a prompt.
+    into a prompt. It is a context manager: a template of a file is rendered in another process.
     """
 
     def __init__(self, cfg: Data, tokenizer: Tokenizer):
         self.cfg = cfg
         self.tokenizer = tokenizer
-        self.template = load_template(cfg.chat_template, tokenizer)
-        self.template.check_variables(cfg.chat_template_kwargs)
+        self.template = open_template(cfg.chat_template, tokenizer)
+        try:
+            self.template.check_variables(cfg.chat_template_kwargs)
+        except ValueError:
+            self.template.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.template.close()
 
     def __call__(self, problem: Problem, task: str) -> Prompt | None:
         """The prompt, whose index is yet to be given (-1).

@@ -47,6 +47,7 @@ BUILT_IN = {
 }
 # The special tokens that a tokenizer must have for a built-in template.
 REQUIRED_SPECIALS = {"chatml": ("<|im_start|>", "<|im_end|>")}
+MAX_PROMPT = 4_000_000  # characters that a template may write
 # Template variables that `render` gives by arguments of their own.
 RESERVED = frozenset({"messages", "tools", "add_generation_prompt"})
 
@@ -83,6 +84,10 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(
                 f"chat template {name}, line {error.lineno}: {error.message}"
+            ) from error
+        except (RecursionError, MemoryError, OverflowError) as error:
+            raise ValueError(
+                f"chat template {name} cannot be compiled: {type(error).__name__}"
             ) from error
 
     def _mark_strings(self, tree: nodes.Template) -> None:
@@ -194,7 +199,7 @@ class ChatTemplate:
     def _run(self, template: jinja2.Template, inputs: dict[str, Any]) -> str:
         """Render. Raises ValueError for whatever goes wrong in it."""
         try:
-            return template.render(inputs)
+            text = template.render(inputs)
         except jinja2.TemplateError as error:  # SecurityError is one
             raise ValueError(
                 f"chat template {self.name}: {type(error).__name__}: {error}"
@@ -203,6 +208,12 @@ class ChatTemplate:
             raise ValueError(
                 f"chat template {self.name} failed: {type(error).__name__}: {error}"
             ) from error
+        if len(text) > MAX_PROMPT:
+            raise ValueError(
+                f"chat template {self.name} writes a prompt of {len(text)} characters;"
+                f" the limit is {MAX_PROMPT}"
+            )
+        return text
 
     def _gives(self, inputs: dict[str, Any], text: str) -> bool:
         """Whether these inputs give this text."""
@@ -237,38 +248,42 @@ def _omissions(inputs: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def load_template(name_or_path: str, tokenizer: Tokenizer) -> ChatTemplate:
-    """A template for prompts of this tokenizer.
+    """A template for prompts of this tokenizer, in this process.
+
+    Raises as `template_source`, and ValueError for a template that is malformed.
+    """
+    name, source = template_source(name_or_path, tokenizer)
+    return ChatTemplate(source, name, tokenizer.special_tokens, tokenizer.template_variables)
+
+
+def template_source(name_or_path: str, tokenizer: Tokenizer) -> tuple[str, str]:
+    """(name, Jinja text) of a template for prompts of this tokenizer.
 
     `name_or_path` is "chatml"; "plain" (the question alone); "auto", the template beside the
     tokenizer (chat_template.jinja, else the one in tokenizer_config.json); or the path of a file of
     either kind.
 
-    Raises FileNotFoundError where there is none, ValueError where it is malformed or does not go
-    with the tokenizer.
+    Raises FileNotFoundError where there is none, ValueError where it does not go with the
+    tokenizer.
     """
     if name_or_path in BUILT_IN:
-        name = name_or_path
-        source = BUILT_IN[name]
-        required = REQUIRED_SPECIALS.get(name, ())
+        required = REQUIRED_SPECIALS.get(name_or_path, ())
         missing = [token for token in required if token not in tokenizer.special_tokens]
         if missing:
             raise ValueError(
-                f"the chat template {name} needs {', '.join(missing)} as special tokens, which"
-                f" {tokenizer.name} has not: give data.chat_template the model's own template"
+                f"the chat template {name_or_path} needs {', '.join(missing)} as special tokens,"
+                f" which {tokenizer.name} has not: give data.chat_template the model's own template"
             )
-    else:
-        if name_or_path == "auto":
-            path = _path_beside(tokenizer)
-        else:
-            path = Path(name_or_path)
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"data.chat_template: there is no file {path};"
-                f" give auto, {', '.join(BUILT_IN)}, or a path"
-            )
-        name = str(path)
-        source = _read_source(path)
-    return ChatTemplate(source, name, tokenizer.special_tokens, tokenizer.template_variables)
+        return name_or_path, BUILT_IN[name_or_path]
+    path = Path(name_or_path)
+    if name_or_path == "auto":
+        path = _path_beside(tokenizer)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"data.chat_template: there is no file {path};"
+            f" give auto, {', '.join(BUILT_IN)}, or a path"
+        )
+    return str(path), _read_source(path)
 
 
 def _path_beside(tokenizer: Tokenizer) -> Path:

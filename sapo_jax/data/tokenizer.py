@@ -24,6 +24,7 @@ import tokenizers
 
 from sapo_jax.data.common import check_text
 from sapo_jax.data.stand_ins import CUT, Piece, StandIns
+from sapo_jax.rewards.extract import ANSWER_MARKS
 
 # The special tokens that tokenizer_config.json may name, and chat templates may ask for.
 _NAMED_TOKENS = (
@@ -72,6 +73,8 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens)
         self.template_variables = dict(template_variables)
         self._special_ids = frozenset(special_tokens.values())
+        kept = {special_tokens[mark] for mark in ANSWER_MARKS if mark in special_tokens}
+        self._skipped_ids = self._special_ids - kept
         self._stand_ins = StandIns(special_tokens)
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
@@ -96,12 +99,13 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Text of `ids`, without the special tokens unless `skip_special` is False.
 
-        Bytes that are not UTF-8 become U+FFFD; ids outside the vocabulary give nothing, because a
-        model may have more rows than its tokenizer has ids.
+        The marks of thoughts and answers stay: where the answer stands is told by them, and some
+        tokenizers mark them as special. Bytes that are not UTF-8 become U+FFFD; ids outside the
+        vocabulary give nothing, because a model may have more rows than its tokenizer has ids.
         """
         known = [i for i in map(int, ids) if 0 <= i < self.vocab_size]
         if skip_special:
-            known = [i for i in known if i not in self._special_ids]
+            known = [i for i in known if i not in self._skipped_ids]
         return self._decode(known)
 
     def _encode(self, marked: str) -> list[int]:
@@ -325,7 +329,8 @@ class FileTokenizer(Tokenizer):
             return self._backend.encode(text, add_special_tokens=False).ids
 
     def _decode(self, ids: list[int]) -> str:
-        return self._backend.decode(ids, skip_special_tokens=False)
+        with _library_errors(self.path):
+            return self._backend.decode(ids, skip_special_tokens=False)
 
 
 def _library_stand_in(token_id: int) -> str:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from sapo_jax.batch import Params
 from sapo_jax.config import Config, read_json_object, to_hugging_face
-from sapo_jax.data import ByteTokenizer, FileTokenizer, Tokenizer, load_template
+from sapo_jax.data import ByteTokenizer, FileTokenizer, Tokenizer, template_source
 from sapo_jax.hub.table import hub_shapes
 from sapo_jax.hub.weights import hub_tensors
 from sapo_jax.hub.writer import new_model_dir, write_json, write_shards
@@ -77,8 +77,8 @@ def _write_tokenizer(folder: Path, cfg: Config, tokenizer: Tokenizer) -> None:
         write_json(folder / "generation_config.json", ids)
     # The template "auto" is the tokenizer's own, which was copied with its files.
     if cfg.data.chat_template != "auto":
-        template = load_template(cfg.data.chat_template, tokenizer)
-        (folder / "chat_template.jinja").write_text(template.source, encoding="utf-8")
+        _, source = template_source(cfg.data.chat_template, tokenizer)
+        (folder / "chat_template.jinja").write_text(source, encoding="utf-8")
 
 
 def _write_byte_tokenizer(folder: Path, tokenizer: ByteTokenizer) -> None:

@@ -18,6 +18,8 @@ FORMS = {
     "boxed": "balanced \\boxed{...}",
     "last_number": "number",
 }
+# The marks that answers are found by; decoding a completion keeps them (data/tokenizer.py).
+ANSWER_MARKS = ("<think>", "</think>", "<answer>", "</answer>")
 # Nobody asks a model to write these forms, so there is nothing that `format_reward` could reward.
 FORMLESS = ("auto", "all", "final", "last_number")
 

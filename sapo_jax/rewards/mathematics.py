@@ -122,6 +122,11 @@ _EQUALS = re.compile(r"(?<![<>!:\\])=")
 _MATHEMATICAL_WORDS = frozenset("pi e i sqrt sin cos tan log ln exp infinity oo".split())
 
 
+@functools.lru_cache(maxsize=256)  # the completions of a group have one gold answer
+def _read_gold(text: str) -> _Reading:
+    return _read(text)
+
+
 def _read(text: str) -> _Reading:
     """The text without its delimiters, its unit and its full stop, and its value as a number."""
     text = text.strip()
@@ -166,7 +171,7 @@ def _words(text: str) -> str | None:
 
 def check_gold(answer: str, metadata: dict[str, Any]) -> None:
     """Raises ValueError, which says why, for a gold answer that `math` cannot compare whole."""
-    gold = _read(answer)
+    gold = _read_gold(answer)
     if gold.number is not None or _words(gold.text) is not None:
         return
     if not gold.text:
@@ -214,7 +219,7 @@ def math(response: str, answer: str, metadata: dict[str, Any]) -> bool:
     Raises ValueError where the gold answer is neither mathematics nor words, Unparsable where the
     response is not, or would take minutes to compute (`hard_expressions.py`).
     """
-    gold = _read(answer)
+    gold = _read_gold(answer)
     said = _read(response)
     if not gold.text:
         raise ValueError("the gold answer is empty")

@@ -60,6 +60,7 @@ _BODY = "|".join(
 # A sign is one of subtraction where a letter, a digit or a closing bracket stands right before it.
 _NUMBER = re.compile(rf"(?:(?<![\w)\]}}])(?P<sign>{_SIGN}))?{_CURRENCY}?(?:{_BODY})", re.ASCII)
 _WHOLE_NUMBER = re.compile(rf"(?P<sign>{_SIGN})?\s?(?:{_BODY})\.?", re.ASCII)
+_SHORT_INTEGER = re.compile(r"-?\d{1,100}", re.ASCII)
 _SEPARATORS = re.compile(r"[^\d.]")
 
 
@@ -68,7 +69,10 @@ def read_number(text: str) -> Fraction | None:
 
     White space around it is passed over. Currencies, units and percent signs make it no number.
     """
-    match = _WHOLE_NUMBER.fullmatch(text.strip())
+    text = text.strip()
+    if _SHORT_INTEGER.fullmatch(text) is not None:  # most answers are one
+        return Fraction(int(text))
+    match = _WHOLE_NUMBER.fullmatch(text)
     if match is None:
         return None
     return _value(_plain_number(match, match["sign"]))

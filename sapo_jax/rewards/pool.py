@@ -1,10 +1,13 @@
 """VerifierPool: completions in, verdicts out in the same order, whatever the verifiers run into.
 
-Each item (a completion and its prompt) runs alone in one of several worker processes, with a
-wall-clock deadline at which the worker is killed, a limit on memory, a cap on length, and a check
-of the result's type. A batch has a budget of time too, and a verifier that runs into its deadline
-several times in a row gets ever shorter ones (`_Leash`). So an item that hangs or crashes costs a
-worker, never the verdict of another item. Status is kept apart from reward
+Each item (a completion and its prompt) has a wall-clock deadline in one of several worker
+processes, at which the worker is killed, a limit on memory, a cap on length, and a check of the
+result's type. A worker is given many items at a time, because asking costs more than most verifiers
+do; it grades them one after the other and says each verdict at once, so that an item that hangs or
+crashes costs a worker, never the verdict of another item: what the worker had not begun is given to
+the next one. A batch has a budget of time too, and a verifier that runs into its deadline several
+times in a row gets ever shorter ones (`_Leash`). The verifiers of `verifiers.BOUNDED` cannot hang
+or crash; they run in the trainer's process. Status is kept apart from reward
 (`sapo_jax.types.Verdict`):
 
     ok, wrong     the verifier graded the answer: reward 1, or its partial credit (below 1)
@@ -28,20 +31,31 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from sapo_jax.errors import WorkerError
 from sapo_jax.rewards.extract import FORMLESS, FORMS, extract_answer, opens_thinking
-from sapo_jax.rewards.process import WorkerProcess
-from sapo_jax.rewards.protocol import WorkerSettings
-from sapo_jax.rewards.registry import load_plugins, require
+from sapo_jax.rewards.process import NO_VERDICT, WorkerProcess
+from sapo_jax.rewards.protocol import Item, WorkerSettings
+from sapo_jax.rewards.registry import Unparsable, grade, load_plugins, require
+from sapo_jax.rewards.verifiers import BOUNDED, MAX_BOUNDED
+from sapo_jax.rewards.work import Numbered, Work
 from sapo_jax.types import Prompt, Verdict
 
 _log = logging.getLogger(__name__)
 _MAX_LOGGED_ERRORS = 20  # kinds of errors that are logged
 _PATIENCE = 3  # time-outs in a row of one verifier after which its deadline is halved each time
 _SHORTEST = 1 / 64  # of the deadline that is left of it in the end
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far the verification of a batch has come."""
+
+    done: int  # verdicts so far
+    total: int
+    timed_out: int  # of those
 
 
 class _Leash:
@@ -75,7 +89,7 @@ class VerifierPool:
     extract: which part of a completion is the answer, a form of `extract.py`.
     format_reward: added to the reward of a valid verdict where the completion has that form; the
         forms "auto", "all", "final" and "last_number" are asked of no model and pay nothing.
-    workers: processes, each of which runs one item at a time.
+    workers: processes, each of which grades one item at a time.
     deadline: seconds per item.
     batch_deadline: seconds per call of `verify`; items that have not begun by then are errors.
     on_timeout: "wrong" (reward 0) or "mask", for verifiers that wait for something outside.
@@ -146,33 +160,134 @@ class VerifierPool:
     def verify(
         self,
         items: Sequence[tuple[str, Prompt]],
-        progress: Callable[[int, int], None] | None = None,
+        progress: Callable[[Progress], None] | None = None,
     ) -> list[Verdict]:
         """One verdict for each (completion, prompt), in their order.
 
-        `progress(done, total)` is called after each of them. Raises ValueError for an unknown
-        verifier before anything runs. Any later exception (WorkerError, metadata that is not JSON,
-        an interrupt) closes the pool.
+        `progress` is called after each of them. Raises ValueError for an unknown verifier before
+        anything runs. Any later exception (WorkerError, metadata that is not JSON, an interrupt)
+        closes the pool.
         """
         if self._closed:
             raise RuntimeError("the verifier pool is closed")
         self.check(prompt for _, prompt in items)
-        until = time.monotonic() + self._batch_deadline
         try:
-            futures = [
-                self._threads.submit(self._grade, completion, prompt, until)
-                for completion, prompt in items
-            ]
-            for done, future in enumerate(as_completed(futures), start=1):
-                future.result()  # raises at once what the thread has raised
-                if progress is not None:
-                    progress(done, len(futures))
-            verdicts = [future.result() for future in futures]
+            verdicts = self._verify(items, progress)
         except BaseException:
             self.close()
             raise
         self._log_errors(verdicts, [prompt for _, prompt in items])
         return verdicts
+
+    def _verify(
+        self,
+        items: Sequence[tuple[str, Prompt]],
+        progress: Callable[[Progress], None] | None,
+    ) -> list[Verdict]:
+        """`verify`: what needs no worker at once, then the rest."""
+        until = time.monotonic() + self._batch_deadline
+        verdicts: dict[int, Verdict] = {}
+        timed_out = 0
+        waiting: list[Numbered] = []
+
+        def note(position: int, verdict: Verdict) -> None:
+            nonlocal timed_out
+            timed_out += verdict.detail.startswith(NO_VERDICT)
+            verdicts[position] = verdict
+            if progress is not None:
+                progress(Progress(len(verdicts), len(items), timed_out))
+
+        for position, (completion, prompt) in enumerate(items):
+            try:
+                response = self._answer(completion, prompt)
+            except Unparsable as reason:
+                note(position, Verdict("unparsable", 0.0, str(reason)))
+                continue
+            if time.monotonic() > until:
+                note(position, self._too_late())
+            elif _is_bounded(response, prompt):
+                verdict = grade(prompt.verifier, response, prompt.answer, prompt.metadata)
+                note(position, self._with_format_reward(verdict))
+            else:
+                waiting.append((position, Item(prompt.verifier, _request(response, prompt))))
+        for position, verdict in self._graded_by_workers(waiting, until):
+            note(position, verdict)
+        return [verdicts[position] for position in range(len(items))]
+
+    def _graded_by_workers(
+        self, waiting: Sequence[Numbered], until: float
+    ) -> Iterator[tuple[int, Verdict]]:
+        """The verdicts on the items, each with its position, as they come.
+
+        Raises at once what a thread has raised.
+        """
+        work = Work(waiting, len(self._workers))
+        results: queue.SimpleQueue[tuple[int, Verdict] | BaseException] = queue.SimpleQueue()
+        for _ in self._workers[: len(waiting)]:
+            self._threads.submit(self._serve, work, until, results)
+        for _ in waiting:
+            result = results.get()
+            if isinstance(result, BaseException):
+                raise result
+            yield result
+
+    def _serve(
+        self,
+        work: Work,
+        until: float,
+        results: queue.SimpleQueue[tuple[int, Verdict] | BaseException],
+    ) -> None:
+        """Have one worker grade pieces of the work until all of it is done. Runs in a thread.
+
+        `until` is when the budget of the batch is used up, by the monotonic clock.
+        """
+        worker = self._idle.get()
+        try:
+            while piece := work.take():
+                left = piece
+                try:
+                    for verdict in self._graded_by(worker, piece, until):
+                        position, _ = left[0]
+                        left = left[1:]
+                        results.put((position, verdict))
+                finally:
+                    work.finish(left)
+        except BaseException as error:
+            results.put(error)
+        finally:
+            self._idle.put(worker)
+
+    def _graded_by(
+        self, worker: WorkerProcess, piece: Sequence[Numbered], until: float
+    ) -> Iterator[Verdict]:
+        """The verdicts on a piece, as far as the worker comes with it."""
+        graded = 0
+        if time.monotonic() <= until:
+            items = [item for _, item in piece]
+            for verdict in worker.grade(items, self._leash.seconds):
+                timed_out = verdict.status == "timeout"
+                self._leash.note(items[graded].verifier, timed_out)
+                graded += 1
+                if timed_out and self._on_timeout == "mask":
+                    yield Verdict("error", 0.0, verdict.detail)
+                else:
+                    yield self._with_format_reward(verdict)
+                if graded < len(piece) and time.monotonic() > until:
+                    worker.kill()  # it has begun the next item
+                    break
+        if time.monotonic() > until:
+            for _ in piece[graded:]:
+                yield self._too_late()
+
+    def _too_late(self) -> Verdict:
+        detail = f"rewards.batch_deadline = {self._batch_deadline:g} s is used up"
+        return Verdict("error", 0.0, detail)
+
+    def _with_format_reward(self, verdict: Verdict) -> Verdict:
+        pays = self._format_reward > 0 and self._form not in FORMLESS
+        if not pays or not verdict.valid or verdict.status == "timeout":
+            return verdict
+        return dataclasses.replace(verdict, reward=verdict.reward + self._format_reward)
 
     def _log_errors(self, verdicts: Sequence[Verdict], prompts: Sequence[Prompt]) -> None:
         """Say once of each kind what has gone wrong: such samples are masked, which is silent."""
@@ -190,40 +305,27 @@ class VerifierPool:
                     verdict.detail,
                 )
 
-    def _grade(self, completion: str, prompt: Prompt, until: float) -> Verdict:
-        """The verdict on one item, with the format reward. Runs in one of the threads.
-
-        `until` is when the budget of the batch is used up, by the monotonic clock.
-        """
+    def _answer(self, completion: str, prompt: Prompt) -> str:
+        """The answer in a completion. Raises Unparsable where there is none."""
         # Halves of surrogate pairs cannot be sent; they become "?".
         completion = completion.encode("utf-8", "replace").decode("utf-8")
         if opens_thinking(prompt.text):
             completion = f"<think>{completion}"
         response = extract_answer(completion, self._form)
         if response is None:
-            return Verdict("unparsable", 0.0, f"no {FORMS[self._form]} in the completion")
+            raise Unparsable(f"no {FORMS[self._form]} in the completion")
         if len(response) > self._max_chars:
-            detail = f"{len(response)} characters; rewards.max_chars is {self._max_chars}"
-            return Verdict("unparsable", 0.0, detail)
-        if time.monotonic() > until:
-            detail = f"rewards.batch_deadline = {self._batch_deadline:g} s is used up"
-            return Verdict("error", 0.0, detail)
-        item = _json_line(response, prompt)
-        worker = self._idle.get()
-        try:
-            seconds = self._leash.seconds(prompt.verifier)
-            verdict = worker.grade(prompt.verifier, item, seconds)
-        finally:
-            self._idle.put(worker)
-        timed_out = verdict.status == "timeout"
-        self._leash.note(prompt.verifier, timed_out)
-        if timed_out and self._on_timeout == "mask":
-            return Verdict("error", 0.0, verdict.detail)
-        if timed_out:
-            return verdict
-        if not verdict.valid or self._form in FORMLESS:
-            return verdict
-        return dataclasses.replace(verdict, reward=verdict.reward + self._format_reward)
+            raise Unparsable(f"{len(response)} characters; rewards.max_chars is {self._max_chars}")
+        return response
+
+
+def _is_bounded(response: str, prompt: Prompt) -> bool:
+    """Whether this item is graded in the trainer's process."""
+    return (
+        prompt.verifier in BOUNDED
+        and len(response) <= MAX_BOUNDED
+        and len(prompt.answer) <= MAX_BOUNDED
+    )
 
 
 def _import_plugins(plugins: Sequence[str], settings: WorkerSettings) -> None:
@@ -240,7 +342,7 @@ def _import_plugins(plugins: Sequence[str], settings: WorkerSettings) -> None:
     load_plugins(plugins)
 
 
-def _json_line(response: str, prompt: Prompt) -> bytes:
+def _request(response: str, prompt: Prompt) -> bytes:
     """The request to grade this response. Raises ValueError where the prompt's data is not JSON."""
     item = {
         "verifier": prompt.verifier,

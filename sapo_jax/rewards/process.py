@@ -1,36 +1,29 @@
-"""The trainer's handle on one worker (`worker.py`): start it, ask it with a deadline, kill it."""
+"""The trainer's handle on one worker (`worker.py`): start it, ask it with deadlines, kill it."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-import selectors
 import signal
 import subprocess
 import sys
 import threading
-import time
-from typing import IO, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from sapo_jax.errors import WorkerError
+from sapo_jax.rewards.pipes import Died, Garbled, Pipes
 from sapo_jax.rewards.process_tree import TOKEN, kill_marked, new_token
-from sapo_jax.rewards.protocol import OUT_OF_MEMORY, WorkerSettings
+from sapo_jax.rewards.protocol import OUT_OF_MEMORY, Item, WorkerSettings
 from sapo_jax.rewards.registry import well_formed
 from sapo_jax.types import Verdict
 
 START_SECONDS = 120.0  # for a worker's start, and for a verifier's imports
-_TAIL = 4000  # bytes of the worker's stderr that are kept
-_MAX_REPLY = 2**20  # bytes
-_CHUNK = 65536  # bytes that are read from a pipe at a time
-
-
-class _Died(Exception):
-    """The worker has closed its end of the pipe."""
-
-
-class _Garbled(Exception):
-    """What came from the worker is no reply: something else has written to its pipe."""
+# Seconds between readings of the verdicts on one request. Verdicts that come faster are read
+# together, and the deadline of an item is longer by this at most.
+_PAUSE = 0.003
+NO_VERDICT = "no verdict within"  # how the detail of a time-out begins
 
 
 class WorkerProcess:
@@ -45,49 +38,68 @@ class WorkerProcess:
         # its id may be another process's by then.
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self._pipes: Pipes | None = None  # of that process
         self._stopped = False
         self._token = new_token()
         self._prepared: set[str] = set()  # names of verifiers
-        self._items_begun = 0  # since the worker was started
-        self._stderr = b""  # the end of what it has written
+        self._graded = 0  # items since the worker was started
+        self._last_words = ""  # of the worker that was killed last
 
     def start(self) -> None:
         """Start the worker now. Raises WorkerError where that fails."""
         self._start()
 
-    def grade(self, verifier: str, item: bytes, deadline: float) -> Verdict:
-        """The verdict on one item (a request as a line of JSON), whatever its verifier does.
+    def grade(
+        self, items: Sequence[Item], deadline_of: Callable[[str], float]
+    ) -> Iterator[Verdict]:
+        """The verdicts on these items in their order, whatever their verifiers do.
 
-        It has `deadline` seconds.
+        deadline_of: from a verifier's name to the seconds that its next item has; it is asked when
+        that item begins.
 
-        A worker that dies is started again. If it had begun other items before, one of them may
-        have doomed it, so this item gets one more trial, on the new worker. Raises WorkerError
-        where a worker cannot start or cannot prepare the verifier, and after `stop`.
+        There is a verdict on the first item at least. The rest is left ungraded, to be handed in
+        again, where the worker was lost or has to go. A caller that takes no more verdicts must
+        kill the worker.
+
+        A worker that dies is started again. If it had graded other items before, one of them may
+        have doomed it, so the item in progress gets one more trial, on the new worker. Raises
+        WorkerError where a worker cannot start or cannot prepare a verifier, and after `stop`.
         """
         while True:
-            is_first_item = self._items_begun == 0
+            graded = 0
+            seconds = 0.0
+            pause = 0.0
             try:
-                process = self._ready_for(verifier)
-                self._items_begun += 1
-                reply = self._ask(process, item, deadline)
-                verdict = _verdict(reply)
+                pipes = self._ready_for({item.verifier for item in items})
+                pipes.send(b'{"items": [' + b", ".join(item.request for item in items) + b"]}")
+                for item in items:
+                    seconds = deadline_of(item.verifier)
+                    line = pipes.receive(seconds, pause)
+                    pause = _PAUSE  # the verdict on the first item is not waited for
+                    verdict, retires = _verdict(_reply(line), number=self._graded + 1)
+                    self._graded += 1
+                    graded += 1
+                    if retires:
+                        self.kill()
+                    yield verdict
+                    if retires:
+                        return
+                return
             except TimeoutError:
                 self.kill()
-                detail = f"no verdict within {deadline:g} s"
-                return Verdict("timeout", 0.0, detail)
-            except _Died:
+                yield Verdict("timeout", 0.0, f"{NO_VERDICT} {seconds:g} s")
+                return
+            except Died:
+                is_first = self._graded == 0
                 cause = self.kill()
-                if is_first_item:
-                    return Verdict("error", 0.0, cause)
-                continue
-            except _Garbled as garbled:
+            except Garbled as garbled:
+                is_first = self._graded == 0
                 self.kill()
-                if is_first_item:
-                    return Verdict("error", 0.0, str(garbled))
-                continue
-            if reply["retire"]:
-                self.kill()
-            return verdict
+                cause = str(garbled)
+            if is_first:
+                yield Verdict("error", 0.0, cause)
+                return
+            items = items[graded : graded + 1]
 
     def stop(self) -> None:
         """Kill the worker and start none again.
@@ -107,33 +119,34 @@ class WorkerProcess:
         with self._lock:
             process = self._process
             self._process = None
-            self._items_begun = 0
+            self._graded = 0
             if process is None:
                 return ""
             _kill_group(process)
             code = process.wait()
         kill_marked(self._token)
-        stdin, stdout, stderr = _pipes(process)
-        self._keep_stderr(_drain(stderr))
-        for pipe in (stdin, stdout, stderr):
-            pipe.close()
+        if self._pipes is not None:
+            self._pipes.close()
+            self._last_words = self._pipes.last_words()
+            self._pipes = None
         if code == OUT_OF_MEMORY:
             return f"the verifier needs more than rewards.memory_mb = {self._settings.memory_mb}"
         if code < 0:
             return f"the worker was killed by {signal.Signals(-code).name}"
         return f"the worker exited with code {code}"
 
-    def _ready_for(self, verifier: str) -> subprocess.Popen[bytes]:
-        """The running worker, once it has prepared the verifier."""
-        process = self._process
-        if process is None:
-            process = self._start()
-        if verifier not in self._prepared:
-            self._command(process, {"prepare": verifier}, f"prepare the verifier {verifier!r}")
-            self._prepared.add(verifier)
-        return process
+    def _ready_for(self, verifiers: Iterable[str]) -> Pipes:
+        """The pipes of the running worker, once it has prepared these verifiers."""
+        pipes = self._pipes
+        if pipes is None:
+            pipes = self._start()
+        for verifier in verifiers:
+            if verifier not in self._prepared:
+                self._command(pipes, {"prepare": verifier}, f"prepare the verifier {verifier!r}")
+                self._prepared.add(verifier)
+        return pipes
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self) -> Pipes:
         with self._lock:
             if self._stopped:
                 raise WorkerError("the verifier pool is closed")
@@ -149,29 +162,28 @@ class WorkerProcess:
                 env={**_environment(), TOKEN: self._token},
             )
             self._process = process
-        stdin, _, _ = _pipes(process)
-        os.set_blocking(stdin.fileno(), False)
+        pipes = Pipes(process)
+        self._pipes = pipes
         self._prepared = set()
-        self._stderr = b""
-        self._command(process, {"setup": dataclasses.asdict(self._settings)}, "start")
-        return process
+        self._command(pipes, {"setup": dataclasses.asdict(self._settings)}, "start")
+        return pipes
 
-    def _command(
-        self, process: subprocess.Popen[bytes], request: dict[str, Any], purpose: str
-    ) -> None:
-        """Have the worker set something up. Raises WorkerError where it fails, _Died where an
-        earlier item may be the reason."""
+    def _command(self, pipes: Pipes, request: dict[str, Any], purpose: str) -> None:
+        """Have the worker set something up. Raises WorkerError where it fails, Died or Garbled
+        where an earlier item may be the reason."""
         try:
-            reply = self._ask(process, json.dumps(request).encode("ascii"), START_SECONDS)
-            failure = reply.get("failed")
-        except _Garbled as garbled:
-            failure = str(garbled)
+            pipes.send(json.dumps(request).encode("ascii"))
+            failure = _reply(pipes.receive(START_SECONDS)).get("failed")
         except TimeoutError:
-            failure = f"no answer within {START_SECONDS:g} s\n{self._last_words()}"
-        except _Died:
-            if self._items_begun > 0:  # `grade` tries again on a new worker
+            self.kill()
+            failure = f"no answer within {START_SECONDS:g} s\n{self._last_words}"
+        except (Died, Garbled) as lost:
+            if self._graded > 0:  # `grade` tries again on a new worker
                 raise
-            failure = f"{self.kill()}\n{self._last_words()}"
+            cause = self.kill()
+            if isinstance(lost, Garbled):
+                cause = str(lost)
+            failure = f"{cause}\n{self._last_words}"
         if failure is not None:
             self.kill()
             raise WorkerError(
@@ -179,87 +191,39 @@ class WorkerProcess:
                 f" (rewards.memory_mb = {self._settings.memory_mb}): {failure}"
             )
 
-    def _ask(self, process: subprocess.Popen[bytes], line: bytes, seconds: float) -> dict[str, Any]:
-        """Send one line and receive one, while the worker's stderr is read, so that it never fills.
 
-        Raises TimeoutError after `seconds`, _Died where the worker closes a pipe.
-        """
-        deadline = time.monotonic() + seconds
-        stdin, stdout, stderr = _pipes(process)
-        unsent = memoryview(line + b"\n")
-        received = bytearray()
-        with selectors.PollSelector() as selector:
-            selector.register(stdin, selectors.EVENT_WRITE)
-            selector.register(stdout, selectors.EVENT_READ)
-            selector.register(stderr, selectors.EVENT_READ)
-            while True:
-                seconds_left = max(0.0, deadline - time.monotonic())
-                for key, _ in selector.select(seconds_left):
-                    if key.fileobj is stdin:
-                        try:
-                            sent = os.write(key.fd, unsent)
-                        except BrokenPipeError:
-                            raise _Died from None
-                        unsent = unsent[sent:]
-                        if not unsent:
-                            selector.unregister(stdin)
-                    elif key.fileobj is stderr:
-                        chunk = os.read(key.fd, _CHUNK)
-                        self._keep_stderr(chunk)
-                        if not chunk:
-                            selector.unregister(stderr)
-                    else:
-                        chunk = os.read(key.fd, _CHUNK)
-                        if not chunk:
-                            raise _Died
-                        received += chunk
-                        if len(received) > _MAX_REPLY:
-                            raise _Garbled(f"the worker's reply has over {_MAX_REPLY} bytes")
-                        if received.endswith(b"\n"):
-                            return _reply(received)
-                if time.monotonic() >= deadline:
-                    raise TimeoutError
-
-    def _keep_stderr(self, chunk: bytes) -> None:
-        self._stderr = (self._stderr + chunk)[-_TAIL:]
-
-    def _last_words(self) -> str:
-        return self._stderr.decode("utf-8", "replace").strip()
-
-
-def _reply(line: bytes | bytearray) -> dict[str, Any]:
-    """The reply in a line. Raises _Garbled where it holds none."""
+def _reply(line: bytes) -> dict[str, Any]:
+    """The reply in a line. Raises Garbled where it holds none."""
     try:
         reply = json.loads(line)
     except (ValueError, RecursionError):
         reply = None
     if not isinstance(reply, dict):
-        raise _Garbled(
+        raise Garbled(
             "what came from the worker is no reply: the verifier, or what it has started, wrote to"
-            f" a pipe that is not its own: {bytes(line[:80])!r}"
+            f" a pipe that is not its own: {line[:80]!r}"
         )
     return reply
 
 
-def _verdict(reply: dict[str, Any]) -> Verdict:
-    """The verdict in a reply; a worker is not trusted to fill it in. Raises _Garbled."""
+def _verdict(reply: dict[str, Any], number: int) -> tuple[Verdict, bool]:
+    """The verdict in a reply, and whether the worker has to go.
+
+    A worker is not trusted to fill it in. Raises Garbled where it is not the reply on the item of
+    this number.
+    """
     fields = reply.get("verdict")
-    if set(reply) != {"verdict", "retire"} or not isinstance(reply["retire"], bool):
-        raise _Garbled(f"the worker's reply has the keys {sorted(reply)}")
-    if not isinstance(fields, dict) or set(fields) != {"status", "reward", "detail"}:
-        raise _Garbled("the worker's reply holds no verdict")
-    verdict = Verdict(**fields)
+    retires = reply.get("retire")
+    if reply.keys() != {"number", "verdict", "retire"} or not isinstance(retires, bool):
+        raise Garbled(f"the worker's reply has the keys {sorted(reply)}")
+    if reply["number"] != number:
+        raise Garbled(f"the worker's reply is of item {reply['number']!r:.40}, not {number}")
+    if not isinstance(fields, dict) or fields.keys() != {"status", "reward", "detail"}:
+        raise Garbled("the worker's reply holds no verdict")
+    verdict = Verdict(fields["status"], fields["reward"], fields["detail"])
     if type(verdict.reward) not in (int, float) or not well_formed(verdict):
-        raise _Garbled(f"the worker's reply holds a malformed verdict: {str(fields)[:80]}")
-    return Verdict(verdict.status, float(verdict.reward), verdict.detail)
-
-
-def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes], IO[bytes]]:
-    """(stdin, stdout, stderr) of a process that was started with pipes for all three."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    assert process.stderr is not None
-    return process.stdin, process.stdout, process.stderr
+        raise Garbled(f"the worker's reply holds a malformed verdict: {str(fields)[:80]}")
+    return Verdict(verdict.status, float(verdict.reward), verdict.detail), retires
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
@@ -267,18 +231,6 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
         pass  # the group is gone; macOS: only its dead leader is left of it
-
-
-def _drain(pipe: IO[bytes]) -> bytes:
-    """What a dead process left in its pipe.
-
-    Another process may hold the pipe open, so this does not wait for its end.
-    """
-    os.set_blocking(pipe.fileno(), False)
-    try:
-        return os.read(pipe.fileno(), _CHUNK)
-    except BlockingIOError:
-        return b""
 
 
 def _environment() -> dict[str, str]:

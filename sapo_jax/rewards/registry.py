@@ -183,13 +183,13 @@ def _definition(function: VerifierFunction) -> tuple[str, int]:
 
 def _checked(result: Any, function: VerifierFunction) -> Verdict:
     """The verdict that a verifier's result stands for; status "error" where it stands for none."""
+    number = _as_number(result)
+    if number is not None and 0.0 <= number <= 1.0:
+        return _graded(number)
     file, line = _definition(function)
     where = f"({file}:{line})"
-    number = _as_number(result)
-    if number is not None:
-        if not 0.0 <= number <= 1.0:  # NaN fails this test too
-            return Verdict("error", 0.0, f"the verifier returned {number}, outside [0, 1] {where}")
-        return _graded(number)
+    if number is not None:  # NaN is one too
+        return Verdict("error", 0.0, f"the verifier returned {number}, outside [0, 1] {where}")
     if type(result) is Verdict:
         reward = _as_number(result.reward)
         if reward is None or not well_formed(result):

@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import functools
 import json
+from fractions import Fraction
 from types import ModuleType
 from typing import Any
 
 from sapo_jax.rewards.allowlist import NEEDS_OPTIONS, REASONING_GYM_TASKS
 from sapo_jax.rewards.numbers import read_number
 from sapo_jax.rewards.registry import Unparsable, register
+
+# The verifiers that take at most milliseconds, and little memory, for any response and gold answer
+# of up to MAX_BOUNDED characters, whatever they say: they need no worker process.
+BOUNDED = frozenset({"exact", "numeric"})
+MAX_BOUNDED = 20_000
 
 
 def check_text(answer: str, metadata: dict[str, Any]) -> None:
@@ -35,16 +41,23 @@ def exact(response: str, answer: str, metadata: dict[str, Any]) -> bool:
 
 def check_number(answer: str, metadata: dict[str, Any]) -> None:
     """Raises ValueError for a gold answer that is no number."""
-    if read_number(answer) is None:
+    _gold_number(answer)
+
+
+@functools.lru_cache(maxsize=256)  # the completions of a group have one gold answer
+def _gold_number(answer: str) -> Fraction:
+    """The number that a gold answer is. Raises ValueError where it is none."""
+    value = read_number(answer)
+    if value is None:
         raise ValueError(f"the gold answer {answer[:80]!r} is not a number")
+    return value
 
 
 @register("numeric", check_gold=check_number)
 def numeric(response: str, answer: str, metadata: dict[str, Any]) -> bool:
     """Equal as exact numbers, with nothing rounded: 1,234 = 1234.0, 3/4 = 0.75, 2 1/2 = 2.5,
     1e3 = 10^3 = 1000 (`numbers.py` is the grammar). Units and words make a text no number."""
-    check_number(answer, metadata)
-    gold = read_number(answer)
+    gold = _gold_number(answer)
     value = read_number(response)
     if value is None:
         raise Unparsable("the answer is not a number")

@@ -209,7 +209,8 @@ def prompt_of(data: Data, tokenizer: Tokenizer, question: str, index: int = 0) -
     """
     problem = Problem(question, answer="", verifier="exact", metadata={}, where="--prompt")
     try:
-        prompt = PromptMaker(data, tokenizer)(problem, "")
+        with PromptMaker(data, tokenizer) as to_prompt:
+            prompt = to_prompt(problem, "")
     except ValueError as error:
         raise RunError(str(error)) from error
     if prompt is None:

@@ -17,6 +17,7 @@ from sapo_jax.batch import Array, Batch, Rollout
 from sapo_jax.config import Config
 from sapo_jax.data import Tokenizer
 from sapo_jax.distributed.processes import SINGLE_PROCESS, ProcessShard
+from sapo_jax.io.progress import VerificationNotice
 from sapo_jax.models import Policy
 from sapo_jax.objectives.advantages import advantages
 from sapo_jax.objectives.correction import CORRECTIONS
@@ -100,7 +101,8 @@ def grade(
     for token_ids, length in zip(rollout.tokens_BC, rollout.length_B, strict=True):
         texts.append(tokenizer.decode(token_ids[:length]))
     prompt_of_text = [prompts[b // group_size] for b in range(len(texts))]
-    verdicts = verifiers.verify(list(zip(texts, prompt_of_text, strict=True)))
+    items = list(zip(texts, prompt_of_text, strict=True))
+    verdicts = verifiers.verify(items, progress=VerificationNotice())
     return GradedRollout(
         prompts=prompts,
         length_B=np.asarray(rollout.length_B),

@@ -143,7 +143,8 @@ def test_prompts(hf, tokenizer):
         chat_template_kwargs={"enable_thinking": False},
     )
     problem = Problem("What is 2+2?", "4", "math", {})
-    prompt = PromptMaker(cfg, tokenizer)(problem, "sums")
+    with PromptMaker(cfg, tokenizer) as to_prompt:
+        prompt = to_prompt(problem, "sums")
     chat = [user("What is 2+2?")]
     ids = hf.apply_chat_template(chat, add_generation_prompt=True, enable_thinking=False)[
         "input_ids"

@@ -23,6 +23,12 @@ def hostile(response: str, answer: str, metadata: dict):
     return ACTIONS[response](metadata)
 
 
+@register("same")
+def same(response: str, answer: str, metadata: dict):
+    """As the built-in `exact`, but in a worker process."""
+    return response.split() == answer.split()
+
+
 def _print_a_lot(metadata):
     print('{"status": "ok", "reward": 1.0, "detail": "forged", "retire": false}', flush=True)
     os.write(1, b"x" * 200_000)

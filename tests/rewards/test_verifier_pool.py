@@ -15,13 +15,17 @@ import pytest
 from sapo_jax.config import Rewards
 from sapo_jax.errors import WorkerError
 from sapo_jax.rewards import VERIFIERS, VerifierPool, process
+from sapo_jax.rewards.numbers import read_number
+from sapo_jax.rewards.pool import Progress
+from sapo_jax.rewards.verifiers import BOUNDED, MAX_BOUNDED
 from sapo_jax.types import Prompt, Verdict
 
 HOSTILE = {"workers": 2, "deadline": 5.0, "memory_mb": 512, "plugins": ("hostile_verifiers",)}
+PLUGINS = ("hostile_verifiers",)
 RIGHT = Verdict("ok", 1.0)
 
 
-def prompt(answer="", verifier="exact", metadata=None, index=0):
+def prompt(answer="", verifier="same", metadata=None, index=0):
     return Prompt(index, "text", (1,), "question", answer, verifier, "task", metadata or {})
 
 
@@ -72,9 +76,9 @@ def test_the_arguments_are_the_config_keys_with_their_defaults():
 def test_verdicts_come_in_the_order_of_the_items(pool):
     seen = []
     items = [(str(i % 7), prompt(str(i % 5), index=i)) for i in range(200)]
-    verdicts = pool.verify(items, progress=lambda done, total: seen.append((done, total)))
+    verdicts = pool.verify(items, progress=seen.append)
     assert [v.status for v in verdicts] == ["ok" if i % 7 == i % 5 else "wrong" for i in range(200)]
-    assert seen == [(i + 1, 200) for i in range(200)]
+    assert seen == [Progress(i + 1, 200, timed_out=0) for i in range(200)]
 
 
 def test_nothing_to_verify(pool):
@@ -195,10 +199,84 @@ def test_the_deadline_leaves_out_the_start_and_the_imports():
 
 
 def test_verifiers_only_import_what_they_need():
-    with VerifierPool(workers=1) as pool:
+    with VerifierPool(workers=1, plugins=PLUGINS) as pool:
         pool.verify([("1", prompt("1"))])
         with open(f"/proc/{pids_of(pool)[0]}/maps") as maps:
             assert not {"numpy", "jaxlib", "sympy"} & set(maps.read().replace("/", " ").split())
+
+
+# ---------------------------------------------------------------- many items at a time
+
+
+def test_a_hang_in_the_middle_of_a_request_costs_its_own_verdict_alone():
+    """One worker gets the first 64 of these at once; two hang, one dies, one garbles."""
+    items = [(str(i), prompt(str(i))) for i in range(200)]
+    items[20] = hostile("sleep")
+    items[21] = hostile("os._exit")
+    items[40] = hostile("garble")
+    items[63] = hostile("spin")
+    with VerifierPool(**{**HOSTILE, "deadline": 0.5, "workers": 1}) as pool:
+        seen = []
+        start = time.monotonic()
+        verdicts = pool.verify(items, progress=seen.append)
+        assert time.monotonic() - start < 30
+    assert [verdicts[i].status for i in (20, 21, 40, 63)] == [
+        "timeout",
+        "error",
+        "error",
+        "timeout",
+    ]
+    others = [verdict for i, verdict in enumerate(verdicts) if i not in (20, 21, 40, 63)]
+    assert others == [RIGHT] * 196
+    assert seen[-1] == Progress(200, 200, timed_out=2)
+
+
+def test_each_item_of_a_request_has_the_whole_deadline():
+    """Six items of 0.3 s each are asked at once, with a deadline of 1 s."""
+    with VerifierPool(**{**HOSTILE, "deadline": 1.0, "workers": 1}) as pool:
+        items = [hostile("sleep a little")] * 6 + [("1", prompt("1"))] * 12
+        assert pool.verify(items) == [RIGHT] * 18
+
+
+def test_the_budget_ends_a_request_in_its_middle():
+    """The items that have not begun are errors, and the worker that had them is gone."""
+    settings = {**HOSTILE, "workers": 1, "batch_deadline": 1.0}
+    with VerifierPool(**settings) as pool:
+        pool.verify([hostile("right")])
+        verdicts = pool.verify([hostile("pause")] * 20)
+        statuses = [verdict.status for verdict in verdicts]
+        assert statuses[:2] == ["ok"] * 2 and statuses[-1] == "error"
+        assert "batch_deadline = 1 s is used up" in verdicts[-1].detail
+        assert pool.verify([hostile("right")]) == [RIGHT]
+
+
+def test_bounded_verifiers_need_no_worker():
+    items = [("5", prompt("5", name)) for name in sorted(BOUNDED)] * 10
+    items += [("6", prompt("5", name)) for name in sorted(BOUNDED)] * 10
+    with VerifierPool(workers=2, max_chars=10**5) as pool:
+        statuses = [verdict.status for verdict in pool.verify(items)]
+        assert statuses == ["ok"] * 20 + ["wrong"] * 20
+        assert pids_of(pool) == []
+        # What is longer than their bound goes to a worker like everything else.
+        long = "9 " * (MAX_BOUNDED // 2 + 1)
+        assert pool.verify([(long, prompt(long, "exact"))]) == [RIGHT]
+        assert len(pids_of(pool)) == 1
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "9", "1,", "1,111", "1 111 ", "1/", "1.", ".1", "-", "$", r"\frac", r"\frac{", r"\frac{1}{",
+        "10^", "10^{", "9**9", "1e9", "0.1\\overline{", "1 1/1 ", " ", "\u2212", r"1\,111", "\x00",
+    ],
+)  # fmt: skip
+def test_bounded_verifiers_are_bounded(piece):
+    """The longest answers that are graded in the trainer's process take milliseconds."""
+    text = (piece * MAX_BOUNDED)[:MAX_BOUNDED]
+    for answer in (text, f"7{text}", f"{text}7"):
+        start = time.process_time()
+        read_number(answer)
+        assert time.process_time() - start < 0.1
 
 
 # ---------------------------------------------------------------- completions
@@ -219,7 +297,7 @@ def test_verifiers_only_import_what_they_need():
 )
 def test_any_text_arrives_whole(text):
     seen_by_verifier = text.encode("utf-8", "replace").decode()
-    with VerifierPool(workers=1, max_chars=2 * 10**6) as pool:
+    with VerifierPool(workers=1, max_chars=2 * 10**6, plugins=PLUGINS) as pool:
         golds = [f"[{seen_by_verifier}]", "[x]"]
         verdicts = pool.verify(
             [*((f"[{text}]", prompt(gold)) for gold in golds), ("y", prompt("y"))]
@@ -229,14 +307,14 @@ def test_any_text_arrives_whole(text):
 
 def test_a_long_completion_with_a_short_answer_is_graded():
     thoughts = "word " * 10_000
-    with VerifierPool(workers=1, max_chars=10) as pool:
+    with VerifierPool(workers=1, max_chars=10, plugins=PLUGINS) as pool:
         verdicts = pool.verify([(thoughts + r"\boxed{42}", prompt("42"))])
     assert verdicts == [RIGHT]
 
 
 def test_thoughts_that_the_prompt_opens_are_no_answer():
     thinking = dataclasses.replace(prompt("42"), text="Why?<think>\n")
-    with VerifierPool(workers=1) as pool:
+    with VerifierPool(workers=1, plugins=PLUGINS) as pool:
         verdicts = pool.verify([("42", thinking), ("so</think>42", thinking)])
     assert [verdict.status for verdict in verdicts] == ["unparsable", "ok"]
 
@@ -290,7 +368,7 @@ def test_a_child_in_a_session_of_its_own_dies_too(tmp_path):
 
 
 def test_too_long_a_completion_is_not_run():
-    with VerifierPool(workers=1, max_chars=10) as pool:
+    with VerifierPool(workers=1, max_chars=10, plugins=PLUGINS) as pool:
         verdicts = pool.verify([("x" * 11, prompt("x" * 11)), (" " * 10**7, prompt("x"))])
         assert [v.status for v in verdicts] == ["unparsable"] * 2
         assert verdicts[0].detail == "11 characters; rewards.max_chars is 10"
@@ -360,7 +438,7 @@ def test_a_plugin_that_cannot_be_imported_is_named():
 
 
 def test_a_verifier_that_only_the_trainer_knows(monkeypatch):
-    monkeypatch.setitem(VERIFIERS, "homemade", VERIFIERS["exact"])
+    monkeypatch.setitem(VERIFIERS, "homemade", VERIFIERS["math"])
     with VerifierPool(workers=1) as pool:
         with pytest.raises(
             WorkerError,
@@ -416,7 +494,7 @@ def test_too_little_memory_to_start_is_said():
 
 
 def test_metadata_must_be_json():
-    with VerifierPool(workers=1) as pool:
+    with VerifierPool(workers=1, plugins=PLUGINS) as pool:
         with pytest.raises(
             ValueError, match="problem 3 of task 'task': its answer or metadata is not JSON"
         ):
