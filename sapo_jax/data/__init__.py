@@ -21,7 +21,7 @@ from sapo_jax.data.problems import (
     load_problems,
 )
 from sapo_jax.data.sft import check_response_template, sft_example
-from sapo_jax.data.sources import Problem, generate_reasoning_gym, read_problems
+from sapo_jax.data.sources import GoldCheck, Problem, generate_reasoning_gym, read_problems
 from sapo_jax.data.template import ChatTemplate, load_template, template_source
 from sapo_jax.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer, load_tokenizer
 from sapo_jax.errors import DataError
@@ -31,6 +31,7 @@ __all__ = [
     "ChatTemplate",
     "DataError",
     "FileTokenizer",
+    "GoldCheck",
     "Problem",
     "Problems",
     "PromptBatches",

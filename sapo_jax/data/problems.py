@@ -31,11 +31,12 @@ from sapo_jax.config.task_rules import task_names
 from sapo_jax.data.common import apportion, normalise_space, stable_hash
 from sapo_jax.data.layouts import PROVENANCE
 from sapo_jax.data.messages import SYSTEM_ROLES, Message
-from sapo_jax.data.sources import Problem, generate_reasoning_gym, read_problems
+from sapo_jax.data.sources import GoldCheck, Problem, generate_reasoning_gym, read_problems
 from sapo_jax.data.template_process import open_template
 from sapo_jax.data.tokenizer import Tokenizer
 from sapo_jax.errors import DataError
 from sapo_jax.rewards import VERIFIERS
+from sapo_jax.rewards.registry import check_golds
 from sapo_jax.types import Prompt
 
 HELD_OUT_SIDE = 0.25  # the part of a generator's questions that is never trained on
@@ -71,13 +72,17 @@ class Problems:
 
 
 def load_problems(
-    cfg: Data, tokenizer: Tokenizer, verifiers: Collection[str] | None = None
+    cfg: Data,
+    tokenizer: Tokenizer,
+    verifiers: Collection[str] | None = None,
+    check: GoldCheck = check_golds,
 ) -> Problems:
     """All prompts of `cfg.tasks`, a function of (cfg, tokenizer, files) alone.
 
     `cfg.held_out` is split over the tasks by weight. A question occurs once per task; two tasks may
     share training questions. Tasks of one name become `name`, `name-2`, ... `verifiers` are the
-    names that rows may use; None means those that are registered in sapo_jax.rewards.
+    names that rows may use; None means those that are registered in sapo_jax.rewards. `check` says
+    of gold answers what is wrong with them; that of a `VerifierPool` has a deadline.
 
     Raises DataError with the mistakes of all tasks.
     """
@@ -93,7 +98,7 @@ def load_problems(
     notices: list[str] = []
     with PromptMaker(cfg, tokenizer) as to_prompt:
         for i, (name, task) in enumerate(zip(names, cfg.tasks)):
-            split = _Split(name, quota[name], cfg, to_prompt, notices)
+            split = _Split(name, quota[name], cfg, to_prompt, notices, check)
             try:
                 split.fill(task, verifiers)
                 splits[name] = split
@@ -285,7 +290,13 @@ class _Split:
     """
 
     def __init__(
-        self, name: str, quota: int, cfg: Data, to_prompt: PromptMaker, notices: list[str]
+        self,
+        name: str,
+        quota: int,
+        cfg: Data,
+        to_prompt: PromptMaker,
+        notices: list[str],
+        check: GoldCheck,
     ):
         self.name = name
         self.quota = quota
@@ -294,6 +305,7 @@ class _Split:
         self.train: list[Prompt] = []
         self.held_out: list[Prompt] = []
         self.notices = notices
+        self.check = check
         self.kept_out: set[str] = set()  # leak keys of the questions that no task may train on
         self.report = TaskReport()
         self._seen: set[str] = set()  # keys of a generator's questions so far
@@ -323,7 +335,12 @@ class _Split:
         Those that occur more than once are counted in the report.
         """
         problems = read_problems(
-            path, task.verifier, verifiers, columns=columns, notices=self.notices
+            path,
+            task.verifier,
+            verifiers,
+            columns=columns,
+            notices=self.notices,
+            check=self.check,
         )
         _check_answers_agree(problems)
         distinct: dict[str, Problem] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from sapo_jax.data.messages import (
 )
 from sapo_jax.errors import DataError
 from sapo_jax.rewards.allowlist import NEEDS_OPTIONS, REASONING_GYM_TASKS
-from sapo_jax.rewards.registry import check_gold
+from sapo_jax.rewards.registry import Gold, check_golds
 
 _CHUNK = 1024  # problems per generator instance
 # These generators draw from the global random state or from the order of a set, which differ from
@@ -164,6 +164,7 @@ def read_problems(
     columns: Mapping[str, str] | None = None,
     whole_answers: bool = False,
     notices: list[str] | None = None,
+    check: GoldCheck = check_golds,
 ) -> list[Problem]:
     """The problems of a JSONL, JSON or Parquet file, or of a directory of such files.
 
@@ -177,6 +178,7 @@ def read_problems(
     Other names of the columns, and answers that end in `#### 72`, are detected in each file's first
     row (`layouts.py`), and said in a line that is added to `notices`. `columns` names them instead:
     {"prompt": "problem"}. `whole_answers`: the answers are responses to imitate, which stay whole.
+    `check` says of each gold answer what is wrong with it: that of a `VerifierPool` has deadlines.
 
     A JSON file is one array of rows. The files of a directory are its shards: all of one kind, read
     in the order of their names; hidden ones and those of other kinds are passed over.
@@ -189,7 +191,7 @@ def read_problems(
     for file in _files_of(path):
         try:
             problems += _read_file(
-                file, default_verifier, verifiers, columns, whole_answers, notices
+                file, default_verifier, verifiers, columns, whole_answers, notices, check
             )
         except DataError as error:
             mistakes += error.mistakes
@@ -231,14 +233,16 @@ def _read_file(
     columns: Mapping[str, str] | None,
     whole_answers: bool,
     notices: list[str] | None,
+    check: GoldCheck,
 ) -> list[Problem]:
     """The problems of one file; see `read_problems`."""
     problems: list[Problem] = []
-    mistakes: list[str] = []
+    lines: list[int] = []  # of the problems
+    mistakes: dict[int, str] = {}  # by line
     layout: Layout | None = None
     for line, row in _READERS[file.suffix](file, columns):
         if isinstance(row, _BadRow):
-            mistakes.append(f"{file}:{line}: {row}")
+            mistakes[line] = str(row)
             continue
         if layout is None:
             layout = detect_layout(row, columns, whole_answers)
@@ -246,22 +250,33 @@ def _read_file(
                 notices.append(f"{file}: {layout.notice()}")
         images = image_column(row)
         if images is not None:
-            mistakes.append(
-                f"{file}:{line}: the row brings images in `{images}`, which are not read: the model"
+            mistakes[line] = (
+                f"the row brings images in `{images}`, which are not read: the model"
                 " would not see them; leave such rows out"
             )
             break  # it is so in every row
         try:
             problem = _to_problem(row, layout, default_verifier, verifiers)
         except _BadRow as mistake:
-            mistakes.append(f"{file}:{line}: {mistake}")
+            mistakes[line] = str(mistake)
             continue
         problems.append(dataclasses.replace(problem, where=f"{file}:{line}"))
+        lines.append(line)
+    if layout is not None:
+        golds = [Gold(problem.verifier, problem.answer, problem.metadata) for problem in problems]
+        for line, gold, mistake in zip(lines, golds, check(golds), strict=True):
+            if mistake is not None:
+                column = layout.columns["answer"]
+                mistakes[line] = f"`{column}`, for the verifier {gold.verifier!r}: {mistake}"
     if not problems and not mistakes:
-        mistakes.append(f"{file}: the file holds no rows")
+        raise DataError(f"{file}: the file holds no rows")
     if mistakes:
-        raise DataError(*mistakes)
+        raise DataError(*(f"{file}:{line}: {mistakes[line]}" for line in sorted(mistakes)))
     return problems
+
+
+# From gold answers to what is wrong with each; None where nothing is.
+GoldCheck = Callable[[Sequence[Gold]], Sequence[str | None]]
 
 
 class _BadRow(ValueError):
@@ -413,9 +428,6 @@ def _to_problem(
         mistake = tools_mistake(tools)
         if mistake is not None:
             raise _BadRow(mistake)
-    mistake = check_gold(verifier, answer, metadata)
-    if mistake is not None:
-        raise _BadRow(f"`{layout.columns['answer']}`, for the verifier {verifier!r}: {mistake}")
     # An empty list of tools is none: templates render no tools for either.
     return Problem(question, answer, verifier, metadata, messages, tools or None)
 

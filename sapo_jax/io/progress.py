@@ -17,10 +17,13 @@ class VerificationNotice:
     """Lines on stderr while a batch is verified: "verifying: 512 of 1,024 done, 3 timed out, 8 s".
 
     Nothing is said of a batch that is done within two seconds. The object is the callback
-    `progress` of `VerifierPool.verify`, and for one batch.
+    `progress` of `VerifierPool.verify`, and for one batch. `doing` is how the lines begin.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, doing: str = "verifying", clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._doing = doing
         self._clock = clock
         self._start = clock()
         self._pause = FIRST_NOTICE
@@ -33,7 +36,7 @@ class VerificationNotice:
         self._pause = min(2 * self._pause, LONGEST_PAUSE)
         self._due = now + self._pause
         print(
-            f"verifying: {progress.done:,} of {progress.total:,} done,"
+            f"{self._doing}: {progress.done:,} of {progress.total:,} done,"
             f" {progress.timed_out:,} timed out, {now - self._start:.0f} s",
             file=sys.stderr,
             flush=True,

@@ -6,7 +6,7 @@ result's type. A worker is given many items at a time, because asking costs more
 do; it grades them one after the other and says each verdict at once, so that an item that hangs or
 crashes costs a worker, never the verdict of another item: what the worker had not begun is given to
 the next one. A batch has a budget of time too, and a verifier that runs into its deadline several
-times in a row gets ever shorter ones (`_Leash`). The verifiers of `verifiers.BOUNDED` cannot hang
+times in a row gets ever shorter ones (`work.Leash`). The verifiers of `verifiers.BOUNDED` cannot hang
 or crash; they run in the trainer's process. Status is kept apart from reward
 (`sapo_jax.types.Verdict`):
 
@@ -18,8 +18,8 @@ or crash; they run in the trainer's process. Status is kept apart from reward
     error         the verifier raised, crashed, ran out of memory or returned something else, or the
                   budget of the batch was used up: the sample is to be masked
 
-Gold answers are checked when data is loaded (`registry.check_gold`), so it is the completion that
-makes a verifier run into its deadline. A time-out therefore counts as wrong: masked, it would
+Gold answers are checked when data is loaded (`VerifierPool.check_golds`), so it is the completion
+that makes a verifier run into its deadline. A time-out therefore counts as wrong: masked, it would
 escape the penalty that every other wrong answer gets.
 """
 
@@ -28,25 +28,33 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from sapo_jax.errors import WorkerError
 from sapo_jax.rewards.extract import FORMLESS, FORMS, extract_answer, opens_thinking
 from sapo_jax.rewards.process import NO_VERDICT, WorkerProcess
 from sapo_jax.rewards.protocol import Item, WorkerSettings
-from sapo_jax.rewards.registry import Unparsable, grade, load_plugins, require
+from sapo_jax.rewards.registry import (
+    Gold,
+    Unparsable,
+    check_gold,
+    grade,
+    has_gold_check,
+    load_plugins,
+    require,
+)
 from sapo_jax.rewards.verifiers import BOUNDED, MAX_BOUNDED
-from sapo_jax.rewards.work import Numbered, Work
+from sapo_jax.rewards.work import Leash, Numbered, Work
 from sapo_jax.types import Prompt, Verdict
 
 _log = logging.getLogger(__name__)
 _MAX_LOGGED_ERRORS = 20  # kinds of errors that are logged
-_PATIENCE = 3  # time-outs in a row of one verifier after which its deadline is halved each time
-_SHORTEST = 1 / 64  # of the deadline that is left of it in the end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,31 +64,6 @@ class Progress:
     done: int  # verdicts so far
     total: int
     timed_out: int  # of those
-
-
-class _Leash:
-    """The deadline of each verifier: a shorter one after several time-outs in a row.
-
-    A thousand completions that all hang so cost seconds, not hours. A single verdict in time
-    restores the whole deadline. Several threads may call it.
-    """
-
-    def __init__(self, deadline: float) -> None:
-        self._deadline = deadline
-        self._in_a_row: dict[str, int] = {}
-        self._lock = threading.Lock()
-
-    def seconds(self, verifier: str) -> float:
-        with self._lock:
-            halvings = max(0, self._in_a_row.get(verifier, 0) - _PATIENCE + 1)
-        return self._deadline * max(_SHORTEST, 0.5**halvings)
-
-    def note(self, verifier: str, timed_out: bool) -> None:
-        with self._lock:
-            if timed_out:
-                self._in_a_row[verifier] = self._in_a_row.get(verifier, 0) + 1
-            else:
-                self._in_a_row[verifier] = 0
 
 
 class VerifierPool:
@@ -122,7 +105,7 @@ class VerifierPool:
         settings = WorkerSettings(tuple(plugins), memory_mb, deadline)
         self._batch_deadline = batch_deadline
         self._on_timeout = on_timeout
-        self._leash = _Leash(deadline)
+        self._leash = Leash(deadline)
         self._logged_errors: set[str] = set()
         if plugins:
             _import_plugins(plugins, settings)
@@ -179,6 +162,41 @@ class VerifierPool:
         self._log_errors(verdicts, [prompt for _, prompt in items])
         return verdicts
 
+    def check_golds(
+        self,
+        golds: Sequence[Gold],
+        progress: Callable[[Progress], None] | None = None,
+    ) -> list[str | None]:
+        """What is wrong with each gold answer; None where its verifier can use it.
+
+        Their checks run as verifiers do, in workers and with their deadline; a batch has no budget.
+        """
+        mistakes: dict[int, str | None] = {}
+        waiting: list[Numbered] = []
+        timed_out = 0
+        for position, gold in enumerate(golds):
+            if _is_bounded(gold.verifier, gold.answer) or not has_gold_check(gold.verifier):
+                mistakes[position] = check_gold(gold)
+            else:
+                waiting.append((position, Item(gold.verifier, _request(gold._asdict()))))
+        try:
+            for position, verdict in self._graded_by_workers(waiting, until=math.inf):
+                mistakes[position] = None
+                if not verdict.correct:
+                    mistakes[position] = verdict.detail
+                if verdict.detail.startswith(NO_VERDICT):
+                    timed_out += 1
+                    mistakes[position] = (
+                        f"checking it takes longer than{verdict.detail.removeprefix(NO_VERDICT)}:"
+                        " write it in a simpler form, or leave the row out"
+                    )
+                if progress is not None:
+                    progress(Progress(len(mistakes), len(golds), timed_out))
+        except BaseException:
+            self.close()
+            raise
+        return [mistakes[position] for position in range(len(golds))]
+
     def _verify(
         self,
         items: Sequence[tuple[str, Prompt]],
@@ -205,11 +223,11 @@ class VerifierPool:
                 continue
             if time.monotonic() > until:
                 note(position, self._too_late())
-            elif _is_bounded(response, prompt):
+            elif _is_bounded(prompt.verifier, response, prompt.answer):
                 verdict = grade(prompt.verifier, response, prompt.answer, prompt.metadata)
                 note(position, self._with_format_reward(verdict))
             else:
-                waiting.append((position, Item(prompt.verifier, _request(response, prompt))))
+                waiting.append((position, _item(response, prompt)))
         for position, verdict in self._graded_by_workers(waiting, until):
             note(position, verdict)
         return [verdicts[position] for position in range(len(items))]
@@ -319,13 +337,9 @@ class VerifierPool:
         return response
 
 
-def _is_bounded(response: str, prompt: Prompt) -> bool:
-    """Whether this item is graded in the trainer's process."""
-    return (
-        prompt.verifier in BOUNDED
-        and len(response) <= MAX_BOUNDED
-        and len(prompt.answer) <= MAX_BOUNDED
-    )
+def _is_bounded(verifier: str, *texts: str) -> bool:
+    """Whether a verifier runs in the trainer's process on these texts."""
+    return verifier in BOUNDED and all(len(text) <= MAX_BOUNDED for text in texts)
 
 
 def _import_plugins(plugins: Sequence[str], settings: WorkerSettings) -> None:
@@ -342,18 +356,18 @@ def _import_plugins(plugins: Sequence[str], settings: WorkerSettings) -> None:
     load_plugins(plugins)
 
 
-def _request(response: str, prompt: Prompt) -> bytes:
-    """The request to grade this response. Raises ValueError where the prompt's data is not JSON."""
-    item = {
-        "verifier": prompt.verifier,
-        "response": response,
-        "answer": prompt.answer,
-        "metadata": prompt.metadata,
-    }
+def _item(response: str, prompt: Prompt) -> Item:
+    """What asks to grade this response. Raises ValueError where the prompt's data is not JSON."""
+    gold = Gold(prompt.verifier, prompt.answer, prompt.metadata)
     try:
-        return json.dumps(item).encode("ascii")
+        return Item(prompt.verifier, _request({**gold._asdict(), "response": response}))
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"problem {prompt.index} of task {prompt.task!r}:"
             f" its answer or metadata is not JSON ({error})"
         ) from error
+
+
+def _request(item: dict[str, Any]) -> bytes:
+    """An item as `protocol.py` describes it."""
+    return json.dumps(item).encode("ascii")

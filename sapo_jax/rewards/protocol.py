@@ -10,6 +10,9 @@ They exchange lines of JSON. The worker answers a request before the next one is
                                                  {"number": n, "verdict": {"status": ..,
                                                   "reward": .., "detail": ..}, "retire": bool}
 
+An item without a response asks whether the verifier can use the gold answer; the verdict is "wrong"
+where it cannot, and the detail says why.
+
 The first two are answered by {"failed": traceback} where they fail. `number` counts the items since
 the worker started, from 1. A worker begins an item when it has written the verdict on the one
 before; so whoever has read n verdicts knows which item is in progress, and whose fault the worker's

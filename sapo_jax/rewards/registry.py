@@ -28,7 +28,7 @@ import importlib
 import inspect
 import math
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, get_args
 
 from sapo_jax.text import did_you_mean
@@ -122,21 +122,43 @@ def require(name: str, asker: str) -> Verifier:
     )
 
 
-def check_gold(name: str, answer: str, metadata: dict[str, Any]) -> str | None:
+class Gold(NamedTuple):
+    """A problem's own answer, which a verifier is to compare responses with."""
+
+    verifier: str
+    answer: str
+    metadata: dict[str, Any]
+
+
+def has_gold_check(name: str) -> bool:
+    """Whether a verifier can say if it can read a gold answer; without a check it takes each."""
+    return name in VERIFIERS and VERIFIERS[name].check_gold is not None
+
+
+def check_gold(gold: Gold) -> str | None:
     """What is wrong with a gold answer; None where its verifier can compare responses with it.
 
-    A verifier without a check of its own takes every answer.
+    The only exceptions that leave this function are MemoryError and KeyboardInterrupt.
     """
-    if name not in VERIFIERS:
+    if not has_gold_check(gold.verifier):
         return None
-    check = VERIFIERS[name].check_gold
-    if check is None:
-        return None
+    check = VERIFIERS[gold.verifier].check_gold
+    assert check is not None
     try:
-        check(answer, metadata)
+        check(gold.answer, gold.metadata)
     except ValueError as mistake:
-        return str(mistake)
+        return _message(mistake)
+    except (MemoryError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # SystemExit too
+        message = f"{type(error).__name__}: {_message(error)}"
+        return f"its check has failed with {message} ({_where_raised(error, check)})"
     return None
+
+
+def check_golds(golds: Sequence[Gold]) -> list[str | None]:
+    """`check_gold` of each, in this process: without a deadline (`VerifierPool` has one)."""
+    return [check_gold(gold) for gold in golds]
 
 
 def grade(name: str, response: str, answer: str, metadata: dict[str, Any]) -> Verdict:
@@ -164,7 +186,7 @@ def _message(error: BaseException) -> str:
         return "(its message cannot be written)"
 
 
-def _where_raised(error: BaseException, function: VerifierFunction) -> str:
+def _where_raised(error: BaseException, function: Callable[..., Any]) -> str:
     """The last line of the verifier's own file that the exception came through."""
     file, line = _definition(function)
     for frame in traceback.extract_tb(error.__traceback__):
@@ -173,7 +195,7 @@ def _where_raised(error: BaseException, function: VerifierFunction) -> str:
     return f"{file}:{line}"
 
 
-def _definition(function: VerifierFunction) -> tuple[str, int]:
+def _definition(function: Callable[..., Any]) -> tuple[str, int]:
     """The file and the line where a verifier is defined."""
     code = getattr(inspect.unwrap(function), "__code__", None)
     if code is None:

@@ -81,7 +81,43 @@ def _scorer(task: str, options: str) -> Any:
     return _reasoning_gym().create_dataset(task, **json.loads(options))
 
 
-@register("reasoning_gym", prepare=_reasoning_gym)
+def _task_scorer(metadata: dict[str, Any]) -> Any:
+    """The scorer of the task that an entry is of. Raises ValueError where there is none."""
+    try:
+        task = metadata["metadata"]["source_dataset"]
+    except (KeyError, TypeError):
+        raise ValueError(
+            "the metadata is no entry of reasoning-gym: it lacks metadata.source_dataset"
+        ) from None
+    if not isinstance(task, str) or task not in REASONING_GYM_TASKS:
+        raise ValueError(
+            f"reasoning-gym task {task!r} is not on the allow-list (sapo_jax/rewards/allowlist.py)"
+        )
+    options = {}
+    if task in NEEDS_OPTIONS:
+        if "options" not in metadata:
+            raise ValueError(
+                f"the scorer of {task!r} needs metadata['options'], the options of its generator"
+            )
+        options = metadata["options"]
+    return _scorer(task, json.dumps(options, sort_keys=True))
+
+
+def check_entry(answer: str, metadata: dict[str, Any]) -> None:
+    """Raises ValueError for a gold answer that fails its own task.
+
+    What the generator makes needs no check; rows of files that name this verifier do.
+    """
+    scorer = _task_scorer(metadata)
+    if scorer.score_answer(answer, {**metadata, "answer": answer}) != 1.0:
+        task = metadata["metadata"]["source_dataset"]
+        raise ValueError(
+            f"the gold answer {answer[:80]!r} fails its own task {task!r}:"
+            " answer or metadata is damaged"
+        )
+
+
+@register("reasoning_gym", prepare=_reasoning_gym, check_gold=check_entry)
 def reasoning_gym(response: str, answer: str, metadata: dict[str, Any]) -> bool:
     """Full marks from the scorer of the task that `metadata["metadata"]["source_dataset"]` names.
 
@@ -93,30 +129,14 @@ def reasoning_gym(response: str, answer: str, metadata: dict[str, Any]) -> bool:
     Raises ValueError for a task that is not on the allow-list, for options that are missing, and
     for a gold answer that fails its own task.
     """
-    task = metadata["metadata"]["source_dataset"]
-    if task not in REASONING_GYM_TASKS:
-        raise ValueError(
-            f"reasoning-gym task {task!r} is not on the allow-list (sapo_jax/rewards/allowlist.py)"
-        )
-    options = {}
-    if task in NEEDS_OPTIONS:
-        if "options" not in metadata:
-            raise ValueError(
-                f"the scorer of {task!r} needs metadata['options'], the options of its generator"
-            )
-        options = metadata["options"]
-    scorer = _scorer(task, json.dumps(options, sort_keys=True))
-    entry = {**metadata, "answer": answer}
-    if scorer.score_answer(answer, entry) != 1.0:
-        raise ValueError(
-            f"the gold answer {answer[:80]!r} fails its own task {task!r}:"
-            " answer or metadata is damaged"
-        )
+    check_entry(answer, metadata)
     try:
-        return bool(scorer.score_answer(response, entry) == 1.0)
+        scorer = _task_scorer(metadata)
+        return bool(scorer.score_answer(response, {**metadata, "answer": answer}) == 1.0)
     except MemoryError:
         raise
     except Exception as error:
+        task = metadata["metadata"]["source_dataset"]
         raise Unparsable(
             f"the scorer of {task!r} cannot read the answer ({type(error).__name__})"
         ) from error

@@ -1,4 +1,4 @@
-"""The items of a batch that wait for a worker, which several threads take in pieces."""
+"""The items of a batch that wait for a worker, and the deadlines that they have."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from sapo_jax.rewards.protocol import Item
 
 _MAX_ITEMS = 64  # of a piece
 _MAX_BYTES = 2**20  # of a piece that has several items
+_PATIENCE = 3  # time-outs in a row of one verifier after which its deadline is halved each time
+_SHORTEST = 1 / 64  # of the deadline that is left of it in the end
 
 # An item, and where it stands in the batch.
 Numbered = tuple[int, Item]
 
 
 class Work:
-    """Several threads may call its methods.
+    """Items that threads take in pieces; several of them may call its methods.
 
     Pieces are large at first, so that a worker is asked seldom, and single items in the end, so
     that no worker has much left to do when the others are done.
@@ -54,3 +56,28 @@ class Work:
             self._waiting.extendleft(reversed(left))
             self._pieces_out -= 1
             self._changed.notify_all()
+
+
+class Leash:
+    """The deadline of each verifier: a shorter one after several time-outs in a row.
+
+    A thousand completions that all hang so cost seconds, not hours. A single verdict in time
+    restores the whole deadline. Several threads may call it.
+    """
+
+    def __init__(self, deadline: float) -> None:
+        self._deadline = deadline
+        self._in_a_row: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def seconds(self, verifier: str) -> float:
+        with self._lock:
+            halvings = max(0, self._in_a_row.get(verifier, 0) - _PATIENCE + 1)
+        return self._deadline * max(_SHORTEST, 0.5**halvings)
+
+    def note(self, verifier: str, timed_out: bool) -> None:
+        with self._lock:
+            if timed_out:
+                self._in_a_row[verifier] = self._in_a_row.get(verifier, 0) + 1
+            else:
+                self._in_a_row[verifier] = 0

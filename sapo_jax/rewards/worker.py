@@ -17,6 +17,7 @@ from typing import Any
 
 from sapo_jax.rewards import child, registry
 from sapo_jax.rewards.protocol import OUT_OF_MEMORY, WorkerSettings
+from sapo_jax.types import Verdict
 
 _MAX_DETAIL = 500  # characters of a verdict's detail that are sent
 _BACKSTOP = 2.0  # seconds past the deadline after which a worker ends itself
@@ -77,9 +78,7 @@ class _Worker:
         # holds the GIL so that no thread of ours gets to notice it, this alarm ends the process.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, self.deadline + _BACKSTOP)
-        verdict = registry.grade(
-            item["verifier"], item["response"], item["answer"], item["metadata"]
-        )
+        verdict = _verdict(item)
         signal.setitimer(signal.ITIMER_REAL, 0)
         self.graded += 1
         fields = {
@@ -96,6 +95,17 @@ class _Worker:
         """
         left_behind = child.address_space() - self.memory_at_rest
         return left_behind > (self.memory_limit - self.memory_at_rest) / 2
+
+
+def _verdict(item: dict[str, Any]) -> Verdict:
+    """The verdict on a response, or on a gold answer: "ok" where the verifier can use it."""
+    if "response" in item:
+        return registry.grade(item["verifier"], item["response"], item["answer"], item["metadata"])
+    gold = registry.Gold(item["verifier"], item["answer"], item["metadata"])
+    mistake = registry.check_gold(gold)
+    if mistake is None:
+        return Verdict("ok", 1.0)
+    return Verdict("wrong", 0.0, mistake)
 
 
 def _sendable(detail: str) -> str:

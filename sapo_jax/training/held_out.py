@@ -14,7 +14,7 @@ from sapo_jax.data import load_demonstrations, load_problems, trained_on
 from sapo_jax.data.identity import content_of, question_hash
 from sapo_jax.errors import RunError
 from sapo_jax.io.files import CONFIG
-from sapo_jax.training.run import Run, TrainedParams, say
+from sapo_jax.training.run import Run, TrainedParams, gold_check, say
 from sapo_jax.types import Prompt
 
 _NAMED = 3  # problems that the message names
@@ -62,7 +62,8 @@ def _overlap_by_config(run: Run) -> list[Prompt]:
     )
     if not any(key.startswith("data.") for key in diff(stored, run.cfg)):
         return []
-    return _common(run, load_problems(stored.data, run.tokenizer).train.values())
+    problems = load_problems(stored.data, run.tokenizer, check=gold_check(run.verifiers))
+    return _common(run, problems.train.values())
 
 
 def _demonstrated(run: Run) -> list[Prompt]:

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import resource
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +21,14 @@ from etils import epath
 from sapo_jax.batch import Params
 from sapo_jax.config import Config, ConfigError, dump, load, verify, with_vocabulary
 from sapo_jax.config.resume import changes_that_forbid_resuming
-from sapo_jax.data import Problems, PromptBatches, Tokenizer, load_problems, load_tokenizer
+from sapo_jax.data import (
+    GoldCheck,
+    Problems,
+    PromptBatches,
+    Tokenizer,
+    load_problems,
+    load_tokenizer,
+)
 from sapo_jax.distributed import sharding
 from sapo_jax.distributed.processes import (
     ProcessShard,
@@ -35,10 +42,12 @@ from sapo_jax.errors import FolderError, ModelDirError, ProcessError, RunError, 
 from sapo_jax.hub.weights import check_weights, load_params
 from sapo_jax.io.checkpoint import Checkpoints
 from sapo_jax.io.files import CONFIG, write_atomically
+from sapo_jax.io.progress import VerificationNotice
 from sapo_jax.io.run_folder import Folder, as_path, open_folder
 from sapo_jax.learner.state import abstract_params, random_params
 from sapo_jax.models import Policy, make_policy
 from sapo_jax.rewards import VerifierPool
+from sapo_jax.rewards.registry import Gold
 from sapo_jax.training.malloc_trim import trim_after_compiling
 from sapo_jax.training.random_streams import Stream, data_seed, random_key
 
@@ -184,7 +193,7 @@ def open_run(cfg: Config, *, write: bool = True) -> Iterator[Run]:
             shard = process_shard(mesh)
             _check_prompts_divide(cfg, shard)
             verifiers = stack.enter_context(VerifierPool(**dataclasses.asdict(cfg.rewards)))
-            problems = load_problems(cfg.data, tokenizer)
+            problems = load_problems(cfg.data, tokenizer, check=gold_check(verifiers))
             say(problems.notices)
             if cfg.model.path is not None:
                 notes = check_weights(cfg.model.path, cfg.model)
@@ -217,6 +226,15 @@ def open_run(cfg: Config, *, write: bool = True) -> Iterator[Run]:
             shard=shard,
             stop=stop,
         )
+
+
+def gold_check(verifiers: VerifierPool) -> GoldCheck:
+    """Checks the gold answers of a file in the workers, and says so where it takes long."""
+
+    def check(golds: Sequence[Gold]) -> Sequence[str | None]:
+        return verifiers.check_golds(golds, VerificationNotice("checking gold answers"))
+
+    return check
 
 
 def say(notices: Iterable[str]) -> None:

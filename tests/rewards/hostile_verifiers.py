@@ -15,6 +15,16 @@ from sapo_jax.rewards import Unparsable, register
 HOARD: list[bytearray] = []
 
 
+def _check_gold(answer: str, metadata: dict) -> None:
+    ACTIONS[answer](metadata)
+
+
+@register("picky", check_gold=_check_gold)
+def picky(response: str, answer: str, metadata: dict) -> bool:
+    """It takes no gold answer but those whose action succeeds."""
+    return True
+
+
 @register("hostile")
 def hostile(response: str, answer: str, metadata: dict):
     if "pid_file" in metadata:

@@ -6,7 +6,7 @@ import pytest
 from reward_cases import TABLES
 
 from sapo_jax.rewards.extract import extract_answer
-from sapo_jax.rewards.registry import check_gold, grade
+from sapo_jax.rewards.registry import Gold, check_gold, grade
 
 ROWS = [(verifier, form, *row) for verifier, form, rows in TABLES for row in rows]
 
@@ -27,7 +27,7 @@ def test_there_are_enough_rows():
 
 @pytest.mark.parametrize("gold", sorted({gold for *_, gold, _ in ROWS}))
 def test_the_gold_answers_of_the_table_are_good(gold):
-    assert check_gold("math", gold, {}) is None
+    assert check_gold(Gold("math", gold, {})) is None
 
 
 def test_what_takes_minutes_is_refused_in_milliseconds():

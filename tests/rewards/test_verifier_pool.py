@@ -17,6 +17,7 @@ from sapo_jax.errors import WorkerError
 from sapo_jax.rewards import VERIFIERS, VerifierPool, process
 from sapo_jax.rewards.numbers import read_number
 from sapo_jax.rewards.pool import Progress
+from sapo_jax.rewards.registry import Gold, check_gold
 from sapo_jax.rewards.verifiers import BOUNDED, MAX_BOUNDED
 from sapo_jax.types import Prompt, Verdict
 
@@ -277,6 +278,49 @@ def test_bounded_verifiers_are_bounded(piece):
         start = time.process_time()
         read_number(answer)
         assert time.process_time() - start < 0.1
+
+
+# ---------------------------------------------------------------- gold answers
+
+
+def test_gold_answers_are_checked_under_a_deadline():
+    names = ["right", "sleep", "raise", "sys.exit", "os._exit", "unparsable", "right"]
+    golds = [Gold("picky", name, {}) for name in names]
+    golds += [Gold("numeric", "five", {}), Gold("numeric", "5", {}), Gold("same", "", {})]
+    seen = []
+    with VerifierPool(**{**HOSTILE, "deadline": 0.5, "workers": 1}) as pool:
+        mistakes = pool.check_golds(golds, progress=seen.append)
+    assert mistakes[0] is None and mistakes[6] is None
+    assert mistakes[1].startswith("checking it takes longer than 0.5 s: write it in a simpler form")
+    assert mistakes[2].startswith("its check has failed with KeyError: 'missing' (")
+    assert mistakes[3].startswith("its check has failed with SystemExit: 0 (")
+    assert "the worker exited with code 0" in mistakes[4]
+    assert mistakes[5] == "nothing here"
+    assert mistakes[7] == "the gold answer 'five' is not a number"
+    assert mistakes[8:] == [None, None]
+    assert seen[-1] == Progress(10, 10, timed_out=1)
+
+
+@pytest.mark.parametrize(
+    "metadata, answer, mistake",
+    [
+        ({}, "4", "the metadata is no entry of reasoning-gym"),
+        (
+            {"metadata": {"source_dataset": "countdown"}},
+            "4",
+            "'countdown' is not on the allow-list",
+        ),
+        ({"metadata": {"source_dataset": "chain_sum"}}, "4", None),
+        ({"metadata": {"source_dataset": "gcd"}, "answer": "4"}, "4", None),
+        ({"metadata": {"source_dataset": "word_ladder"}}, "4", "needs metadata['options']"),
+    ],
+)
+def test_entries_of_reasoning_gym_in_files_are_checked(metadata, answer, mistake):
+    found = check_gold(Gold("reasoning_gym", answer, metadata))
+    if mistake is None:
+        assert found is None
+    else:
+        assert mistake in found
 
 
 # ---------------------------------------------------------------- completions

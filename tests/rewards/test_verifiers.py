@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sapo_jax.rewards import VERIFIERS, Unparsable, register
-from sapo_jax.rewards.registry import Verifier, check_gold, grade
+from sapo_jax.rewards.registry import Gold, Verifier, check_gold, grade
 from sapo_jax.types import Verdict
 
 
@@ -135,7 +135,7 @@ def test_math_names_a_gold_answer_that_it_cannot_parse():
     ],
 )
 def test_bad_gold_answers_are_told_apart(name, gold, mistake):
-    assert mistake in check_gold(name, gold, {})
+    assert mistake in check_gold(Gold(name, gold, {}))
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_bad_gold_answers_are_told_apart(name, gold, mistake):
     [("math", "1e5"), ("math", "Yes"), ("math", "9^{9^{9}}"), ("numeric", "1/2"), ("exact", "a")],
 )
 def test_good_gold_answers_pass(name, gold):
-    assert check_gold(name, gold, {}) is None
+    assert check_gold(Gold(name, gold, {})) is None
 
 
 class _Boastful(float):
