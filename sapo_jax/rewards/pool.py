@@ -6,8 +6,8 @@ result's type. A worker is given many items at a time, because asking costs more
 do; it grades them one after the other and says each verdict at once, so that an item that hangs or
 crashes costs a worker, never the verdict of another item: what the worker had not begun is given to
 the next one. A batch has a budget of time too, and a verifier that runs into its deadline several
-times in a row gets ever shorter ones (`work.Leash`). The verifiers of `verifiers.BOUNDED` cannot hang
-or crash; they run in the trainer's process. Status is kept apart from reward
+times in a row gets ever shorter ones (`work.Leash`). The verifiers of `verifiers.BOUNDED` cannot
+hang or crash; they run in the trainer's process. Status is kept apart from reward
 (`sapo_jax.types.Verdict`):
 
     ok, wrong     the verifier graded the answer: reward 1, or its partial credit (below 1)
@@ -30,7 +30,6 @@ import json
 import logging
 import math
 import queue
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
