@@ -488,6 +488,20 @@ def kept_checkpoints(cfg: Config) -> Iterator[Problem]:
         yield Problem(("checkpoint.keep_every", "checkpoint.every"), text)
 
 
+def metric_sinks(cfg: Config) -> Iterator[Problem]:
+    """Each sink is named once, and its library is installed."""
+    for sink in dict.fromkeys(cfg.metrics.sinks):
+        if cfg.metrics.sinks.count(sink) > 1:
+            yield Problem(("metrics.sinks",), f"{sink} is named twice; name it once")
+        if sink == "tensorboard":
+            continue
+        spec = importlib.util.find_spec(sink)
+        # A mere folder of that name, such as the one that wandb writes to, has no origin.
+        if spec is None or spec.origin is None:
+            text = f"{sink} is not installed; pip install 'sapo-jax[{sink}]', or leave it out"
+            yield Problem(("metrics.sinks",), text)
+
+
 RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     # data, rewards
     some_task,
@@ -515,4 +529,5 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     routing_replay,
     warm_up,
     kept_checkpoints,
+    metric_sinks,
 )

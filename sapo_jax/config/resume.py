@@ -26,6 +26,7 @@ NO_SAY_IN_RESULTS = (
     "train.print_samples_every",
     "train.live_mismatch_every",
     "diagnostics.every",
+    "metrics.",
     # when a run gives up, and what its verifier processes may use,
     "train.max_nonfinite",
     "rewards.workers",

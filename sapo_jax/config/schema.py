@@ -302,6 +302,18 @@ class Diagnostics:
 
 
 @config_section
+class Metrics:
+    """Where the rows of `metrics.jsonl` go beside that file."""
+
+    # tensorboard: RUN/tb. wandb and trackio: their libraries (`pip install sapo-jax[wandb]`).
+    sinks: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    project: str = "sapo_jax"  # what wandb and trackio file the run under
+    # False: wandb and trackio write to this machine alone. True: they may send, as their own
+    # settings say (`wandb login`, WANDB_MODE; TRACKIO_SPACE_ID).
+    online: bool = False
+
+
+@config_section
 class Evaluate:
     """Sampling the held-out problems."""
 
@@ -365,6 +377,7 @@ class Config:
     cold_start: ColdStart = dataclasses.field(default_factory=ColdStart)
     train: Train = dataclasses.field(default_factory=Train)
     diagnostics: Diagnostics = dataclasses.field(default_factory=Diagnostics)
+    metrics: Metrics = dataclasses.field(default_factory=Metrics)
     evaluate: Evaluate = dataclasses.field(default_factory=Evaluate)
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)

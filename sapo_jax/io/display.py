@@ -140,7 +140,11 @@ class Display:
             self.console.print(Panel(body, title=head, title_align="left", border_style="dim"))
 
     def summary(
-        self, summary: Mapping[str, Any], run_dir: str | Path, plot: str | Path | None = None
+        self,
+        summary: Mapping[str, Any],
+        run_dir: str | Path,
+        plot: str | Path | None = None,
+        tensorboard: bool = True,
     ) -> None:
         """Print `summary_table`, then where everything is; the live panel stays above, as it is."""
         if self._live:
@@ -152,7 +156,8 @@ class Display:
         lines["run folder"] = run_dir
         if plot is not None:
             lines["plot"] = plot
-        lines["TensorBoard"] = f"tensorboard --logdir {shlex.quote(f'{run_dir}/tb')}"
+        if tensorboard:
+            lines["TensorBoard"] = f"tensorboard --logdir {shlex.quote(f'{run_dir}/tb')}"
         for name, value in lines.items():
             self.console.print(Text(f"{name + ':':13}{value}"), soft_wrap=True)
 

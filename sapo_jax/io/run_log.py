@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -33,9 +33,11 @@ from sapo_jax.io.files import (
     write_atomically,
 )
 from sapo_jax.io.run_folder import Folder
+from sapo_jax.io.sinks import Sink, SinkProcess
 from sapo_jax.io.tensorboard import Board
 
 STAGES = ("cold_start", "rl")  # in the order in which they run
+TENSORBOARD = "tensorboard"
 
 
 class Log(Protocol):
@@ -60,15 +62,18 @@ class Log(Protocol):
     def __exit__(self, *exception: object) -> None: ...
 
 
-def open_log(folder: Folder) -> Log:
-    """The log of a run: RunLog in the first process, SilentLog in the others."""
+def open_log(folder: Folder, sinks: Sequence[str]) -> Log:
+    """The log of a run: RunLog in the first process, SilentLog in the others.
+
+    sinks: where metrics go beside metrics.jsonl, as in `metrics.sinks`.
+    """
     if not is_first():
         return SilentLog()
 
     def upload_now_and_then() -> None:
         folder.publish(now=False)
 
-    return RunLog(folder.logs, upload_now_and_then)
+    return RunLog(folder.logs, upload_now_and_then, sinks)
 
 
 class SilentLog:
@@ -108,16 +113,21 @@ class RunLog:
     Only the first of several processes may open it.
     """
 
-    def __init__(self, run_dir: str | Path, after_write: Callable[[], None] | None = None):
-        """after_write: called after each row of metrics."""
+    def __init__(
+        self,
+        run_dir: str | Path,
+        after_write: Callable[[], None] | None = None,
+        sinks: Sequence[str] = ("tensorboard",),
+    ):
+        """after_write: called after each row of metrics. sinks: as in `open_log`."""
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._metrics = self.run_dir / METRICS
         self._samples = self.run_dir / SAMPLES
         self._diagnostics = self.run_dir / DIAGNOSTICS
         self._after_write = after_write
-        self._board: Board | None = None  # made at the first row, or at the end
-        self._board_gave_way = False  # the disk is full, and TensorBoard's files were removed
+        self._sink_names = list(sinks)
+        self._sinks: dict[str, Sink] = {}  # made at the first row, or at the end
         self._last_step: dict[str, int] = {}  # of the rows of metrics, by stage; -1: none
         self._repair()
         self._keep_rows(until=None)
@@ -129,12 +139,12 @@ class RunLog:
         self.close()
 
     def close(self) -> None:
-        """Ends the log; TensorBoard's files then hold every row."""
-        self._open_board()
-        self._close_board()
+        """Ends the log; TensorBoard's files, and the other sinks, then hold every row."""
+        self._open_sinks()
+        self._close_sinks()
 
     def write(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
-        """Append one row, and tell the thread that copies it for TensorBoard.
+        """Append one row, and tell the sinks, which copy it for TensorBoard and others.
 
         metrics: numbers (Python, numpy or jax scalars) by name. Raises ValueError for an unknown
         stage, or for a step of the stage that is not after those written.
@@ -152,9 +162,9 @@ class RunLog:
         row = {name: _as_float(name, values[name]) for name in metrics}
         self._append(self._metrics, [{"stage": stage, "step": step, **row}])
         self._last_step[stage] = step
-        self._open_board()
-        if self._board is not None:
-            self._board.wake()
+        self._open_sinks()
+        for sink in self._sinks.values():
+            sink.wake()
         if self._after_write is not None:
             self._after_write()
 
@@ -190,7 +200,7 @@ class RunLog:
         That is: later steps of the stage, and later stages.
         """
         self._check_stage(stage)
-        self._close_board()
+        self._close_sinks()
         self._keep_rows(until=(STAGES.index(stage), step))
 
     def summary(self, values: Mapping[str, Any]) -> None:
@@ -213,20 +223,26 @@ class RunLog:
             board_folder = self.run_dir / "tb"
             if not is_out_of_space(error) or not board_folder.is_dir():
                 raise
-            self._close_board()
-            self._board_gave_way = True
+            if TENSORBOARD in self._sinks:
+                self._sinks.pop(TENSORBOARD).close()
+            self._sink_names = [name for name in self._sink_names if name != TENSORBOARD]
             shutil.rmtree(board_folder, ignore_errors=True)
             append_rows(path, rows)
             _say(f"the disk of {self.run_dir} is full; TensorBoard's files were removed for {path}")
 
-    def _open_board(self) -> None:
-        if self._board is None and not self._board_gave_way:
-            self._board = Board(self._metrics, self.run_dir / "tb", STAGES)
+    def _open_sinks(self) -> None:
+        for name in self._sink_names:
+            if name in self._sinks:
+                continue
+            if name == TENSORBOARD:
+                self._sinks[name] = Board(self._metrics, self.run_dir / "tb", STAGES)
+            else:
+                self._sinks[name] = SinkProcess(name, self.run_dir)
 
-    def _close_board(self) -> None:
-        if self._board is not None:
-            self._board.close()
-            self._board = None
+    def _close_sinks(self) -> None:
+        for sink in self._sinks.values():
+            sink.close()
+        self._sinks = {}
 
     def _repair(self) -> None:
         """Drop lines that are no rows, and rows of metrics that are there twice; keep a copy.

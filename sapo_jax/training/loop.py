@@ -39,13 +39,19 @@ def train(cfg: Config, *, traced: int = 0) -> dict[str, Any]:
     Raises Stopped when told to stop, RunError where the run cannot go on, and CheckpointError and
     FolderError where its folder cannot be read or written.
     """
-    with open_run(cfg) as run, open_log(run.folder) as log, open_display() as display:
+    with (
+        open_run(cfg) as run,
+        open_log(run.folder, cfg.metrics.sinks) as log,
+        open_display() as display,
+    ):
         reinforce(run, log, display, traced)
         summary = {}
         if is_first():
             summary = summarize(log, run.cfg)
             log.summary(summary)
-            display.summary(summary, str(run.dir), plot_run(run.folder.logs))
+            plot = plot_run(run.folder.logs)
+            has_events = "tensorboard" in cfg.metrics.sinks
+            display.summary(summary, str(run.dir), plot, tensorboard=has_events)
         return broadcast_from_first(summary)
 
 

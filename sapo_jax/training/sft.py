@@ -47,7 +47,11 @@ def sft(cfg: Config) -> None:
     """
     if cfg.cold_start.steps == 0:
         raise RunError("cold_start.steps is 0: there is nothing to do; set cold_start.steps")
-    with open_run(cfg) as run, open_log(run.folder) as log, open_display() as display:
+    with (
+        open_run(cfg) as run,
+        open_log(run.folder, cfg.metrics.sinks) as log,
+        open_display() as display,
+    ):
         params = cold_start(run, log, display)
         evaluation = Evaluator.of(run)(params, run.problems.held_out)
         if is_first():

@@ -156,6 +156,7 @@ BROKEN = [  # rule, overrides, keys, what the message says
     ("warm_up", ["cold_start={steps: 5, optimizer: {warmup_steps: 5}}"],
      "cold_start.optimizer.warmup_steps, cold_start.steps", "5 of 5"),
     ("kept_checkpoints", ["checkpoint.keep_every=30"], "checkpoint.keep_every, checkpoint.every", "every 20 steps"),
+    ("metric_sinks", ["metrics.sinks=[tensorboard, tensorboard]"], "metrics.sinks", "tensorboard is named twice"),
 ]  # fmt: skip
 
 

@@ -47,7 +47,7 @@ def test_paths():
 def test_a_run_in_a_bucket_is_found_again(bucket):
     """Logs reach the bucket when published, and the next job goes on from there; so do TensorBoard's files."""
     for first in (0, 2):
-        with open_folder(bucket) as folder, open_log(folder) as log:
+        with open_folder(bucket) as folder, open_log(folder, ["tensorboard"]) as log:
             assert [row["step"] for row in log.rows("rl")] == list(range(first))
             log.write("rl", first, {"loss": 0.1})
             folder.publish()
@@ -105,7 +105,7 @@ def test_a_folder_on_a_disk_is_locked_and_is_its_own_log(tmp_path):
             open_folder(tmp_path / "run"),
         ):
             pass
-        with open_log(folder) as log:
+        with open_log(folder, ["tensorboard"]) as log:
             log.write("rl", 0, {"loss": 0.5})
         folder.publish()
         assert read_rows(tmp_path / "run" / "metrics.jsonl")[0]["loss"] == 0.5
