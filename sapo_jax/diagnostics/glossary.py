@@ -301,8 +301,8 @@ GLOSSARY = (
             ),
             Entry(
                 ("sequence_mask/grad_share",),
-                "share of the gradient that those sequences would have had: sum of weight * |A| * "
-                "`grad_weight` over their tokens, in that of all tokens",
+                "share of the gradient that those sequences would have had: the loss weight times "
+                "the size of A times `grad_weight`, summed over their tokens and over all",
                 "above `sequence_mask/fraction` where long or far sequences are left out",
             ),
         ),

@@ -7,14 +7,17 @@ from pathlib import Path
 import pytest
 
 from sapo_jax.config import (
+    DPPO,
     GRPO,
     PRESETS,
     SAPO,
+    Bounds,
     Config,
     ConfigError,
     FileTask,
     Model,
     ReasoningGymTask,
+    SequenceMask,
     diff,
     dump,
     load,
@@ -67,7 +70,7 @@ def test_five_planted_mistakes_are_all_listed(write):
         "rollout.temprature: unknown key; did you mean 'temperature'?",
         "optimizer.learning_rate: expected a number > 0, got 'fast'",
         "cold_start.steps: expected an integer >= 0, got -1",
-        "objective.name: expected one of 'sapo', 'grpo', 'gspo', 'cispo', got 'sap0'; did you mean 'sapo'?",
+        "objective.name: expected one of 'sapo', 'grpo', 'gspo', 'cispo', 'vespo', 'dppo', 'topr', got 'sap0'; did you mean 'sapo'?",
         "rollout.prompts_per_step, train.mini_batches: 30 prompts cannot be split into 4 mini-batches of whole groups;"
         " make prompts_per_step a multiple of 4",
     }
@@ -83,8 +86,8 @@ def test_five_planted_mistakes_are_all_listed(write):
         ("rollout.top_p=1.5", "rollout.top_p: expected a number > 0 and <= 1, got 1.5"),
         ("optimizer.learning_rate=.inf", "optimizer.learning_rate: expected a number > 0, got '.inf'"),
         ("optimizer.eps=.nan", "optimizer.eps: expected a number > 0, got '.nan'"),
-        ("objective.tau_pos=1e400", "objective.tau_pos: expected a number > 0, got '1e400'"),
-        ("objective.name={a: 1}", "objective.name: expected one of 'sapo', 'grpo', 'gspo', 'cispo', got {\"a\": 1}"),
+        ("objective.tau_pos=1e400", "objective.tau_pos: expected a number > 0 or null, got '1e400'"),
+        ("objective.name={a: 1}", "objective.name: expected one of 'sapo', 'grpo', 'gspo', 'cispo', 'vespo', 'dppo', 'topr', got {\"a\": 1}"),
         ("model.qk_norm=yes", "model.qk_norm: expected true or false, got 'yes'"),
         ("model.qk_norm=1", "model.qk_norm: expected true or false, got 1"),
         ("advantage.ddof=true", "advantage.ddof: expected an integer >= 0 and <= 1, got true"),
@@ -97,7 +100,7 @@ def test_five_planted_mistakes_are_all_listed(write):
         ("tau_pos=1", "tau_pos: unknown key here; did you mean 'objective.tau_pos (name: sapo)'?"),
         ("checkpoint.zzz=1", "checkpoint.zzz: unknown key; the keys here are every, keep_last, keep_every"),
         ("mesh=null", "mesh: expected a mapping, got null; leave the key out to keep the defaults"),
-        ("objective=null", "objective: expected a mapping with `name: sapo | grpo | gspo | cispo`, got null;"
+        ("objective=null", "objective: expected a mapping with `name: sapo | grpo | gspo | cispo | vespo | dppo | topr`, got null;"
          " leave the key out to keep the defaults"),
         ("name=7", "name: expected text, got 7; put it in quotes to make it text"),
         ("cold_start.response={answer}", 'cold_start.response: expected text, got {"answer": null};'
@@ -274,6 +277,46 @@ def test_a_changed_objective_or_task_starts_afresh_in_a_base(write, tmp_path):
     rows = write("{}", "rows.jsonl")
     cfg = load(tmp_path / "base.yaml", [f"data.tasks.0.path={rows}", "data.tasks.0.kind=file"])
     assert cfg.data.tasks == (FileTask(path=str(rows)),)
+
+
+def test_another_gate_forgets_the_temperatures_of_the_old_one(write):
+    """They are those of another gate; its own are filled in, as where a file gives none."""
+    write(
+        TASKS + "objective: {tau_pos: 2.0, tau_neg_below: 9.0, bounds: {neg_low: 0.2}}", "base.yaml"
+    )
+    narrow = SAPO(gate="erf", bounds=Bounds(neg_low=0.2))
+    assert (narrow.tau_pos, narrow.tau_neg, narrow.tau_neg_below) == (10.0, 12.0, None)
+    assert load(write("base: base.yaml\nobjective: {gate: erf}")).objective == narrow
+    same = load(write("base: base.yaml\nobjective: {gate: ratio}")).objective
+    assert (same.tau_pos, same.tau_neg, same.tau_neg_below) == (2.0, 1.05, 9.0)
+    log = load(write("base: base.yaml\nobjective: {gate: log, tau_pos: 3.0}")).objective
+    assert (log.tau_pos, log.tau_neg, log.tau_neg_below) == (3.0, 1.05, None)
+    kl = load(write(TASKS + "objective: {name: dppo, delta: 0.2}"), ["objective.divergence=kl"])
+    assert kl.objective == DPPO(divergence="kl") and kl.objective.delta == 0.05
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_gate_comes_before_the_temperatures_whatever_the_order(write, order):
+    path = write(TASKS + "objective: {name: grpo}")
+    overrides = ["objective.tau_neg=3.0", "objective.gate=arctan", "objective.name=sapo"][::order]
+    assert load(path, overrides).objective == SAPO(gate="arctan", tau_neg=3.0)
+
+
+def test_a_width_takes_the_place_of_a_temperature_and_survives_a_round_trip(write, tmp_path):
+    path = write(TASKS + "objective: {gate: log, width_neg: 0.5, tau_pos: null, width_pos: 0.3}")
+    objective = load(path).objective
+    assert (objective.tau_pos, objective.tau_neg) == (None, None)
+    assert objective.temperature("neg") == pytest.approx(1.7627 / 0.5, rel=1e-4)
+    assert load(write(dump(load(path)), "again.yaml")).objective == objective
+
+
+def test_the_sequence_mask_has_no_default_number(write):
+    assert load(write(TASKS), ["loss.sequence_mask.below=0.1"]).loss.sequence_mask == SequenceMask(
+        below=0.1
+    )
+    assert problems_of(write(TASKS + "loss: {sequence_mask: {}}")) == [
+        "loss.sequence_mask.below: missing, and it has no default; expected a number > 0"
+    ]
 
 
 def test_objective_without_a_name_is_sapo(write):

@@ -59,7 +59,9 @@ def test_yaml_gives_back_what_it_was_given(value):
 
 KEYS_AND_VALUES = {
     "objective.name": ["sapo", "grpo", "gspo"],
+    "objective.gate": ["log", "erf"],
     "objective.tau_pos": ["0.5", "2.0"],
+    "objective.bounds.neg_low": ["0.2"],
     "objective.clip_low": ["0.1", "0.3"],
     "model.preset": ["qwen3-4b", "qwen3-30b-a3b"],
     "model.num_hidden_layers": ["2", "3"],

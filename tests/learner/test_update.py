@@ -15,7 +15,18 @@ import torch
 
 from sapo_jax import diagnostics
 from sapo_jax.batch import Batch, TrainState
-from sapo_jax.config import GRPO, SAPO, Config, Loss, Mesh, Optimizer, Rollout, load
+from sapo_jax.config import (
+    DPPO,
+    GRPO,
+    SAPO,
+    Config,
+    Loss,
+    Mesh,
+    Optimizer,
+    Rollout,
+    SequenceMask,
+    load,
+)
 from sapo_jax.distributed import sharding
 from sapo_jax.learner import update as learner
 from sapo_jax.learner.routing_replay import router_metrics
@@ -87,6 +98,9 @@ def test_log_probs_that_a_loss_needs_must_be_in_the_batch():
     with_kl = changed(CFG, loss=Loss(kl="k3", kl_coef=0.1))
     with pytest.raises(ValueError, match="needs ref_logp_BT"):
         trace(with_kl, drifted_batch())
+    with_mask = changed(CFG, loss=Loss(sequence_mask=SequenceMask(below=0.1)))
+    with pytest.raises(ValueError, match="needs sampler_logp_BT"):
+        trace(with_mask, drifted_batch())
 
 
 # ---------------------------------------------------------------- optimiser
@@ -285,6 +299,56 @@ def test_correction_multiplies_the_surrogate_and_not_the_kl(loss_and_gradient, k
     np.testing.assert_allclose(
         kl_BT - gradient_BT, 0.3 * batch.weight_BT * (logp_BT - batch.ref_logp_BT), atol=1e-6
     )
+
+
+def test_a_sequence_mask_zeroes_the_surrogate_inside_the_means_and_not_the_kl(loss_and_gradient):
+    """The mean of log(pi / pi_sampler) decides, of sequences with A < 0; the weights stay."""
+    batch, logp_BT, _ = logp_example()
+    below = 0.1
+    rng = np.random.default_rng(6)
+    offset_BT = np.repeat(rng.normal(0, 0.5, (len(logp_BT), 1)), logp_BT.shape[1], axis=1)
+    batch = changed(batch, sampler_logp_BT=(logp_BT - offset_BT).astype(np.float32))
+
+    left_out_BT = batch.mask_BT & (batch.adv_BT < 0) & (offset_BT < -below)
+    negative_BT = batch.mask_BT & (batch.adv_BT < 0)
+    loss = Loss(kl="k2", kl_coef=0.3)
+    plain_loss, _, plain_BT = loss_and_gradient(changed(CFG, loss=loss), batch, logp_BT)
+    with_mask = changed(CFG, loss=changed(loss, sequence_mask=SequenceMask(below=below)))
+    masked_loss, stats, masked_BT = loss_and_gradient(with_mask, batch, logp_BT)
+
+    kl_BT = 0.3 * batch.weight_BT * (logp_BT - batch.ref_logp_BT)
+    np.testing.assert_allclose(masked_BT, np.where(left_out_BT, kl_BT, plain_BT), atol=1e-6)
+    assert 0 < left_out_BT.sum() < negative_BT.sum()
+    assert masked_loss != pytest.approx(plain_loss, abs=1e-3)
+
+    def sequences(of_BT):
+        return len(np.unique(sequence_numbers(batch)[of_BT]))
+
+    surrogate_BT = np.abs(plain_BT - kl_BT)
+    expected = {
+        "sequence_mask/fraction": sequences(left_out_BT) / sequences(batch.mask_BT),
+        "sequence_mask/neg_fraction": sequences(left_out_BT) / sequences(negative_BT),
+        "sequence_mask/grad_share": surrogate_BT[left_out_BT].sum() / surrogate_BT.sum(),
+        "clip_fraction/mean": left_out_BT.sum() / batch.mask_BT.sum(),
+    }
+    assert {name: stats[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def sequence_numbers(batch: Batch) -> np.ndarray:
+    """A number of its own for the sequence of each token, over all rows."""
+    row_B1 = np.arange(len(batch.segment_ids_BT))[:, None]
+    return row_B1 * 1000 + np.asarray(batch.segment_ids_BT)
+
+
+def test_the_old_log_probs_reach_an_objective_that_needs_them(loss_and_gradient):
+    """DPPO drops the tokens whose probability moved away by more than delta."""
+    batch, logp_BT, log_ratio_BT = logp_example()
+    _, _, gradient_BT = loss_and_gradient(changed(CFG, objective=DPPO(delta=0.1)), batch, logp_BT)
+    distance_BT = np.abs(np.exp(batch.old_logp_BT) - np.exp(logp_BT))
+    is_blocked_BT = (batch.adv_BT * log_ratio_BT > 0) & (distance_BT > 0.1)
+    expected_BT = -batch.weight_BT * batch.adv_BT * np.exp(log_ratio_BT) * ~is_blocked_BT
+    np.testing.assert_allclose(gradient_BT, expected_BT, atol=1e-6)
+    assert 0 < is_blocked_BT[batch.mask_BT].sum() < batch.mask_BT.sum()
 
 
 # ---------------------------------------------------------------- the config file reaches the loss

@@ -9,12 +9,15 @@ an entry in VARIANTS, nothing else.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sapo_jax.config import CISPO, DPPO, GRPO, GSPO, SAPO, TOPR, VESPO, Bounds
+from sapo_jax.config.objective import GATES
+from sapo_jax.objectives.sequence_mask import leave_out, masked_sequences
 from sapo_jax.objectives.weights import token_weights
 
 EVERY_BOUND = Bounds(pos_low=0.3, pos_high=0.4, neg_low=0.2, neg_high=0.9)
@@ -55,6 +58,14 @@ VARIANTS = {
     ],
     "topr": [TOPR()],
 }
+# Every gate with and without bounds, and with and without temperatures of its quadrants.
+GATE_PRODUCT = [
+    SAPO(gate=gate, tau_pos=0.8, tau_neg=1.7, bounds=bounds, **quadrants)
+    for gate in GATES
+    for bounds in (Bounds(), EVERY_BOUND)
+    for quadrants in ({}, {"tau_neg_below": 12.0, "tau_pos_above": 0.5})
+]
+EVERY_VARIANT = [cfg for variants in VARIANTS.values() for cfg in variants]
 GARBAGE = (np.nan, np.inf, -np.inf, 200.0, -200.0)
 
 
@@ -179,6 +190,18 @@ jitted_outputs = jax.jit(outputs, static_argnums=(0, 1))
 
 def evaluate(objective, cfg, tokens: Tokens, function=jitted_outputs) -> dict[str, np.ndarray]:
     return jax.tree.map(np.asarray, function(objective, cfg, *vars(tokens).values()))
+
+
+@functools.cache
+def with_sequence_mask(objective):
+    """The objective behind a sequence mask of 0.05, whose sampler is the old policy."""
+
+    def masked_objective(log_ratio_BT, adv_BT, mask_BT, cfg, *, segment_ids_BT=None, **old):
+        output = objective(log_ratio_BT, adv_BT, mask_BT, cfg, segment_ids_BT=segment_ids_BT, **old)
+        left_out_BT = masked_sequences(log_ratio_BT, adv_BT, mask_BT, 0.05, segment_ids_BT)
+        return leave_out(*output, left_out_BT)
+
+    return masked_objective
 
 
 def assert_close(actual, expected, tolerance=1e-6):

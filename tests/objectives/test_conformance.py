@@ -17,7 +17,15 @@ from sapo_jax.config import GRPO, GSPO, SAPO
 from sapo_jax.objectives import OBJECTIVES
 from sapo_jax.objectives.gspo import gspo
 from sapo_jax.objectives.sapo import sapo
-from tests.objectives.conformance import CHECKS, VARIANTS, assert_close, evaluate, example
+from tests.objectives.conformance import (
+    CHECKS,
+    GATE_PRODUCT,
+    VARIANTS,
+    assert_close,
+    evaluate,
+    example,
+    with_sequence_mask,
+)
 
 CASES = [
     pytest.param(OBJECTIVES[name], cfg, id=repr(cfg)) for name in VARIANTS for cfg in VARIANTS[name]
@@ -33,6 +41,30 @@ def test_every_objective_has_variants_of_its_own_config():
 @pytest.mark.parametrize("objective, cfg", CASES)
 def test_conformance(objective, cfg, check):
     check(objective, cfg)
+
+
+# A masked sequence is a constant, so its surrogate is not its value at r = 1 plus `centered`.
+MASK_CHECKS = {name: check for name, check in CHECKS.items() if name != "centered"}
+
+
+@pytest.mark.parametrize("check", MASK_CHECKS.values(), ids=MASK_CHECKS)
+@pytest.mark.parametrize("name", ["sapo", "vespo"])
+def test_conformance_behind_a_sequence_mask(name, check):
+    check(with_sequence_mask(OBJECTIVES[name]), VARIANTS[name][0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
+@pytest.mark.parametrize("cfg", GATE_PRODUCT, ids=repr)
+def test_conformance_of_every_gate_with_and_without_bounds_and_quadrants(cfg, check):
+    check(sapo, cfg)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", MASK_CHECKS.values(), ids=MASK_CHECKS)
+@pytest.mark.parametrize("objective, cfg", CASES)
+def test_conformance_of_every_variant_behind_a_sequence_mask(objective, cfg, check):
+    check(with_sequence_mask(objective), cfg)
 
 
 class Variants(chex.TestCase):

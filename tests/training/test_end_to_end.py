@@ -70,7 +70,7 @@ def test_every_config_runs_two_steps(path, tiny_model, tmp_path):
 SETTINGS = {
     "moe_kl_sampler_logp": [
         "model.num_experts=4", "model.router_aux_loss_coef=0.01", "loss.kl=k3", "loss.kl_coef=0.1",
-        "train.old_logp=sampler", "train.micro_batch=4",
+        "train.old_logp=sampler", "train.micro_batch=4", "objective.name=dppo",
     ],
     "gspo_token_correction_epochs": [
         "objective.name=gspo", "objective.level=token", "loss.correction=truncated", "train.epochs=2",
@@ -78,6 +78,7 @@ SETTINGS = {
     "cispo_dr_grpo": [
         "objective.name=cispo", "advantage.kind=leave_one_out", "loss.normalization=constant", "model.remat=full",
         "loss.correction=masked", "optimizer.schedule=cosine", "optimizer.weight_decay=0.1",
+        "loss.sequence_mask.below=1e-4",
     ],
 }  # fmt: skip
 
@@ -91,6 +92,7 @@ def test_settings_run(name, tiny_config, tmp_path):
     last = rows(tmp_path / "run")[-1]
     assert last["mismatch/max"] < 1e-4
     assert ("kl/reference_mean" in last) == ("loss.kl=k3" in overrides)
+    assert ("sequence_mask/fraction" in last) == ("loss.sequence_mask.below=1e-4" in overrides)
     if "loss.kl=k3" in overrides:
         # resumed, the reference is still the policy that RL started from, and nothing of the log is lost
         train(load(tiny_config, [*overrides, "train.steps=3", f"run_dir={tmp_path}/run"]))
