@@ -191,7 +191,8 @@ class DPPO:
     name: Literal["dppo"] = "dppo"
     divergence: Literal["tv", "kl"] = "tv"
     delta: Positive | None = None  # None: 0.15 for tv, 0.05 for kl
-    cap: Positive | None = None  # the largest ratio that a token is weighted by; None: no limit
+    # The largest ratio that a token is weighted by; None: no limit.
+    cap: Annotated[float, pydantic.Field(gt=1)] | None = None
     bounds: Bounds = Bounds()
 
     def __post_init__(self) -> None:
