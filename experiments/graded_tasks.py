@@ -11,8 +11,8 @@ wherever they are made.
     product    47*36=               47*30=1410;47*6=282;1692      partial products
     gcd        gcd(84,36)=          84%36=12;36%12=0;12           Euclid's remainders
 
-A completion has 8 to 70 tokens (bytes), 24 in the mean, and its last number is the answer. So the ratio of a
-sequence is a mean over tens of tokens, and not the same thing as the ratio of a token.
+A completion has 8 to 70 tokens (bytes), 24 in the mean, and its last number is the answer. So the
+ratio of a sequence is a mean over tens of tokens, and not the same thing as the ratio of a token.
 
 The demonstrator is sloppy: each of its steps is off by one or two with probability SLOPPY, and goes
 on from the wrong number. Imitation learns the sloppiness with the arithmetic. RL, which is told
