@@ -8,12 +8,14 @@ Imports nothing of this package.
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 # Exit code (EX_TEMPFAIL) of a run that was told to stop, has saved, and can be resumed.
 STOPPED = 75
 MISTAKES_SHOWN = 20  # by the message of a DataError
+PROBLEMS_SHOWN = 50  # by the message of an error about a configuration or a model's files
 
 
 # Exit code (EX_IOERR) of a command that the disk, or a limit on the size of files, has stopped.
@@ -137,29 +139,32 @@ class PlanError(UserError, ValueError):
 class ModelDirError(UserError, ValueError):
     """A model directory cannot be used.
 
-    `problems` holds all that is wrong with it; the text lists them.
+    `problems` holds all that is wrong with it; the text lists the first 50.
     """
 
     def __init__(self, folder: str | Path, problems: list[str]):
         self.problems = problems
-        super().__init__(_listed(folder, problems))
+        super().__init__(listed(folder, problems))
 
 
 class GGUFError(UserError, ValueError):
     """A GGUF file cannot be converted.
 
-    `problems` holds all that was found; the text lists them under `source`.
+    `problems` holds all that was found; the text lists the first 50 under `source`.
     """
 
     def __init__(self, source: Any, problems: list[str]):
         self.problems = tuple(problems)
-        super().__init__(_listed(source, problems))
+        super().__init__(listed(source, problems))
 
 
-def _listed(source: Any, problems: list[str]) -> str:
-    """The problems, one a line, under what has them."""
+def listed(source: Any, problems: Sequence[object]) -> str:
+    """The problems, one a line, under what has them; the first 50, and how many more there are."""
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    return "\n  ".join([f"{source}: {count}", *problems])
+    lines = [f"{source}: {count}", *map(str, problems[:PROBLEMS_SHOWN])]
+    if len(problems) > PROBLEMS_SHOWN:
+        lines.append(f"... and {len(problems) - PROBLEMS_SHOWN} more")
+    return "\n  ".join(lines)
 
 
 class DataError(UserError, ValueError):

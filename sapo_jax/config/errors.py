@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sapo_jax.errors import UserError
+from sapo_jax.errors import UserError, listed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,15 +41,14 @@ def overlap(path: str, other: str) -> bool:
 class ConfigError(UserError, ValueError):
     """A configuration cannot be used.
 
-    `problems` holds all that is wrong with it; the text lists them, one a line, under `source`,
-    which says what was read.
+    `problems` holds all that is wrong with it; the text lists the first 50, one a line, under
+    `source`, which says what was read.
     """
 
     def __init__(self, problems: Sequence[Problem], source: str = "the configuration"):
         self.problems = tuple(problems)
         self.source = source
-        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        super().__init__("\n  ".join([f"{source}: {count}", *map(str, self.problems)]))
+        super().__init__(listed(source, self.problems))
 
 
 def show(value: Any) -> str:

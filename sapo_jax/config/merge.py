@@ -134,8 +134,9 @@ def merge(under: Any, over: Any, node: Node = ROOT) -> Any:
     if not isinstance(under, dict) or _tag_changes(under, over, node):
         under = {}
     merged = _without_forgotten(under, over, node)
+    section = {**under, **over}
     for key, value in over.items():
-        child = node.child(key, section={**under, **over})
+        child = node.child(key, section=section)
         merged[str(key)] = merge(under.get(str(key)), value, child)
     return merged
 

@@ -20,6 +20,7 @@ from sapo_jax.config.outline import ADAPTER, ROOT, Node, all_keys
 from sapo_jax.config.presets import PRESETS
 from sapo_jax.config.schema import Config
 from sapo_jax.config.source import KeyPath, Layer
+from sapo_jax.errors import PROBLEMS_SHOWN
 from sapo_jax.text import did_you_mean, nearest
 
 
@@ -45,7 +46,10 @@ def validate(raw: Layer) -> tuple[Config, list[Problem]]:
             # mapping for a dataclass.
             cfg = ADAPTER.validate_json(json.dumps(sound), strict=True)
         except pydantic.ValidationError as error:
-            mistakes = [_explain(details, sound) for details in error.errors(include_url=False)]
+            mistakes = [
+                _explain(details, sound, with_hint=number < PROBLEMS_SHOWN)
+                for number, details in enumerate(error.errors(include_url=False))
+            ]
         else:
             return cfg, problems
         problems += [mistake.problem for mistake in mistakes]
@@ -69,10 +73,13 @@ def _unknown_preset(raw: Layer) -> list[Problem]:
 # ---------------------------------------------------------------- pydantic's errors in words
 
 
-def _explain(error: ErrorDetails, raw: Layer) -> _Mistake:
+def _explain(error: ErrorDetails, raw: Layer, with_hint: bool) -> _Mistake:
+    """with_hint: whether to look for what an unknown key was meant to be, which takes a while."""
     keys = _written_keys(error["loc"])
     section_node, section = _look_up(keys[:-1], raw)
     if error["type"] == "unexpected_keyword_argument":
+        if not with_hint:
+            return _Mistake(Problem((dotted(keys),), "unknown key"), keys)
         return _Mistake(_unknown_key(keys, section_node, section), keys)
     node = section_node.child(keys[-1], section)
     if error["type"] == "missing":

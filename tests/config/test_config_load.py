@@ -488,3 +488,14 @@ def test_diff_names_changed_keys(write):
     assert diff(a, dataclasses.replace(a, data=dataclasses.replace(a.data, tasks=()))) == [
         "data.tasks"
     ]
+
+
+def test_a_file_full_of_mistakes_is_told_in_fifty_lines(write):
+    """All problems are kept; the message has the first ones, and says how many there are."""
+    path = write(TASKS + "".join(f"key{number}: 1\n" for number in range(3000)))
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert len(caught.value.problems) == 3000
+    first, *listed, last = str(caught.value).splitlines()
+    assert first.endswith(": 3000 problems") and len(listed) == 50
+    assert last == "  ... and 2950 more"
