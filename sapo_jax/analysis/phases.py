@@ -179,7 +179,7 @@ def _drift(drift_of_steps: list[list[float]]) -> str:
     return f"Mean |log r| in each update of a step: {values}."
 
 
-def _collapse(run_dir: Path) -> str:
+def collapse_line(run_dir: Path) -> str:
     """The line about collapse, by the rules of `collapse.py`; "" without metrics of RL."""
     rows = [row for row in read_rows(run_dir / METRICS) if row["stage"] == "rl"]
     if not rows:
@@ -198,7 +198,7 @@ def analyze(run_dir: str | Path, out: str | Path | None = None) -> list[Path]:
     """
     run = read_run_evidence(run_dir)
     print(show(run))
-    print(_collapse(Path(run_dir)), end="")
+    print(collapse_line(Path(run_dir)), end="")
 
     from sapo_jax.analysis import figures  # here, because it imports matplotlib
 

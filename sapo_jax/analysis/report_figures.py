@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
@@ -36,6 +37,19 @@ TITLES = {
 }
 
 
+def _figure(title: str, width: float, height: float) -> Figure:
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
+    figure = Figure(figsize=(width, height), layout=layout)
+    figure.suptitle(title, fontsize=14, fontweight="bold", parse_math=False)
+    return figure
+
+
+def _plain_text(legend: Legend) -> None:
+    """The names of arms are anyone's text: nothing in them is mathematics."""
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
 # ---------------------------------------------------------------- curves
 
 
@@ -47,9 +61,7 @@ def draw_curves(curves: Sequence[Curve], title: str) -> Figure:
     rows = -(-len(metrics) // columns)
     width = max(5.0 * columns, 6.5)
     height = 3.9 * rows + 0.9 + 0.2 * len(arms)
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
-    figure = Figure(figsize=(width, height), layout=layout)
-    figure.suptitle(title, fontsize=14, fontweight="bold", parse_math=False)
+    figure = _figure(title, width, height)
     line_of_label: dict[str, Line2D] = {}
     for i, metric in enumerate(metrics):
         axes = figure.add_subplot(rows, columns, i + 1)
@@ -71,8 +83,7 @@ def draw_curves(curves: Sequence[Curve], title: str) -> Figure:
         title=legend_title,
         title_fontsize=9,
     )
-    for text in legend.get_texts():
-        text.set_parse_math(False)  # the names of arms are anyone's text
+    _plain_text(legend)
     return figure
 
 
@@ -126,10 +137,7 @@ def _look(arm_index: int) -> tuple[str, str]:
 def draw_differences(comparisons: Sequence[Comparison], title: str) -> Figure:
     """A line for each arm: the difference in each pair, their mean and its interval."""
     first = comparisons[0]
-    height = 1.9 + 0.55 * len(comparisons)
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
-    figure = Figure(figsize=(8.5, height), layout=layout)
-    figure.suptitle(title, fontsize=14, fontweight="bold", parse_math=False)
+    figure = _figure(title, width=8.5, height=1.9 + 0.55 * len(comparisons))
     axes = figure.add_subplot()
     axes.axvline(0, color=GREY, linewidth=1)
     for row, comparison in enumerate(comparisons):
@@ -182,9 +190,7 @@ def _draw_comparison(axes: Axes, comparison: Comparison, row: int) -> None:
 
 def draw_survival(arms: Sequence[ArmSurvival], title: str) -> Figure:
     """The Kaplan-Meier curve of each arm; a tick where a run was last seen without a collapse."""
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
-    figure = Figure(figsize=(8.5, 4.6 + 0.2 * len(arms)), layout=layout)
-    figure.suptitle(title, fontsize=14, fontweight="bold", parse_math=False)
+    figure = _figure(title, width=8.5, height=4.6 + 0.2 * len(arms))
     axes = figure.add_subplot()
     collapsing = [arm for arm in arms if arm.collapsed_N.any()]
     legend_title = "Ticks: a run was last seen there."
@@ -208,8 +214,7 @@ def draw_survival(arms: Sequence[ArmSurvival], title: str) -> Figure:
         title=legend_title,
         title_fontsize=9,
     )
-    for text in legend.get_texts():
-        text.set_parse_math(False)
+    _plain_text(legend)
     return figure
 
 
@@ -249,9 +254,7 @@ def draw_grid(grid: Grid, title: str) -> Figure:
     """Two heat maps side by side: what the runs of each cell came to, and how many collapsed."""
     columns = len(grid.label_X)
     rows = len(grid.label_Y)
-    size = (2 * (2.2 + 0.85 * columns), 2.2 + 0.6 * rows)
-    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
-    figure.suptitle(title, fontsize=14, fontweight="bold", parse_math=False)
+    figure = _figure(title, width=2 * (2.2 + 0.85 * columns), height=2.2 + 0.6 * rows)
     has_runs_YX = grid.runs_YX > 0
     share_YX = np.full(grid.value_YX.shape, np.nan)
     share_YX[has_runs_YX] = grid.collapsed_YX[has_runs_YX] / grid.runs_YX[has_runs_YX]

@@ -14,6 +14,7 @@ from tensorboardX.proto import event_pb2, summary_pb2
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 from sapo_jax.analysis.arms import read_arms
+from sapo_jax.analysis.phases import collapse_line
 from sapo_jax.analysis.report import OPTIONAL_FILES
 from sapo_jax.cli import main
 from sapo_jax.io.files import append_rows
@@ -219,6 +220,15 @@ def test_a_run_by_itself_says_whether_it_collapsed(capsys, no_png):
     assert "soft-seed0: no collapse up to RL step 20; also: held_out at 10, reward at 9" in printed
     assert main(["report", "out/soft-seed0", "--collapse", "heldout"]) == 1
     assert "there is no rule 'heldout'; did you mean 'held_out'?" in capsys.readouterr().err
+
+
+def test_analyze_says_it_too_where_metrics_lie_beside_the_evidence():
+    five_seeds(falls_at=lambda run: 7 if run.seed == 0 else None)
+    assert collapse_line(Path("out/soft-seed0")) == (
+        "Collapsed at RL step 9 (reward); also: held_out at 10.\n"
+    )
+    assert collapse_line(Path("out/soft-seed1")) == "No collapse up to RL step 20.\n"
+    assert collapse_line(Path("out")) == ""
 
 
 # ---------------------------------------------------------------- grids
