@@ -551,7 +551,7 @@ def run_sweep(args: argparse.Namespace) -> int:
     from sapo_jax.sweeps.load import load_sweep
 
     try:
-        plan = load_sweep(args.file, args.overrides, args.folder)
+        plan = load_sweep(args.file, args.overrides, args.folder, say=notice)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return WRONG_USAGE
@@ -564,6 +564,11 @@ def run_sweep(args: argparse.Namespace) -> int:
         return train_sweep(plan, max_parallel=args.max_parallel, shard=args.shard)
     except OSError as error:
         raise UserError(str(error)) from error
+
+
+def notice(text: str) -> None:
+    """Tell people what takes its time."""
+    print(f"notice: {text}", file=sys.stderr, flush=True)
 
 
 def add_report(commands: Commands) -> None:

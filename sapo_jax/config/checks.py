@@ -258,6 +258,12 @@ def response_template(cfg: Config) -> Iterator[Problem]:
         yield Problem(("cold_start.response",), mistake)
 
 
+def taken_cold_start(cfg: Config) -> Iterator[Problem]:
+    if cfg.cold_start.taken_from is not None and cfg.cold_start.steps == 0:
+        text = "a cold start of 0 steps is taken from nowhere; set steps to those of that run"
+        yield Problem(("cold_start.taken_from", "cold_start.steps"), text)
+
+
 def run_folder(cfg: Config) -> Iterator[Problem]:
     """`run_dir` can be filled in, and the run has a folder of its own."""
     shown = show(cfg.run_dir)
@@ -512,6 +518,7 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     plugins,
     format_reward,
     response_template,
+    taken_cold_start,
     run_folder,
     # batches
     whole_groups,

@@ -14,7 +14,7 @@ from sapo_jax.config.merge import compose
 from sapo_jax.config.schema import Config
 from sapo_jax.config.source import Layer, read_files
 from sapo_jax.config.validate import validate
-from sapo_jax.config.yaml_core import dump_yaml
+from sapo_jax.config.yaml_core import dump_yaml, parse_yaml
 
 _ABSENT = object()  # in the place of a key that one of two configurations has not
 
@@ -49,6 +49,18 @@ def load_file_or_run(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         return load(path, overrides)
     run_dir = f"run_dir={json.dumps(str(path))}"
     return load(path / "config.yaml", [run_dir, *overrides])
+
+
+def load_text(text: str, source: str) -> Config:
+    """The configuration in a text that `dump` has made.
+
+    Raises ConfigError, which names `source`.
+    """
+    raw, _ = parse_yaml(text)
+    cfg, problems = resolve([raw], [])
+    if problems:
+        raise ConfigError(problems, source)
+    return cfg
 
 
 def resolve(layers: Sequence[Layer], overrides: Sequence[str]) -> tuple[Config, list[Problem]]:

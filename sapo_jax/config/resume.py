@@ -37,9 +37,26 @@ NO_SAY_IN_RESULTS = (
     "rollout.slots",
     "model.remat",
     "train.routing_on",
+    # where compiled programs are kept, and where a cold start lies that another run has trained
+    # (a checkpoint knows which one it was).
+    "compilation_cache",
+    "cold_start.taken_from",
 )
 
+# What the parameters at the end of the cold start depend on, beside the seed.
+COLD_START = ("model.", "data.", "cold_start.")
+
 MAY_CHANGE = (*LENGTH, *EVALUATION, *NO_SAY_IN_RESULTS)
+
+
+def changes_of_cold_start(stored: Config, cfg: Config) -> list[str]:
+    """Keys that differ and have a say in what a cold start leaves, apart from the seed."""
+    different = diff(stored, cfg)
+    return [
+        key
+        for key in different
+        if key.startswith(COLD_START) and not key.startswith(NO_SAY_IN_RESULTS)
+    ]
 
 
 def changes_that_forbid_resuming(stored: Config, cfg: Config) -> list[str]:

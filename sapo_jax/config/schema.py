@@ -262,6 +262,9 @@ class ColdStart:
     response: str = "{answer}"  # what the model learns to say; the end token is appended
     # A JSONL or Parquet file whose `answer`s are whole responses; None: the tasks' problems.
     demonstrations: str | None = None
+    # The folder of a run whose cold start is taken instead of training one (`sapo-jax sft` makes
+    # it). Model, data and all keys of this section must be the same there.
+    taken_from: str | None = None
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
 
 
@@ -366,6 +369,10 @@ class Config:
 
     name: str = "run"
     run_dir: str = "runs/{name}"  # {name} and {seed} are filled in
+    # Where compiled programs are kept for the next process. "auto": JAX_COMPILATION_CACHE_DIR, or
+    # a folder of the user, $XDG_CACHE_HOME/sapo_jax/programs. "none": nowhere. Or a path, which may
+    # be in a bucket.
+    compilation_cache: Annotated[str, pydantic.Field(min_length=1)] = "auto"
     model: Model = dataclasses.field(default_factory=Model)
     data: Data = dataclasses.field(default_factory=Data)
     rewards: Rewards = dataclasses.field(default_factory=Rewards)

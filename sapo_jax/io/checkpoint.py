@@ -129,6 +129,13 @@ class Restored(NamedTuple):
     extras: dict[str, Any]  # the JSON values that were saved beside the state
 
 
+class CheckpointIdentity(NamedTuple):
+    """What a checkpoint says of itself, without its arrays."""
+
+    params_digest: str  # the same for the same parameters, whoever saved them
+    extras: dict[str, Any]  # the JSON values that were saved beside the state
+
+
 class Checkpoints:
     """The checkpoints of a stage; a context manager.
 
@@ -312,6 +319,27 @@ class Checkpoints:
             )
         return self._read(step, abstract_params, "params/")
 
+    def identity(self, step: int) -> CheckpointIdentity:
+        """Which parameters the checkpoint of a step holds. Raises CheckpointError."""
+        if step not in self.steps():
+            raise CheckpointError(
+                f"{self.directory} holds no complete checkpoint of step {step}; "
+                f"it has {self.steps()}."
+            )
+        folder = self.directory / str(step)
+        try:
+            manifest, extras = self._read_json(folder)
+            _check_manifest(step, manifest, extras)
+            digest_of = {}
+            for path, leaf in manifest["leaves"].items():
+                if path.startswith("params/"):
+                    digest_of[path] = leaf["digest"]
+        except Exception as error:
+            raise DamagedCheckpointError(
+                f"checkpoint {folder} is damaged ({_cause(error)})."
+            ) from error
+        return CheckpointIdentity(_sha256(digest_of), extras)
+
     # ------------------------------------------------------------ folders
 
     def _step_folders(self) -> dict[int, epath.Path]:
@@ -445,6 +473,12 @@ class Checkpoints:
 
     # ------------------------------------------------------------ reading
 
+    def _read_json(self, folder: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The manifest and the extras of a step folder."""
+        items = ocp.args.Composite(manifest=ocp.args.JsonRestore(), extras=ocp.args.JsonRestore())
+        texts = self._reader.restore(folder, args=items)
+        return texts.manifest, texts.extras
+
     def _read(self, step: int, abstract: Any, prefix: str) -> Restored:
         """The arrays below `prefix`, as the abstract tree asks for them."""
         folder = self.directory / str(step)
@@ -456,13 +490,9 @@ class Checkpoints:
                 + ", ".join(unplaced[:_SHOWN])
             )
         try:
-            json_items = ocp.args.Composite(
-                manifest=ocp.args.JsonRestore(), extras=ocp.args.JsonRestore()
-            )
-            texts = self._reader.restore(folder, args=json_items)
-            extras = texts.extras
-            stored = texts.manifest["leaves"]
-            _check_manifest(step, texts.manifest, extras)
+            manifest, extras = self._read_json(folder)
+            stored = manifest["leaves"]
+            _check_manifest(step, manifest, extras)
             stored_below_prefix = {
                 path: leaf for path, leaf in stored.items() if path.startswith(prefix)
             }

@@ -13,11 +13,13 @@ micro-batches' own, weighted by their real tokens.)
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -25,6 +27,7 @@ from sapo_jax import diagnostics
 from sapo_jax.batch import Array, Batch, Params, TrainState
 from sapo_jax.config.schema import Config, Optimizer
 from sapo_jax.distributed import sharding
+from sapo_jax.learner.numbers import Numbers, numbers_of, with_numbers
 from sapo_jax.learner.scoring import score, split_micro_batches
 from sapo_jax.models import Policy, Qwen3
 from sapo_jax.objectives import OBJECTIVES
@@ -40,6 +43,9 @@ NO_DECAY = ("scale", "bias")  # ends of names of parameters without weight decay
 # optax.apply_if_finite applies an update that is not finite after so many in a row. The trainer
 # stops long before.
 NEVER_ACCEPT = 2**31 - 1
+# Tables of learning rates have a multiple of so many steps, so that runs of different length run
+# one program.
+RATES_STEP = 1024
 
 
 def make_schedule(cfg: Optimizer, total_steps: int) -> optax.Schedule:
@@ -62,6 +68,21 @@ def make_schedule(cfg: Optimizer, total_steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, after_warmup], [cfg.warmup_steps])
 
 
+def learning_rates(cfg: Optimizer, total_steps: int) -> np.ndarray:
+    """The learning rate of every optimiser step, float32; the last one repeats at the end.
+
+    They are computed one at a time, as an update does it, so that they are the same to the last
+    bit.
+    """
+    schedule = make_schedule(cfg, total_steps)
+    num_rates = -(-total_steps // RATES_STEP) * RATES_STEP
+
+    def rates() -> jax.Array:
+        return jax.lax.map(schedule, jnp.arange(num_rates))
+
+    return np.asarray(jax.jit(rates)(), np.float32)
+
+
 def last_learning_rate(
     schedule: optax.Schedule, state: TrainState, aux: dict[str, Any]
 ) -> ArrayLike:
@@ -76,6 +97,11 @@ def last_learning_rate(
 
 
 def make_optimizer(cfg: Optimizer, total_steps: int) -> optax.GradientTransformation:
+    """AdamW with the schedule of the configuration, see `clipped_adamw`."""
+    return clipped_adamw(cfg, make_schedule(cfg, total_steps))
+
+
+def clipped_adamw(cfg: Optimizer, schedule: optax.Schedule) -> optax.GradientTransformation:
     """AdamW after clipping by the global norm.
 
     An update that is not finite is skipped and counted (optax.apply_if_finite).
@@ -90,15 +116,15 @@ def make_optimizer(cfg: Optimizer, total_steps: int) -> optax.GradientTransforma
         return jax.tree.map_with_path(has_decay, params)
 
     adamw = optax.adamw(
-        make_schedule(cfg, total_steps),
+        schedule,
         b1=cfg.b1,
         b2=cfg.b2,
         eps=cfg.eps,
         weight_decay=cfg.weight_decay,
         mask=decay_mask,
     )
-    clipped_adamw = optax.chain(optax.clip_by_global_norm(cfg.max_grad_norm), adamw)
-    return optax.apply_if_finite(clipped_adamw, max_consecutive_errors=NEVER_ACCEPT)
+    clipped = optax.chain(optax.clip_by_global_norm(cfg.max_grad_norm), adamw)
+    return optax.apply_if_finite(clipped, max_consecutive_errors=NEVER_ACCEPT)
 
 
 def state_shardings(
@@ -128,13 +154,14 @@ def policy_loss(cfg: Config) -> LossFn:
 
         loss = -sum(weight_BT * (correction_BT * kept_BT * surrogate_BT - kl_coef * kl_BT))
 
-    The sampler-trainer correction, the sequence mask and the KL penalty are optional.
+    The sampler-trainer correction, the sequence mask and the KL penalty are optional. The numbers
+    of `cfg` may be traced (`numbers.with_numbers`).
 
     Raises ValueError where a batch lacks the log-probs of the old policy, those of the sampler with
     a sequence mask, or those of the reference with a KL penalty.
     """
     objective = OBJECTIVES[cfg.objective.name]
-    kl_estimator = KL_ESTIMATORS[cfg.loss.kl] if cfg.loss.kl_coef > 0 else None
+    kl_estimator = KL_ESTIMATORS.get(cfg.loss.kl)  # None: there is no penalty
     sequence_mask = cfg.loss.sequence_mask
 
     def loss(model: Qwen3, batch: Batch) -> tuple[Array, Any]:
@@ -232,6 +259,65 @@ def make_update(
 
     shardings: those of the state (`state_shardings`); None off a mesh.
     """
+    router_coef = policy.cfg.router_aux_loss_coef
+    step = update_step(policy, optimizer, loss_fn, micro_batch, router_coef)
+    return jax.jit(step, donate_argnums=0, out_shardings=_out_shardings(shardings))
+
+
+def make_rl_update(
+    policy: Policy,
+    cfg: Config,
+    total_steps: int,
+    micro_batch: int,
+    shardings: TrainState | None = None,
+) -> UpdateFn:
+    """The update of the RL stage: `make_update` with the loss and the optimizer of `cfg`.
+
+    The numbers of the configuration and the learning rates are inputs of the compiled program. So
+    the arms of a sweep that differ in them alone share it. Results are those of `make_update`.
+
+    total_steps: optimiser steps of the stage, over which the learning rate's schedule goes.
+    """
+    numbers = numbers_of(cfg)
+    rate_of_step = learning_rates(cfg.optimizer, total_steps)
+
+    def update(
+        state: TrainState, batch: Batch, numbers: Numbers, rate_of_step: Array
+    ) -> tuple[TrainState, dict[str, Any]]:
+        traced_cfg = with_numbers(cfg, numbers)
+
+        def schedule(count: ArrayLike) -> ArrayLike:
+            return rate_of_step[jnp.minimum(count, len(rate_of_step) - 1)]
+
+        optimizer = clipped_adamw(traced_cfg.optimizer, schedule)
+        router_coef = traced_cfg.model.router_aux_loss_coef
+        step = update_step(policy, optimizer, policy_loss(traced_cfg), micro_batch, router_coef)
+        return step(state, batch)
+
+    jitted = jax.jit(update, donate_argnums=0, out_shardings=_out_shardings(shardings))
+
+    return functools.partial(jitted, numbers=numbers, rate_of_step=rate_of_step)
+
+
+def _out_shardings(shardings: TrainState | None) -> tuple[TrainState, Any] | None:
+    """Where the results of an update go."""
+    if shardings is None:
+        return None
+    # aux is read on the host by every process: like the step counter, it goes everywhere.
+    return shardings, shardings.step
+
+
+def update_step(
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    loss_fn: LossFn,
+    micro_batch: int,
+    router_coef: ArrayLike,
+) -> UpdateFn:
+    """What `make_update` compiles.
+
+    router_coef: the coefficient of the router's auxiliary loss.
+    """
 
     def micro_loss(params: Params, micro: Batch, batch_tokens: Array) -> tuple[Array, Any]:
         """The loss of a micro-batch and its part of the router's; batch_tokens: of all rows."""
@@ -239,7 +325,7 @@ def make_update(
         if routing is not None:
             share_of_tokens = routing.tokens / batch_tokens
             aux_loss = (share_of_tokens * routing.aux_loss).mean()  # over the sparse layers
-            loss += policy.cfg.router_aux_loss_coef * aux_loss
+            loss += router_coef * aux_loss
             routing = dataclasses.replace(routing, expert_ids_BTk=None)  # too large to keep
         return loss, (stats, routing)
 
@@ -271,9 +357,4 @@ def make_update(
         }
         return TrainState(state.step + 1, params, opt_state), aux
 
-    if shardings is None:
-        out_shardings = None
-    else:
-        # aux is read on the host by every process: like the step counter, it goes everywhere.
-        out_shardings = (shardings, shardings.step)
-    return jax.jit(update, donate_argnums=0, out_shardings=out_shardings)
+    return update

@@ -38,7 +38,7 @@ _PANEL_ORDER = ("running", "failed", "busy", "stopped", *_DONE, "left")
 class MetricsFollower:
     """Reads a metrics.jsonl as it grows.
 
-    It keeps the newest RL step, and the first and the newest held-out accuracy.
+    It keeps the stage and its newest step, and the first and the newest held-out accuracy.
     """
 
     def __init__(self, path: Path):
@@ -47,7 +47,8 @@ class MetricsFollower:
 
     def _start_over(self) -> None:
         self._offset = 0  # bytes of whole lines that are read
-        self.step = 0
+        self.stage = ""  # cold_start or rl; "" before the first row
+        self.step = 0  # of the stage
         self.held_out: list[float] = []  # the first and the newest one
 
     def read(self) -> None:
@@ -73,12 +74,18 @@ class MetricsFollower:
             self._start_over()
 
     def _take(self, row: dict[str, Any]) -> None:
-        if row["stage"] != "rl":
-            return
+        self.stage = row["stage"]
         self.step = row["step"]
         if "held_out/avg" in row:
             first = self.held_out[:1]
             self.held_out = [*first, float(row["held_out/avg"])]
+
+    @property
+    def rl_step(self) -> int:
+        """0 before the RL stage."""
+        if self.stage == "rl":
+            return self.step
+        return 0
 
     def __str__(self) -> str:
         """The accuracies: `25.0 % -> 29.0 %`."""
@@ -100,6 +107,7 @@ class SweepDisplay:
         self._followers: dict[str, MetricsFollower] = {}
         self._steps_before: dict[str, int] = {}  # there when this sweep first saw the run
         self._states: dict[str, str] = {}  # at the last update
+        self._stages: dict[str, str] = {}  # of the running jobs, likewise
 
     def __enter__(self) -> Self:
         if self._live is not None:
@@ -129,9 +137,11 @@ class SweepDisplay:
             self._live.update(self._panel(jobs), refresh=True)
         else:
             for job in jobs:
-                if job.state != self._states.get(job.run.name, "left"):
+                if self._has_changed(job):
                     self.say(self._change_line(job, jobs))
         self._states = dict(states)
+        for job in jobs:
+            self._stages[job.run.name] = self._followers[job.run.name].stage
         self._last_update = self._clock()
 
     def outcome(self, jobs: Sequence[Job]) -> None:
@@ -156,11 +166,40 @@ class SweepDisplay:
         follower = self._followers[name]
         if is_new or job.state == "running" or job.state != self._states.get(name):
             follower.read()
-        self._steps_before.setdefault(name, follower.step)
+        self._steps_before.setdefault(name, follower.rl_step)
+
+    def _has_changed(self, job: Job) -> bool:
+        """Whether the job has another state than at the last update or, running, another stage."""
+        name = job.run.name
+        if job.state != self._states.get(name, "left"):
+            return True
+        if job.state != "running":
+            return False
+        stage = self._followers[name].stage
+        return stage != self._stages.get(name, "")
 
     def _change_line(self, job: Job, jobs: Sequence[Job]) -> str:
         name = job.run.name
-        return f"{job.state:9}{name}  {self._followers[name]}  [{self._counts(jobs)}]"
+        what = str(self._followers[name])
+        if job.state == "running":
+            what = self._stage(job)
+        return f"{job.state:9}{name}  {what}  [{self._counts(jobs)}]"
+
+    def _stage(self, job: Job) -> str:
+        """What a job does: it starts (reads its data, compiles), or the stage that it is in."""
+        if job.state == "running":
+            stage = self._followers[job.run.name].stage
+            return {"": "starting", "cold_start": "cold start", "rl": "RL"}[stage]
+        return ""
+
+    def _progress(self, job: Job) -> str:
+        """The step of its stage and the stage's length; of a run that does not run, the RL step."""
+        follower = self._followers[job.run.name]
+        cfg = job.run.cfg
+        in_cold_start = job.state == "running" and follower.stage == "cold_start"
+        if in_cold_start or job.run.is_cold_start:
+            return f"{follower.step}/{cfg.cold_start.steps}"
+        return f"{follower.rl_step}/{cfg.train.steps}"
 
     def _counts(self, jobs: Sequence[Job]) -> str:
         """How many jobs are in which state, and how long it may take."""
@@ -186,8 +225,10 @@ class SweepDisplay:
         steps_taken = 0
         steps_left = 0
         for job in jobs:
+            if job.run.is_cold_start:
+                continue
             name = job.run.name
-            step = self._followers[name].step
+            step = self._followers[name].rl_step
             if job.state != "skipped":
                 steps_taken += step - self._steps_before[name]
             if job.state in ("left", "running"):
@@ -200,9 +241,11 @@ class SweepDisplay:
         all_steps = 0
         steps_taken = 0
         for job in jobs:
+            if job.run.is_cold_start:
+                continue
             steps = job.run.cfg.train.steps
             all_steps += steps
-            steps_taken += min(self._followers[job.run.name].step, steps)
+            steps_taken += min(self._followers[job.run.name].rl_step, steps)
         bar = Table.grid(expand=True)  # a bar by itself would not end its line
         bar.add_row(ProgressBar(total=all_steps, completed=steps_taken))
         in_order = sorted(jobs, key=lambda job: _PANEL_ORDER.index(job.state))
@@ -215,12 +258,12 @@ class SweepDisplay:
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
         table.add_column("run")
         table.add_column("")
-        table.add_column("RL step", justify="right")
+        table.add_column("stage")
+        table.add_column("step", justify="right")
         table.add_column("held-out accuracy")
         for job in jobs:
             follower = self._followers[job.run.name]
             name = Text(job.run.name)
             state = Text(job.state, style=_STYLE.get(job.state, "dim"))
-            step = f"{follower.step}/{job.run.cfg.train.steps}"
-            table.add_row(name, state, step, str(follower))
+            table.add_row(name, state, self._stage(job), self._progress(job), str(follower))
         return table

@@ -11,6 +11,7 @@
                                        of such mappings
     grid: {optimizer.learning_rate: [1e-4, 1e-3]}                      every value of every key
     seeds: [0, 1, 2]                   of train.seed; default: [0]
+    shared: cold_start                 trained once a seed; all its arms start from it
 
 The arms of the sweep are all combinations of a labelled arm, a row of each zip and a value of each
 key of the grid; each of them runs with each seed.
@@ -30,7 +31,8 @@ from sapo_jax.config.errors import ConfigError, Problem, overlap, show
 from sapo_jax.config.source import parse_override
 from sapo_jax.text import did_you_mean
 
-SECTIONS = ("base", "name", "folder", "set", "arms", "zip", "grid", "seeds")
+SECTIONS = ("base", "name", "folder", "set", "arms", "zip", "grid", "seeds", "shared")
+COLD_START = "cold_start"  # what arms may share
 RESERVED = {  # config key -> what to do instead of setting it
     "train.seed": "list seeds under `seeds`",
     "name": "a run is called after its arm",
@@ -68,6 +70,7 @@ class SweepFile:
     fixed: Settings  # the section `set`
     axes: list[Axis]  # labelled arms, then zips, then the keys of the grid
     seeds: list[int]
+    shares_cold_start: bool
     problems: list[Problem]
 
     @property
@@ -107,9 +110,10 @@ def parse_sweep_file(
         axes.insert(0, arms)
 
     seeds = sections.seeds()
+    shares_cold_start = sections.shares_cold_start()
     sections.check_overrides(overrides)
     problems = [*sections.problems, *_clashes(sections.keys_set_in)]
-    return SweepFile(base, name, folder, fixed, axes, seeds, problems)
+    return SweepFile(base, name, folder, fixed, axes, seeds, shares_cold_start, problems)
 
 
 class _Sections:
@@ -213,6 +217,15 @@ class _Sections:
             self.add_problem("seeds", f"a seed is given twice in {show(seeds)}")
             return [0]
         return seeds
+
+    def shares_cold_start(self) -> bool:
+        """Whether the arms of a seed start from one cold start."""
+        if "shared" not in self.raw:
+            return False
+        if self.raw["shared"] != COLD_START:
+            text = f"expected {COLD_START}, got {show(self.raw['shared'])}"
+            self.add_problem("shared", text)
+        return True
 
     def check_overrides(self, overrides: Sequence[str]) -> None:
         """Notes the keys that the command line sets, and whether one of them is reserved."""

@@ -17,5 +17,6 @@ class Job:
     """A run that this sweep has to see to."""
 
     run: SweepRun
+    needs: Job | None = None  # the cold start that it starts from
     state: JobState = "left"
     note: str = ""  # why it failed, or is busy

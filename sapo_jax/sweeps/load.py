@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sapo_jax.config.advice import warnings
 from sapo_jax.config.errors import ConfigError, Problem
 from sapo_jax.config.load import resolve
-from sapo_jax.config.schema import Config
+from sapo_jax.config.resume import changes_of_cold_start
+from sapo_jax.config.schema import SAPO, Advantage, Config, Loss, Optimizer
 from sapo_jax.config.source import Layer, read_files, read_mapping
 from sapo_jax.config.yaml_core import dump_yaml
-from sapo_jax.sweeps.file import Point, Settings, SweepFile, parse_sweep_file, slug
+from sapo_jax.sweeps.file import COLD_START, Point, Settings, SweepFile, parse_sweep_file, slug
+
+MOST_RUNS = 10_000  # of one sweep file: a typing mistake in a grid is told at once
+MANY_ARMS = 200  # so many are checked in a second
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +35,7 @@ class SweepRun:
     folder: Path
     cfg: Config
     values: Settings  # at the swept keys; without those that its configuration does not have
+    is_cold_start: bool = False  # trains the cold start that the arms of its seed share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +47,8 @@ class Sweep:
     folder: Path
     swept: tuple[str, ...]  # the config keys that arms, zips and grid set
     runs: tuple[SweepRun, ...]  # all arms with the first seed, then with the second, ...
+    # The shared cold start of each seed; empty where every run trains its own.
+    cold_starts: Mapping[int, SweepRun] = dataclasses.field(default_factory=dict)
 
     def warnings(self) -> list[str]:
         """`config.warnings` of the runs, each with the arms that it is about."""
@@ -54,18 +62,32 @@ class Sweep:
 
 
 def load_sweep(
-    path: str | Path, overrides: Sequence[str] = (), folder: str | Path | None = None
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    folder: str | Path | None = None,
+    *,
+    say: Callable[[str], None] | None = None,
 ) -> Sweep:
     """The runs of a sweep file.
 
-    `overrides` (`key.path=value`) are laid over its `set`; `folder` replaces the file's own. Raises
-    ConfigError with ALL problems: of the file, and of the runs' configurations, by run and key.
+    `overrides` (`key.path=value`) are laid over its `set`; `folder` replaces the file's own. `say`
+    is told, before it begins, of checking that takes seconds. Raises ConfigError with ALL problems:
+    of the file, and of the runs' configurations, by run and key; a file that asks for more than
+    MOST_RUNS is refused for that alone.
     """
     path = Path(path)
     raw, duplicates = read_mapping(path, str(path))
     file = parse_sweep_file(raw, path.stem, overrides)
     problems = [Problem((), f"{path}, {text}") for text in duplicates]
     problems += file.problems
+    num_arms = math.prod(len(axis) for axis in file.axes)
+    num_runs = num_arms * len(file.seeds)
+    if num_runs > MOST_RUNS:
+        text = f"{num_arms:,} arms and {len(file.seeds):,} seeds make {num_runs:,} runs"
+        advice = f"a sweep has {MOST_RUNS:,} at most; take values out, or divide it over files"
+        raise ConfigError([*problems, Problem((), f"{text}; {advice}")], str(path))
+    if say is not None and num_arms > MANY_ARMS:
+        say(f"checking the configurations of {num_arms:,} arms")
 
     base_layers: list[Layer] = [{}]
     base_problems: list[Problem] = []
@@ -82,11 +104,18 @@ def load_sweep(
         in_doubt = [key for problem in problems for key in problem.in_doubt]
         problems += base_problems
         problems += _joined_over_runs(problems_of_run, in_doubt)
+    cold_starts: dict[int, SweepRun] = {}
+    if not problems and file.shares_cold_start:
+        for run in runs:
+            if run.seed not in cold_starts:
+                cold_starts[run.seed] = _cold_start_of(run, home)
+        problems = _cold_start_problems(runs)
+        runs = [_starting_from(cold_starts[run.seed], run) for run in runs]
     if not problems:
-        problems = _repetitions(runs)
+        problems = _repetitions([*cold_starts.values(), *runs])
     if problems:
         raise ConfigError(problems, str(path))
-    return Sweep(file.name, file.base, home, tuple(file.swept), tuple(runs))
+    return Sweep(file.name, file.base, home, tuple(file.swept), tuple(runs), cold_starts)
 
 
 def _make_runs(
@@ -95,18 +124,75 @@ def _make_runs(
     """The runs, and what is wrong with the configuration of each, by its name."""
     runs: list[SweepRun] = []
     problems_of_run: dict[str, list[Problem]] = {}
-    arms = list(_combinations(file.axes))
-    for seed, point in itertools.product(file.seeds, arms):
+    arms = []
+    for point in _combinations(file.axes):
         arm = slug(point.label or Path(file.base).stem, limit=180)
+        settings = _as_overrides(point.settings | {"name": arm})
+        # The seed is sound, and no rule depends on it: an arm is checked once.
+        cfg, problems = resolve(base_layers, [*overrides_of_all, *settings])
+        arms.append((arm, cfg, problems, _values_at(file.swept, cfg)))
+    for seed, (arm, cfg_of_arm, problems, values) in itertools.product(file.seeds, arms):
         name = f"{arm}-seed{seed}"
         folder = home / name
-        # A brace in `run_dir` would stand for the name or the seed.
-        run_dir = str(folder).replace("{", "{{").replace("}", "}}")
-        settings = point.settings | {"name": arm, "run_dir": run_dir, "train.seed": seed}
-        cfg, problems = resolve(base_layers, [*overrides_of_all, *_as_overrides(settings)])
-        runs.append(SweepRun(name, arm, seed, folder, cfg, _values_at(file.swept, cfg)))
+        cfg = dataclasses.replace(
+            cfg_of_arm,
+            run_dir=_as_run_dir(folder),
+            train=dataclasses.replace(cfg_of_arm.train, seed=seed),
+        )
+        runs.append(SweepRun(name, arm, seed, folder, cfg, values))
         problems_of_run.setdefault(name, []).extend(problems)
     return runs, problems_of_run
+
+
+def _cold_start_of(run: SweepRun, home: Path) -> SweepRun:
+    """The run that trains the cold start of an arm, without what the arms differ in."""
+    name = f"{COLD_START}-seed{run.seed}"
+    folder = home / name
+    cfg = dataclasses.replace(
+        run.cfg,
+        name=COLD_START,
+        run_dir=_as_run_dir(folder),
+        objective=SAPO(),
+        advantage=Advantage(),
+        loss=Loss(),
+        optimizer=Optimizer(),
+    )
+    return SweepRun(name, COLD_START, run.seed, folder, cfg, values={}, is_cold_start=True)
+
+
+def _starting_from(cold_start: SweepRun, run: SweepRun) -> SweepRun:
+    section = dataclasses.replace(run.cfg.cold_start, taken_from=str(cold_start.folder))
+    return dataclasses.replace(run, cfg=dataclasses.replace(run.cfg, cold_start=section))
+
+
+def _cold_start_problems(runs: Sequence[SweepRun]) -> list[Problem]:
+    """What keeps the arms from starting at one cold start."""
+    problems = []
+    first_of_seed: dict[int, SweepRun] = {}
+    arms_of: dict[str, list[str]] = {}
+    for run in runs:
+        first = first_of_seed.setdefault(run.seed, run)
+        different = changes_of_cold_start(first.cfg, run.cfg)
+        if different:
+            arms = arms_of.setdefault(f"{first.arm} in {', '.join(different)}", [])
+            if run.arm not in arms:
+                arms.append(run.arm)
+    for what, arms in arms_of.items():
+        text = f"{', '.join(arms)} differ from {what}, so they cannot start from one cold start"
+        problems.append(Problem(("shared",), f"{text}; take these keys out of the arms, or shared"))
+    cfg = runs[0].cfg
+    if cfg.cold_start.steps == 0:
+        text = "there is no cold start to share: set cold_start.steps, or take it out"
+        problems.append(Problem(("shared",), text))
+    if cfg.cold_start.taken_from is not None:
+        text = "the arms take their cold start from cold_start.taken_from; keep one of the two"
+        problems.append(Problem(("shared",), text))
+    return problems
+
+
+def _as_run_dir(folder: Path) -> str:
+    """The folder as a value of `run_dir`, where a brace would stand for the name or the seed."""
+    return str(folder).replace("{", "{{").replace("}", "}}")
 
 
 def _combinations(axes: Sequence[Sequence[Point]]) -> Iterator[Point]:
@@ -124,11 +210,10 @@ def _as_overrides(settings: Settings) -> list[str]:
 
 def _values_at(keys: Sequence[str], cfg: Config) -> Settings:
     """What the configuration holds at these keys; without those that it does not have."""
-    tree = dataclasses.asdict(cfg)
     values = {}
     for key in keys:
         try:
-            values[key] = _value_at(key, tree)
+            values[key] = _plain(_value_at(key, cfg))
         except KeyError:
             continue
     return values
@@ -141,9 +226,20 @@ def _value_at(key_path: str, tree: Any) -> Any:
             tree = tree[int(part)]
         elif isinstance(tree, dict):
             tree = tree[part]
+        elif dataclasses.is_dataclass(tree) and hasattr(tree, part):
+            tree = getattr(tree, part)
         else:
             raise KeyError(part)
     return tree
+
+
+def _plain(value: Any) -> Any:
+    """The value with mappings in the place of sections."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, tuple):
+        return tuple(_plain(item) for item in value)
+    return value
 
 
 # ---------------------------------------------------------------- problems

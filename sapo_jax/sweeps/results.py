@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sapo_jax.config import Config, diff, load, with_vocabulary
-from sapo_jax.config.resume import changes_that_forbid_resuming
+from sapo_jax.config import diff, load, with_vocabulary
+from sapo_jax.config.resume import changes_of_cold_start, changes_that_forbid_resuming
 from sapo_jax.config.yaml_core import dump_yaml, parse_yaml
 from sapo_jax.errors import RunError
 from sapo_jax.io.files import CONFIG, METRICS, SUMMARY, last_row, write_atomically, write_csv
@@ -59,6 +59,10 @@ def read_summary(folder: Path, steps: int) -> dict[str, Any] | None:
 
 def is_finished(run: SweepRun) -> bool:
     """Raises RunError as `read_summary`."""
+    if run.is_cold_start:
+        steps = str(run.cfg.cold_start.steps)
+        # Orbax gives a checkpoint its name when it is complete.
+        return (run.folder / "checkpoints" / "cold_start" / steps / "manifest").is_dir()
     return read_summary(run.folder, run.cfg.train.steps) is not None
 
 
@@ -83,10 +87,10 @@ def check_folder(sweep: Sweep) -> None:
         text = f"{sweep.folder} is the folder of a run"
         raise RunError(f"{text}; give the sweep another `folder` or `name`")
     runs_with_changes: dict[str, list[str]] = {}
-    for run in sweep.runs:
+    for run in (*sweep.cold_starts.values(), *sweep.runs):
         if not is_begun(run.folder):
             continue
-        changes = _changes(run.folder, run.cfg)
+        changes = _changes(run)
         if changes:
             runs_with_changes.setdefault(", ".join(changes), []).append(run.name)
     if runs_with_changes:
@@ -98,11 +102,14 @@ def check_folder(sweep: Sweep) -> None:
         )
 
 
-def _changes(folder: Path, cfg: Config) -> list[str]:
-    """The keys for which the run in the folder cannot go on with `cfg` as a run of this sweep."""
+def _changes(run: SweepRun) -> list[str]:
+    """The keys for which what is in the run's folder cannot go on as this run of the sweep."""
+    folder = run.folder
     stored = load(folder / CONFIG)
     # A run fills in the size of its tokenizer's vocabulary.
-    cfg = with_vocabulary(cfg, stored.model.vocab_size)
+    cfg = with_vocabulary(run.cfg, stored.model.vocab_size)
+    if run.is_cold_start:
+        return changes_of_cold_start(stored, cfg)
     changes = changes_that_forbid_resuming(stored, cfg)
     changes += [key for key in diff(stored, cfg) if key in COMPARED]
     last = _last_metrics(folder)
@@ -114,8 +121,10 @@ def _changes(folder: Path, cfg: Config) -> list[str]:
 # ---------------------------------------------------------------- the manifest
 
 
-def write_manifest(sweep: Sweep) -> str:
+def write_manifest(sweep: Sweep, threads: int = 0) -> str:
     """Writes manifest.yaml: the sweep, resolved.
+
+    threads: of each run on CPU; 0: all.
 
     Returns a line about runs that an earlier manifest had and this one has not, or "".
     """
@@ -123,6 +132,8 @@ def write_manifest(sweep: Sweep) -> str:
         "name": sweep.name,
         "base": sweep.base,
         "swept": list(sweep.swept),
+        "threads": threads,
+        "cold_starts": {seed: run.name for seed, run in sweep.cold_starts.items()},
         "runs": {run.name: _manifest_entry(run) for run in sweep.runs},
     }
     runs_before: dict[str, Any] = {}
@@ -138,6 +149,15 @@ def write_manifest(sweep: Sweep) -> str:
     if not gone:
         return ""
     return f"no longer in the sweep, left alone: {', '.join(gone)}"
+
+
+def manifest_threads(folder: Path) -> int | None:
+    """The threads of each run, from an earlier manifest; None where there is none."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    manifest, _ = parse_yaml(path.read_text(encoding="utf-8"))
+    return manifest.get("threads")
 
 
 def _manifest_entry(run: SweepRun) -> dict[str, Any]:

@@ -48,8 +48,10 @@ from sapo_jax.learner.state import abstract_params, random_params
 from sapo_jax.models import Policy, make_policy
 from sapo_jax.rewards import VerifierPool
 from sapo_jax.rewards.registry import Gold
+from sapo_jax.training.compilation_cache import use_compilation_cache
 from sapo_jax.training.malloc_trim import trim_after_compiling
 from sapo_jax.training.random_streams import Stream, data_seed, random_key
+from sapo_jax.training.shared_start import SharedStart, find_shared_start
 
 T = TypeVar("T")
 
@@ -69,6 +71,7 @@ class Run:
     verifiers: VerifierPool
     shard: ProcessShard  # the part of every batch that is this process's
     stop: StopFlag  # set once a signal has come to this process
+    shared_start: SharedStart | None = None  # the cold start of another run that it starts from
 
     @property
     def dir(self) -> Path | epath.Path:
@@ -94,11 +97,14 @@ class Run:
 
     def checkpoint_extras(self, batches: PromptBatches) -> dict[str, Any]:
         """What a checkpoint holds beside the arrays."""
-        return {
+        extras = {
             "data": batches.get_state(),
             "seed": self.cfg.train.seed,
             "config": dump(self.cfg),
         }
+        if self.shared_start is not None:
+            extras["cold_start"] = self.shared_start.as_extras()
+        return extras
 
     def initial_params(self) -> Params:
         """What training starts from: the weights in model.path, or random ones."""
@@ -125,6 +131,13 @@ class TrainedParams:
 def run_dir(cfg: Config) -> Path | epath.Path:
     """The folder of the configuration's run."""
     return as_path(cfg.run_dir.format(name=cfg.name, seed=cfg.train.seed))
+
+
+def cold_start_folder(cfg: Config, run_folder: Path | epath.Path) -> Path | epath.Path:
+    """The folder of the run that has trained the cold start: this one, or another."""
+    if cfg.cold_start.taken_from is None:
+        return run_folder
+    return as_path(cfg.cold_start.taken_from)
 
 
 def checkpoint_folder(run_folder: Path | epath.Path, stage: str) -> Path | epath.Path:
@@ -154,12 +167,12 @@ def trained_params(
     Where there is no checkpoint yet, the pretrained weights of model.path. Raises RunError where
     there is nothing at all, CheckpointError for a step that is not there or damaged.
     """
-    stages = ("rl", "cold_start")
+    folder_of_stage = {"rl": run_folder, "cold_start": cold_start_folder(cfg, run_folder)}
     if step is not None:
-        stages = ("rl",)
+        folder_of_stage = {"rl": run_folder}
     shapes = abstract_params(policy, mesh)
-    for stage in stages:
-        with Checkpoints(checkpoint_folder(run_folder, stage)) as checkpoints:
+    for stage, folder in folder_of_stage.items():
+        with Checkpoints(checkpoint_folder(folder, stage)) as checkpoints:
             restored = checkpoints.restore_params(shapes, step)
         if restored is not None:
             return TrainedParams(stage, restored.step, restored.tree, restored.extras["data"])
@@ -184,6 +197,9 @@ def open_run(cfg: Config, *, write: bool = True) -> Iterator[Run]:
     """
     _check_open_files()
     trim_after_compiling()
+    notice = use_compilation_cache(cfg.compilation_cache)
+    if notice:
+        say([notice])
     with contextlib.ExitStack() as stack:
         try:
             tokenizer = load_tokenizer(cfg.data.tokenizer)
@@ -198,6 +214,9 @@ def open_run(cfg: Config, *, write: bool = True) -> Iterator[Run]:
             if cfg.model.path is not None:
                 notes = check_weights(cfg.model.path, cfg.model)
                 say(f"model.path: {note}" for note in notes)
+            shared_start = None
+            if write:
+                shared_start = find_shared_start(cfg)
         except (ValueError, ProcessError) as error:  # all of them are written for people
             raise RunError(str(error)) from error
 
@@ -225,6 +244,7 @@ def open_run(cfg: Config, *, write: bool = True) -> Iterator[Run]:
             verifiers=verifiers,
             shard=shard,
             stop=stop,
+            shared_start=shared_start,
         )
 
 

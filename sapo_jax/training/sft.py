@@ -33,7 +33,7 @@ from sapo_jax.rollout import pad_sequences
 from sapo_jax.training.clock import Clock
 from sapo_jax.training.evaluate import Evaluator, describe
 from sapo_jax.training.random_streams import Stream, data_seed
-from sapo_jax.training.run import Run, checkpoint_folder, open_run
+from sapo_jax.training.run import Run, checkpoint_folder, cold_start_folder, open_run
 from sapo_jax.training.stage import Stage
 from sapo_jax.types import Prompt
 
@@ -43,10 +43,15 @@ STAGE = "cold_start"
 def sft(cfg: Config) -> None:
     """The cold start alone: `sapo-jax sft`. `sapo-jax train` of the same config goes on from it.
 
-    Raises RunError, also where cold_start.steps is 0, and Stopped.
+    Raises RunError, also where cold_start.steps is 0 or cold_start.taken_from is set, and Stopped.
     """
     if cfg.cold_start.steps == 0:
         raise RunError("cold_start.steps is 0: there is nothing to do; set cold_start.steps")
+    if cfg.cold_start.taken_from is not None:
+        raise RunError(
+            "cold_start.taken_from names a cold start that is there already: there is nothing to "
+            "do; take the key out to train one"
+        )
     with (
         open_run(cfg) as run,
         open_log(run.folder, cfg.metrics.sinks) as log,
@@ -63,11 +68,14 @@ def sft(cfg: Config) -> None:
 def cold_start(run: Run, log: Log, display: Display) -> Params:
     """Run or resume the stage; returns its parameters.
 
-    With cold_start.steps = 0 they are those that training starts from. Raises RunError, Stopped.
+    With cold_start.steps = 0 they are those that training starts from, with
+    cold_start.taken_from those that another run's cold start has left. Raises RunError, Stopped.
     """
     cfg = run.cfg.cold_start
     if cfg.steps == 0:
         return run.initial_params()
+    if cfg.taken_from is not None:
+        return cold_start_params(run)
     optimizer = make_optimizer(cfg.optimizer, cfg.steps)
     schedule = make_schedule(cfg.optimizer, cfg.steps)
     placed = state_shardings(run.policy, optimizer, run.mesh)
@@ -143,18 +151,26 @@ def local_rows(batch: Batch, run: Run) -> Batch:
 def reference_params(run: Run) -> Params:
     """The parameters that the RL stage started from, for its KL penalty.
 
-    They are a copy: the stage's own are donated to its updates. Raises RunError where the
-    checkpoint that holds them is gone.
+    They are a copy: the stage's own are donated to its updates. Raises as `cold_start_params`.
     """
     if run.cfg.cold_start.steps == 0:
         return run.initial_params()
-    with Checkpoints(checkpoint_folder(run.dir, STAGE)) as checkpoints:
+    return cold_start_params(run)
+
+
+def cold_start_params(run: Run) -> Params:
+    """The parameters at the end of the cold start, from its checkpoint.
+
+    Raises RunError where the checkpoint is gone.
+    """
+    folder = cold_start_folder(run.cfg, run.dir)
+    with Checkpoints(checkpoint_folder(folder, STAGE)) as checkpoints:
         restored = checkpoints.restore_params(
             abstract_params(run.policy, run.mesh), run.cfg.cold_start.steps
         )
     if restored is None:
         raise RunError(
-            f"{run.dir} lost its cold-start checkpoint, the KL reference; "
-            "train it in another folder"
+            f"{folder} lost its cold-start checkpoint, which the run starts from and the KL "
+            "penalty compares with; train it in another folder"
         )
     return restored.tree

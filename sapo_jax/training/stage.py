@@ -58,7 +58,8 @@ class Stage:
     def restore(self, abstract_state: TrainState) -> TrainState | None:
         """The state of the newest whole checkpoint; None where there is none.
 
-        Data and logs go to the same step. Raises LogError where the log lacks rows of steps that
+        Data and logs go to the same step. Raises RunError where the run has started from another
+        cold start than it would take now, LogError where the log lacks rows of steps that
         the checkpoint has behind it, and CheckpointSpaceError where the stage is not done and the
         disk has no room for the next checkpoint.
         """
@@ -67,6 +68,8 @@ class Stage:
             self.checkpoints.check_space(abstract_state)
             return None
         self.step = restored.step
+        if self._run.shared_start is not None:
+            self._run.shared_start.check_same(restored.extras)
         self._check_log()
         if not self.is_done:
             self.checkpoints.check_space(abstract_state)
@@ -82,7 +85,8 @@ class Stage:
         """
         missing = []
         if self.name == "rl":
-            missing += _steps_of("cold_start", self._log, 1, self._run.cfg.cold_start.steps)
+            if self._run.shared_start is None:
+                missing += _steps_of("cold_start", self._log, 1, self._run.cfg.cold_start.steps)
             missing += _steps_of("rl", self._log, 0, self.step)
         else:
             missing += _steps_of(self.name, self._log, 1, self.step)

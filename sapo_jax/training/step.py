@@ -29,9 +29,8 @@ from sapo_jax.learner.update import (
     UpdateFn,
     last_learning_rate,
     make_optimizer,
+    make_rl_update,
     make_schedule,
-    make_update,
-    policy_loss,
     state_shardings,
 )
 from sapo_jax.models import Policy
@@ -125,7 +124,7 @@ class RLStep:
 
         @functools.cache
         def update_for(micro_batch: int) -> UpdateFn:
-            return make_update(policy, optimizer, policy_loss(cfg), micro_batch, placed)
+            return make_rl_update(policy, cfg, num_updates, micro_batch, placed)
 
         return cls(
             cfg=cfg,

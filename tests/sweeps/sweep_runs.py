@@ -28,8 +28,12 @@ def begin(run: SweepRun) -> None:
 
 
 def finish(run: SweepRun, accuracy: float = 0.25, gain: float = 0.01) -> None:
-    """All its steps, from this held-out accuracy on."""
+    """All its steps, from this held-out accuracy on; of a cold start, its checkpoint."""
     begin(run)
+    if run.is_cold_start:
+        steps = str(run.cfg.cold_start.steps)
+        (run.folder / "checkpoints" / "cold_start" / steps / "manifest").mkdir(parents=True)
+        return
     (run.folder / "metrics.jsonl").unlink(missing_ok=True)
     steps = run.cfg.train.steps
     append_rows(run.folder / "metrics.jsonl", [{"stage": "cold_start", "step": 1, "loss": 3.0}])

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from sapo_jax.cli import main
+from sapo_jax.errors import RunError
 from sapo_jax.io.files import append_rows, last_row
 from sapo_jax.sweeps import launch as sweep_module
 from sapo_jax.sweeps.launch import CLAIM, LOG, runs_of_shard, status_lines, train_sweep
@@ -46,7 +47,8 @@ class Trainer:
         self.started: list[str] = []
         self.alive = self.most = self.terminated = 0
 
-    def __call__(self, run: SweepRun) -> Trained:
+    def __call__(self, run: SweepRun, threads: int = 0) -> Trained:
+        self.threads = threads
         self.started.append(run.name)
         self.alive += 1
         self.most = max(self.most, self.alive)
@@ -98,7 +100,8 @@ def test_every_run_is_trained_and_in_the_results(parallel, capsys):
         "finished tau_neg=1.05-seed0  25.0 % -> 29.0 %" in out
         and "4/4 done, 0 running, 0 failed, 0 left" in out
     )
-    assert ("PJRT_NPROC" in out) == (parallel > 1)
+    assert ("each of 3 runs computes with" in out) == (parallel > 1)
+    assert (trainer.threads > 0) == (parallel > 1)
 
 
 def test_results_hold_the_swept_keys_and_the_figures():
@@ -218,7 +221,7 @@ def test_an_exit_code_of_0_without_a_summary_is_a_failure(capsys):
         def _exit(self, code):
             self.code = 0
 
-    assert train_sweep(plan_of(), start=lambda run: Idle(Trainer(), run)) == 1
+    assert train_sweep(plan_of(), start=lambda run, threads: Idle(Trainer(), run)) == 1
     assert "exit code 0" in capsys.readouterr().out
 
 
@@ -262,7 +265,7 @@ def test_a_run_in_other_hands_is_left_to_them(lock, capsys):
 def test_an_error_while_starting_leaves_no_process_behind():
     trainer = Trainer(polls=10**6)
 
-    def start(run):
+    def start(run, threads):
         if trainer.started:
             raise OSError("no space left")
         return trainer(run)
@@ -360,6 +363,96 @@ def test_usage_errors_exit_2(capsys):
         "all 4 runs: train.stepz: unknown key here; did you mean 'train.steps'?"
         in capsys.readouterr().err
     )
+
+
+# ---------------------------------------------------------------- a shared cold start
+
+
+SHARED = TAUS + "shared: cold_start\nset: {cold_start.steps: 40}\n"
+START_0, START_1 = "cold_start-seed0", "cold_start-seed1"
+
+
+def test_a_cold_start_is_trained_before_the_arms_of_its_seed():
+    trainer = Trainer()
+    assert train_sweep(plan_of(SHARED), start=trainer) == 0
+    assert trainer.started == [START_0, *NAMES[:2], START_1, *NAMES[2:]]
+    assert [row["run"] for row in results()] == NAMES
+    again = Trainer()
+    assert train_sweep(plan_of(SHARED), start=again) == 0
+    assert again.started == []
+
+
+def test_arms_wait_for_their_cold_start_while_others_run():
+    trainer = Trainer(polls=4)
+    assert train_sweep(plan_of(SHARED), max_parallel=2, start=trainer) == 0
+    assert trainer.started[:2] == [START_0, START_1]
+    assert sorted(trainer.started[2:]) == sorted(NAMES)
+
+
+def test_a_cold_start_that_fails_fails_its_arms_alone(capsys):
+    trainer = Trainer(codes={START_0: 1})
+    assert train_sweep(plan_of(SHARED), start=trainer) == 1
+    assert trainer.started == [START_0, START_1, *NAMES[2:]]
+    assert f"{NAMES[0]} failed: its cold start, {START_0}, failed" in capsys.readouterr().out
+    again = Trainer()
+    assert train_sweep(plan_of(SHARED), start=again) == 0
+    assert again.started == [START_0, *NAMES[:2]]
+
+
+def test_shards_have_the_cold_starts_that_their_arms_need():
+    trainer = Trainer()
+    assert train_sweep(plan_of(SHARED), shard=(2, 4), start=trainer) == 0
+    assert trainer.started == [START_0, NAMES[1]]
+    lines = status_lines(plan_of(SHARED), (2, 4))
+    assert lines[0] == f"out/{START_0}  finished" and lines[1] == f"out/{START_1}  new"
+    assert lines[-1] == "4 runs, 1 of them in shard 2/4; they share 2 cold starts"
+
+
+def test_a_cold_start_in_the_hands_of_another_sweep_is_waited_for(capsys):
+    plan = plan_of(SHARED)
+    start_0 = plan.cold_starts[0]
+    start_0.folder.mkdir(parents=True)
+    looks = []
+
+    def on_poll():
+        """The other sweep is done while this one trains the second cold start."""
+        looks.append(1)
+        if len(looks) == 3:
+            finish(start_0)
+            lock.close()
+
+    lock = (start_0.folder / CLAIM).open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    trainer = Trainer(polls=6, on_poll=on_poll)
+    assert train_sweep(plan, max_parallel=2, start=trainer) == 0
+    assert START_0 not in trainer.started and sorted(trainer.started[1:]) == sorted(NAMES)
+    assert trainer.started[0] == START_1
+
+
+def test_a_cold_start_of_another_configuration_is_refused():
+    finish(plan_of(SHARED).cold_starts[0])
+    with pytest.raises(RunError, match="cold_start-seed0: model.hidden_size"):
+        status_lines(plan_of(SHARED, "model.hidden_size=64"), (1, 1))
+    # The objective has no say in it.
+    assert status_lines(plan_of(SHARED, "objective.tau_pos=3.0"), (1, 1))
+
+
+# ---------------------------------------------------------------- threads
+
+
+def test_a_resumed_sweep_keeps_its_number_of_threads(monkeypatch, capsys):
+    monkeypatch.setattr(sweep_module.os, "cpu_count", lambda: 8)
+    first = Trainer()
+    train_sweep(plan_of(), max_parallel=4, shard=(1, 4), start=first)
+    assert first.threads == 2
+    later = Trainer()
+    train_sweep(plan_of(), max_parallel=1, shard=(2, 4), start=later)
+    assert later.threads == 2
+    assert "with 2 cores, as when the sweep was started" in capsys.readouterr().out
+    monkeypatch.setenv("PJRT_NPROC", "5")
+    given = Trainer()
+    train_sweep(plan_of(), shard=(3, 4), start=given)
+    assert given.threads == 0
 
 
 # ---------------------------------------------------------------- the last row of a log

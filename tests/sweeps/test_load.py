@@ -9,7 +9,9 @@ import pytest
 import yaml
 
 from sapo_jax.config import ConfigError, load
+from sapo_jax.config.load import resolve
 from sapo_jax.config.yaml_core import dump_yaml
+from sapo_jax.sweeps import load as load_module
 from sapo_jax.sweeps.file import short_names, slug
 from sapo_jax.sweeps.load import load_sweep
 from tests.config.test_config_load import NASTY
@@ -337,3 +339,80 @@ def test_the_arms_of_objectives_moe_are_the_committed_configs(monkeypatch):
         1,
         2,
     ]
+
+
+# ---------------------------------------------------------------- a shared cold start
+
+
+SHARED = "base: ../base.yaml\nshared: cold_start\nset: {cold_start.steps: 30}\nseeds: [0, 1]\n"
+
+
+def test_the_arms_of_a_seed_start_from_one_cold_start(sweep_of):
+    arms = "arms: {sapo: {}, grpo: {objective: {name: grpo}, optimizer.warmup_steps: 3}}\n"
+    plan = sweep_of(SHARED + arms, folder="home")
+    assert [(seed, run.name) for seed, run in plan.cold_starts.items()] == [
+        (0, "cold_start-seed0"),
+        (1, "cold_start-seed1"),
+    ]
+    starts = [run.cfg.cold_start.taken_from for run in plan.runs]
+    assert starts == ["home/cold_start-seed0"] * 2 + ["home/cold_start-seed1"] * 2
+    trained = plan.cold_starts[1]
+    assert trained.is_cold_start and trained.cfg.train.seed == 1
+    assert trained.cfg.cold_start.taken_from is None and trained.cfg.cold_start.steps == 30
+    # What the arms differ in has no say in it, so that an arm that comes first later changes nothing.
+    other_order = "arms: {grpo: {objective: {name: grpo}, optimizer.warmup_steps: 3}, sapo: {}}\n"
+    assert sweep_of(SHARED + other_order, folder="home").cold_starts == plan.cold_starts
+
+
+def test_arms_that_cannot_share_a_cold_start_are_refused_by_key(sweep_of):
+    wide = (
+        "arms: {a: {}, wide: {model.hidden_size: 64, cold_start.optimizer.learning_rate: 0.01}}\n"
+    )
+    text = problems(sweep_of, SHARED + wide)
+    assert (
+        "shared: wide differ from a in model.hidden_size, cold_start.optimizer.learning_rate, so "
+        "they cannot start from one cold start" in text
+    )
+    remat = "arms: {a: {}, b: {model.remat: full, objective.tau_neg: 2.0}}\n"
+    assert len(sweep_of(SHARED + remat).cold_starts) == 2
+    none = "base: ../base.yaml\nshared: cold_start\n"
+    assert "there is no cold start to share" in problems(sweep_of, none)
+    assert "cold_start.taken_from" in problems(sweep_of, SHARED, "cold_start.taken_from=x")
+    assert "shared: expected cold_start" in problems(
+        sweep_of, "base: ../base.yaml\nshared: model\n"
+    )
+    label = "arms: {cold_start: {}}\n"
+    assert "two runs would have the folder" in problems(sweep_of, SHARED + label)
+
+
+# ---------------------------------------------------------------- many runs
+
+
+def test_a_file_that_asks_for_too_many_runs_is_refused_at_once(sweep_of):
+    numbers = ", ".join(str(1 + i / 1000) for i in range(1000))
+    grid = f"base: ../base.yaml\ngrid: {{objective.tau_neg: [{numbers}], objective.tau_pos: [{numbers}]}}\n"
+    text = problems(sweep_of, grid)
+    assert "1,000,000 arms and 1 seeds make 1,000,000 runs; a sweep has 10,000 at most" in text
+
+
+def test_checking_that_takes_seconds_is_announced(sweep_of, tmp_path):
+    numbers = ", ".join(str(1 + i / 1000) for i in range(250))
+    path = tmp_path / "sweeps" / "many.yaml"
+    path.write_text(f"base: nowhere.yaml\ngrid: {{objective.tau_neg: [{numbers}]}}\n")
+    said = []
+    with pytest.raises(ConfigError):
+        load_sweep(path, say=said.append)
+    assert said == ["checking the configurations of 250 arms"]
+
+
+def test_the_seeds_of_an_arm_cost_no_further_check(sweep_of, monkeypatch):
+    resolved = []
+
+    def counted(*arguments):
+        resolved.append(arguments)
+        return resolve(*arguments)
+
+    monkeypatch.setattr(load_module, "resolve", counted)
+    plan = sweep_of("base: ../base.yaml\narms: {a: {}, b: {train.epochs: 2}}\nseeds: [0, 1, 2]\n")
+    assert len(plan.runs) == 6 and len(resolved) == 2
+    assert [run.cfg.train.seed for run in plan.runs] == [0, 0, 1, 1, 2, 2]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from sapo_jax.io.files import append_rows
 from sapo_jax.sweeps.display import MetricsFollower, SweepDisplay
 from sapo_jax.sweeps.job import Job
 from sapo_jax.sweeps.load import load_sweep
@@ -77,7 +79,7 @@ def test_the_panel_counts_and_estimates(jobs):
         "2/4 done, 1 running, 0 failed, 1 left, ETA 0:24" in shown
     )  # 15 steps in 30 s, 2 + 10 to go
     assert (
-        "RL step" in shown
+        "stage" in shown
         and "base-seed1" in shown
         and "8/10" in shown
         and "20.0 % -> 28.0 %" in shown
@@ -99,8 +101,43 @@ def test_in_a_file_there_is_a_line_for_each_change(jobs):
     display.update(jobs)
     lines = console.file.getvalue().splitlines()
     assert lines == [
-        "running  base-seed0    [0/4 done, 1 running, 0 failed, 3 left]",
+        "running  base-seed0  starting  [0/4 done, 1 running, 0 failed, 3 left]",
         "failed   base-seed0    [0/4 done, 0 running, 1 failed, 3 left]",
     ]
     display.outcome(jobs)
     assert r"\x1b[31mred [bold]text[/bold]" in console.file.getvalue()
+
+
+def test_a_stage_that_begins_is_said(jobs):
+    now = [0.0]
+    console = Console(file=io.StringIO(), width=200)
+    display = SweepDisplay(console, clock=lambda: now[0])
+    jobs[0].state = "running"
+    log = jobs[0].run.folder / "metrics.jsonl"
+    log.parent.mkdir(parents=True)
+    for step in (1, 2, 3):
+        append_rows(log, [{"stage": "cold_start", "step": step}])
+        display.update(jobs)
+        now[0] += 2
+    write_steps(log.parent, range(3), 0.25)
+    display.update(jobs)
+    assert console.file.getvalue().splitlines() == [
+        "running  base-seed0  cold start  [0/4 done, 1 running, 0 failed, 3 left]",
+        "running  base-seed0  RL  [0/4 done, 1 running, 0 failed, 3 left, ETA 1:54]",
+    ]
+
+
+def test_the_panel_says_how_far_a_stage_is(jobs):
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None)
+    job = jobs[0]
+    section = dataclasses.replace(job.run.cfg.cold_start, steps=40)
+    run = dataclasses.replace(
+        job.run, cfg=dataclasses.replace(job.run.cfg, cold_start=section), is_cold_start=True
+    )
+    job.run.folder.mkdir(parents=True)
+    append_rows(run.folder / "metrics.jsonl", [{"stage": "cold_start", "step": 7}])
+    with SweepDisplay(console) as display:
+        display.update([Job(run, state="running")])
+    lines = console.file.getvalue().splitlines()
+    row = next(line for line in lines if "base-seed0" in line)
+    assert "cold start" in row and "7/40" in row

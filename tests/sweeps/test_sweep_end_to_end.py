@@ -86,7 +86,7 @@ def test_a_sweep_survives_what_happens_to_it(file, tmp_path, capsys):
     plan = load_sweep(file, SETTINGS, folder)
     first, second = (run.folder for run in plan.runs)
 
-    assert train_sweep(plan, shard=(1, 2), start=lambda run: Killed(run, 0)) == 1
+    assert train_sweep(plan, shard=(1, 2), start=lambda run, threads: Killed(run, 0)) == 1
     assert "killed by signal 9" in capsys.readouterr().out and not (first / "summary.json").exists()
     arguments = ["sweep", str(file), *SETTINGS, "--folder", str(folder)]
     assert main([*arguments, "--shard", "1/2"]) == 0  # the same run again, to its end
