@@ -416,6 +416,13 @@ GLOSSARY = (
                 "fill above 0.7",
                 "`train.row_tokens`; or the lengths vary widely",
             ),
+            Entry(
+                ("rows/shapes",),
+                "how many shapes the rows of the run have had so far: for each, the programs that "
+                "score and update are compiled once, which shows in `time/score` and `time/update`",
+                "a few, which come early",
+                "`train.row_tokens` fixes the length of the rows",
+            ),
         ),
     ),
     Section(

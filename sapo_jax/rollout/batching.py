@@ -13,7 +13,14 @@ import numpy as np
 
 from sapo_jax.batch import Rollout
 from sapo_jax.distributed.processes import SINGLE_PROCESS, ProcessShard, all_gather
-from sapo_jax.rollout.packing import FEWEST_PICKED, PackedBatch, Packing, bucket, plan_rows
+from sapo_jax.rollout.packing import (
+    FEWEST_PICKED,
+    PackedBatch,
+    Packing,
+    RowShape,
+    bucket,
+    plan_rows,
+)
 from sapo_jax.types import Prompt
 
 TokenIds = Sequence[int] | np.ndarray
@@ -91,16 +98,16 @@ class _RowWriter:
         self.sequence_BT[row, columns] = sequence
         return segment, columns
 
-    def packed_batch(self, most_completion_tokens: int = 0, micro_batch: int = 0) -> PackedBatch:
+    def packed_batch(self, picked: int = 0, micro_batch: int = 0) -> PackedBatch:
         """What has been written.
 
-        most_completion_tokens: completion tokens of a row, if rows that are written elsewhere may
-            hold more of them than these; it decides on M.
+        picked: M; 0: what these rows need.
         """
         mask_BT = self.source_BT >= 0
         B, T = mask_BT.shape
-        most = max(most_completion_tokens, int(mask_BT.sum(axis=1).max()))
-        M = min(bucket(most, FEWEST_PICKED), T)
+        M = picked
+        if M == 0:
+            M = min(bucket(int(mask_BT.sum(axis=1).max()), FEWEST_PICKED), T)
         picked_BM = np.full((B, M), T, np.int32)
         source_BM = np.zeros((B, M), np.int32)
         for b in range(B):
@@ -143,6 +150,7 @@ def pack_rollout(
     *,
     shard: ProcessShard = SINGLE_PROCESS,
     lengths: tuple[Sequence[int], Sequence[int]] | None = None,
+    known: Sequence[RowShape] = (),
 ) -> PackedBatch:
     """A rollout as packed rows (see `packing.plan_rows`), completion ids exactly as sampled.
 
@@ -152,6 +160,7 @@ def pack_rollout(
         rollout, and gives the `lengths` of the prompts P and the completions B of all teams. So
         all make the same plan, and each takes its own rows of it. R and the packing's shards and
         micro_batch are then those of a team.
+    known: shapes of rows that the run has had (see `packing.plan_rows`).
     """
     if lengths is None:
         prompt_length_P = [len(prompt.ids) for prompt in prompts]
@@ -163,7 +172,7 @@ def pack_rollout(
     G = len(length_B) // P
 
     # A mini-batch of the run is one mini-batch of the plan for each team.
-    plan = plan_rows(prompt_length_P, length_B, mini_batches * shard.teams, packing)
+    plan = plan_rows(prompt_length_P, length_B, mini_batches * shard.teams, packing, known)
     planned_for_team = plan.mini_batches[shard.team :: shard.teams]
     local_indices = shard.local_indices(P, mini_batches)
     local_prompt = {prompt: p for p, prompt in enumerate(local_indices)}
@@ -179,8 +188,4 @@ def pack_rollout(
                     completion = np.asarray(rollout.tokens_BC[b, : rollout.length_B[b]])
                     writer.write_completion(prompt, completion, b)
 
-    # M must be the same for all teams.
-    most_completion_tokens = max(
-        sum(sum(piece.completion_lengths) for piece in row) for row in plan.filled_rows()
-    )
-    return writer.packed_batch(most_completion_tokens, plan.micro_batch)
+    return writer.packed_batch(plan.picked, plan.micro_batch)

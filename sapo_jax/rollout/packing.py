@@ -6,8 +6,12 @@ computed once for all of them: attention lets each completion see the prompt and
 
 Completions that share a prompt save prompt tokens, but they make rows longer, which costs where
 attention compares tokens with keys that they do not see. So `plan_rows` tries several ways and
-takes the cheapest. The plan is a function of the lengths and of the run's `Packing` alone: a
-resumed run packs, and rounds, as the uninterrupted one does.
+takes the cheapest.
+
+Every new shape of the rows costs a compilation, which may take as long as a hundred steps. So a
+plan keeps to the shapes that the run has had before (`RowShapes`), as long as that costs little.
+The plan is a function of the lengths, of the run's `Packing` and of those shapes, which its
+checkpoints hold: a resumed run packs, and rounds, as the uninterrupted one does.
 """
 
 from __future__ import annotations
@@ -17,12 +21,42 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 BUCKETS_TO_TRY = 3  # the next larger buckets that are tried as row lengths
 # The smallest bucket of a row's completion tokens, M: answers of 2, 3 and 4 tokens share a program.
 FEWEST_PICKED = 8
+# A shape that the run has had before is taken if it costs at most so many times the cheapest plan:
+# the step between two buckets.
+MOST_WASTE = 1.5
+
+
+class RowShape(NamedTuple):
+    """What decides which program scores and updates: the sizes of a mini-batch."""
+
+    length: int  # T
+    rows: int  # R
+    picked: int  # M, completion tokens that a row has room for
+
+
+class RowShapes:
+    """The shapes that a run has had, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self.known: list[RowShape] = []
+
+    def add(self, shape: RowShape) -> None:
+        if shape not in self.known:
+            self.known.append(shape)
+
+    def get_state(self) -> list[list[int]]:
+        """As JSON values, for a checkpoint."""
+        return [list(shape) for shape in self.known]
+
+    def set_state(self, state: list[list[Any]]) -> None:
+        self.known = [RowShape(*shape) for shape in state]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +167,18 @@ class Plan:
     rows: int  # R, rows of a mini-batch, those without a piece included
     micro_batch: int  # rows of a forward and backward pass; R is a multiple of it; 0: all R
     mini_batches: tuple[tuple[Row, ...], ...]  # the filled rows of each mini-batch
+    picked: int  # M, at least the completion tokens of every row
+
+    @property
+    def shape(self) -> RowShape:
+        return RowShape(self.length, self.rows, self.picked)
+
+    def in_shape(self, shape: RowShape) -> Plan | None:
+        """The plan with further empty rows, in that shape; None where it does not fit."""
+        fits = self.rows <= shape.rows and self.picked <= shape.picked
+        if self.length != shape.length or not fits:
+            return None
+        return dataclasses.replace(self, rows=shape.rows, picked=shape.picked)
 
     def filled_rows(self) -> Iterator[Row]:
         """The filled rows of all mini-batches, in turn."""
@@ -171,18 +217,83 @@ def _length_below(size: int) -> int:
 
 
 def plan_rows(
-    prompt_length_P: Sequence[int], length_B: Sequence[int], mini_batches: int, packing: Packing
+    prompt_length_P: Sequence[int],
+    length_B: Sequence[int],
+    mini_batches: int,
+    packing: Packing,
+    known: Sequence[RowShape] = (),
 ) -> Plan:
     """Rows for the groups of completions, the cheapest of several ways.
 
     The groups, in their order, are divided into `mini_batches` equal parts. All mini-batches get
-    the same T and R, so that they run one program.
+    the same T, R and M, so that they run one program.
+
+    known: shapes that the run has had. The cheapest of them is taken, unless a new one costs less
+        by more than MOST_WASTE.
 
     Raises ValueError where a sequence is longer than packing.row_tokens.
     """
+    plans = _possible_plans(prompt_length_P, length_B, mini_batches, packing, known)
+    best = min(plans, key=lambda priced: priced.cost)
+    plans_in_known_shapes = []
+    for priced in plans:
+        for shape in known:
+            plan = priced.plan.in_shape(shape)
+            if plan is not None:
+                plans_in_known_shapes.append(_priced(plan, priced.seen_pairs, packing))
+    if plans_in_known_shapes:
+        best_known = min(plans_in_known_shapes, key=lambda priced: priced.cost)
+        if best_known.cost <= MOST_WASTE * best.cost:
+            return best_known.plan
+    return _grown(best, packing, known)
+
+
+class _PricedPlan(NamedTuple):
+    """A plan, what it costs, and the pairs of a token and a key that it sees in all its rows."""
+
+    plan: Plan
+    cost: float
+    seen_pairs: float
+
+
+def _priced(plan: Plan, seen_pairs: float, packing: Packing) -> _PricedPlan:
+    cost = packing.cost(
+        rows=plan.rows * len(plan.mini_batches),
+        T=plan.length,
+        different_rows=_different_rows(plan, packing.shards),
+        seen_pairs=seen_pairs,
+    )
+    return _PricedPlan(plan, cost, seen_pairs)
+
+
+def _grown(best: _PricedPlan, packing: Packing, known: Sequence[RowShape]) -> Plan:
+    """The plan in a new shape that holds those of its length, too, where that costs little.
+
+    So the shapes of a length grow, and a few of them serve all rollouts.
+    """
+    plan = best.plan
+    shape = plan.shape
+    for other in known:
+        if other.length == shape.length:
+            shape = RowShape(
+                shape.length, max(shape.rows, other.rows), max(shape.picked, other.picked)
+            )
+    grown = dataclasses.replace(plan, rows=shape.rows, picked=shape.picked)
+    if _priced(grown, best.seen_pairs, packing).cost <= MOST_WASTE * best.cost:
+        return grown
+    return plan
+
+
+def _possible_plans(
+    prompt_length_P: Sequence[int],
+    length_B: Sequence[int],
+    mini_batches: int,
+    packing: Packing,
+    known: Sequence[RowShape],
+) -> list[_PricedPlan]:
+    """Plans for all ways to share prompts and all lengths of rows that are worth a try."""
     group_size = len(length_B) // len(prompt_length_P)
-    best_plan = None
-    best_cost = math.inf
+    plans = []
     longest = 0
     for completions_per_piece in _ways_to_share(group_size):
         pieces_of_minis = _split_into_pieces(
@@ -191,23 +302,18 @@ def plan_rows(
         pieces = [piece for pieces_of_mini in pieces_of_minis for piece in pieces_of_mini]
         longest = max(piece.size for piece in pieces)
         seen_pairs = sum(piece.seen_pairs for piece in pieces)
-        for T in packing.candidate_lengths(longest, completions_per_piece):
+        lengths = packing.candidate_lengths(longest, completions_per_piece)
+        known_lengths = {shape.length for shape in known if shape.length >= longest}
+        lengths += sorted(known_lengths.difference(lengths))
+        for T in lengths:
             plan = _plan_of_length(pieces_of_minis, T, packing)
-            cost = packing.cost(
-                rows=plan.rows * mini_batches,
-                T=T,
-                different_rows=_different_rows(plan, packing.shards),
-                seen_pairs=seen_pairs,
-            )
-            if cost < best_cost:
-                best_plan = plan
-                best_cost = cost
-    if best_plan is None:
+            plans.append(_priced(plan, seen_pairs, packing))
+    if not plans:
         raise ValueError(
             f"train.row_tokens = {packing.row_tokens}: a sequence has {longest} tokens; "
             "raise it, or set 0"
         )
-    return best_plan
+    return plans
 
 
 def _ways_to_share(group_size: int) -> list[int]:
@@ -287,7 +393,13 @@ def _plan_of_length(pieces_of_minis: Sequence[Sequence[Piece]], T: int, packing:
     rows_at_once = micro_batch or packing.shards
     most_rows = max(len(rows) for rows in mini_batches)
     rows = rows_at_once * bucket(math.ceil(most_rows / rows_at_once), smallest=1)
-    return Plan(T, rows, micro_batch, mini_batches)
+    most_completion_tokens = 0
+    for rows_of_mini in mini_batches:
+        for row in rows_of_mini:
+            completion_tokens = sum(sum(piece.completion_lengths) for piece in row)
+            most_completion_tokens = max(most_completion_tokens, completion_tokens)
+    picked = min(bucket(most_completion_tokens, FEWEST_PICKED), T)
+    return Plan(T, rows, micro_batch, mini_batches, picked)
 
 
 def _fill_rows(pieces: Sequence[Piece], T: int) -> tuple[Row, ...]:
@@ -332,6 +444,11 @@ class PackedBatch:
     @property
     def mask_BT(self) -> np.ndarray:
         return self.arrays["mask_BT"]
+
+    def row_shape(self, mini_batches: int) -> RowShape:
+        """The shape of each of so many mini-batches."""
+        num_rows, T = self.mask_BT.shape
+        return RowShape(T, num_rows // mini_batches, self.arrays["picked_BM"].shape[1])
 
     def spread(self, value_N: np.ndarray) -> np.ndarray:
         """A value per sequence -> BT, on each of its completion tokens; 0 elsewhere."""

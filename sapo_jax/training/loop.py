@@ -20,6 +20,7 @@ from sapo_jax.io.display import Display, open_display
 from sapo_jax.io.plots import plot_run
 from sapo_jax.io.run_log import Log, open_log
 from sapo_jax.learner.state import abstract_state, fresh_state
+from sapo_jax.rollout import RowShapes
 from sapo_jax.training.clock import Clock
 from sapo_jax.training.evaluate import Evaluator
 from sapo_jax.training.profile import Trace
@@ -63,14 +64,15 @@ def reinforce(run: Run, log: Log, display: Display, traced: int) -> None:
     cfg = run.cfg
     batches = run.batches(Stream.ROLLOUT, cfg.rollout.prompts_per_step)
     evaluator = Evaluator.of(run)
+    row_shapes = RowShapes()
     with (
-        Stage(run, log, STAGE, cfg.train.steps, batches) as stage,
+        Stage(run, log, STAGE, cfg.train.steps, batches, row_shapes) as stage,
         Trace(run.folder.logs / "trace", traced) as trace,
     ):
         saved_steps = stage.saved_steps()
         if saved_steps:
             trace.check(cfg.train.steps - saved_steps[-1])
-            rl_step = build_step(run)
+            rl_step = build_step(run, row_shapes)
             restored = stage.restore(abstract_state(run.policy, rl_step.optimizer, run.mesh))
             if restored is None:
                 raise RunError(f"the checkpoints of {run.dir} are gone: was the folder removed?")
@@ -78,7 +80,7 @@ def reinforce(run: Run, log: Log, display: Display, traced: int) -> None:
         else:
             trace.check(cfg.train.steps)
             params = cold_start(run, log, display)
-            rl_step = build_step(run)
+            rl_step = build_step(run, row_shapes)
             state = fresh_state(run.policy, rl_step.optimizer, run.mesh, params)
             log.rewind(STAGE, -1)
             log.write(STAGE, 0, evaluate_and_log(run, evaluator, log, state, 0))
@@ -109,8 +111,11 @@ def reinforce(run: Run, log: Log, display: Display, traced: int) -> None:
             save_seconds = stage.save_if_due(state)
 
 
-def build_step(run: Run) -> RLStep:
-    """The RL step of a run. The KL reference is read before training changes anything."""
+def build_step(run: Run, row_shapes: RowShapes) -> RLStep:
+    """The RL step of a run, which adds to row_shapes.
+
+    The KL reference is read before training changes anything.
+    """
     reference = None
     if run.cfg.loss.kl_coef > 0:
         reference = reference_params(run)
@@ -122,6 +127,7 @@ def build_step(run: Run) -> RLStep:
         run.mesh,
         shard=run.shard,
         reference=reference,
+        row_shapes=row_shapes,
     )
 
 

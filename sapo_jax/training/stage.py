@@ -15,6 +15,7 @@ from sapo_jax.distributed.processes import broadcast_from_first
 from sapo_jax.errors import LogError, RunError, Stopped
 from sapo_jax.io.files import METRICS
 from sapo_jax.io.run_log import Log
+from sapo_jax.rollout import RowShapes
 from sapo_jax.training.clock import Clock
 from sapo_jax.training.run import Run, say
 
@@ -31,8 +32,16 @@ class Stage:
     `stop_if_told`.
     """
 
-    def __init__(self, run: Run, log: Log, name: str, steps: int, batches: PromptBatches):
-        """steps: at which the stage ends. batches: their position is saved and restored."""
+    def __init__(
+        self,
+        run: Run,
+        log: Log,
+        name: str,
+        steps: int,
+        batches: PromptBatches,
+        row_shapes: RowShapes | None = None,
+    ):
+        """steps: at which the stage ends. batches, row_shapes: are saved and restored."""
         self.name = name
         self.steps = steps
         self.step = 0
@@ -40,6 +49,7 @@ class Stage:
         self._run = run
         self._log = log
         self._batches = batches
+        self._row_shapes = row_shapes or RowShapes()
 
     def __enter__(self) -> Self:
         return self
@@ -74,6 +84,8 @@ class Stage:
         if not self.is_done:
             self.checkpoints.check_space(abstract_state)
         say(self._batches.set_state(restored.extras["data"]))
+        # Checkpoints of before the shapes were kept have none.
+        self._row_shapes.set_state(restored.extras.get("row_shapes", []))
         self._log.rewind(self.name, self.step)
         return restored.tree
 
@@ -128,7 +140,9 @@ class Stage:
         """
         clock = Clock()
         self._run.folder.publish()
-        self.checkpoints.save(self.step, state, self._run.checkpoint_extras(self._batches))
+        extras = self._run.checkpoint_extras(self._batches)
+        extras["row_shapes"] = self._row_shapes.get_state()
+        self.checkpoints.save(self.step, state, extras)
         clock.lap("checkpoint")
         return clock.laps
 

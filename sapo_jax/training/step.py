@@ -36,7 +36,14 @@ from sapo_jax.learner.update import (
 from sapo_jax.models import Policy
 from sapo_jax.models.size import layer_flops
 from sapo_jax.rewards import VerifierPool
-from sapo_jax.rollout import PackedBatch, Packing, Sampler, SamplingParams, pack_rollout
+from sapo_jax.rollout import (
+    PackedBatch,
+    Packing,
+    RowShapes,
+    Sampler,
+    SamplingParams,
+    pack_rollout,
+)
 from sapo_jax.training import step_metrics
 from sapo_jax.training.clock import Clock
 from sapo_jax.training.experience import (
@@ -77,6 +84,7 @@ class RLStep:
     reference: Params | None  # of the KL penalty
     sampler: Sampler
     packing: Packing
+    row_shapes: RowShapes  # what rollouts were packed into; it grows
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule  # learning rate by optimiser step
     scorer_for: Callable[[int], ScorerFn]  # by the number of rows of a micro-batch
@@ -93,10 +101,12 @@ class RLStep:
         *,
         shard: ProcessShard = SINGLE_PROCESS,
         reference: Params | None = None,
+        row_shapes: RowShapes | None = None,
     ) -> RLStep:
         """The step of a configuration; nothing is compiled before it is first called.
 
         reference: the parameters that the KL penalty (`loss.kl`) compares with.
+        row_shapes: those of the steps before; they are added to.
         """
         num_updates = cfg.train.steps * cfg.train.mini_batches * cfg.train.epochs
         optimizer = make_optimizer(cfg.optimizer, num_updates)
@@ -136,6 +146,7 @@ class RLStep:
             reference=reference,
             sampler=sampler,
             packing=packing_of(cfg, num_shards("batch", mesh), shard.teams),
+            row_shapes=row_shapes or RowShapes(),
             optimizer=optimizer,
             schedule=make_schedule(cfg.optimizer, num_updates),
             scorer_for=scorer_for,
@@ -185,6 +196,7 @@ class RLStep:
         metrics = {
             **step_metrics.rollout_metrics(graded, adv_PG),
             **step_metrics.packing_metrics(packed, self.shard.teams),
+            "rows/shapes": len(self.row_shapes.known),
             **step_metrics.update_metrics(auxes, cfg),
             **self._mismatch(scores, packed.mask_BT, auxes[0]),
             "learning_rate": last_learning_rate(self.schedule, state, auxes[-1]),
@@ -200,7 +212,7 @@ class RLStep:
     def _pack(self, local: LocalPrompts, rollout: Rollout) -> PackedBatch:
         """The team's rollout as packed rows. A collective: all teams make the same plan."""
         prompt_lengths = [len(prompt.ids) for prompt in local.batch]
-        return pack_rollout(
+        packed = pack_rollout(
             local.prompts,
             rollout,
             self.tokenizer.pad_id,
@@ -208,7 +220,10 @@ class RLStep:
             self.packing,
             shard=self.shard,
             lengths=(prompt_lengths, local.all_gather_lengths(rollout).tolist()),
+            known=self.row_shapes.known,
         )
+        self.row_shapes.add(packed.row_shape(self.cfg.train.mini_batches))
+        return packed
 
     def _score_rollout(
         self,
