@@ -45,9 +45,9 @@ EXAMPLES = """examples:
 """
 
 SWEEP_NOTES = """A run takes all cores, or all accelerators, that it sees: one at a time on each
-machine is the rule, and --shard uses several machines. With --max-parallel N on a CPU, give each
-run its share of threads: PJRT_NPROC=2 sapo-jax sweep ... (rounding depends on it: keep it over the
-whole sweep). Each run also has rewards.workers processes."""
+machine is the rule, and --shard uses several machines. With --max-parallel N on a CPU, each run
+gets its share of the cores (PJRT_NPROC, unless it is set). Rounding depends on that number: the
+sweep keeps to it when it is resumed. Each run also has rewards.workers processes."""
 
 REPORT_NOTES = """examples:
   sapo-jax report runs/temperature

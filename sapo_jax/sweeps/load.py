@@ -15,8 +15,9 @@ from typing import Any
 from sapo_jax.config.advice import warnings
 from sapo_jax.config.errors import ConfigError, Problem
 from sapo_jax.config.load import resolve
+from sapo_jax.config.objective import SAPO
 from sapo_jax.config.resume import changes_of_cold_start
-from sapo_jax.config.schema import SAPO, Advantage, Config, Loss, Optimizer
+from sapo_jax.config.schema import Advantage, Config, Loss, Optimizer
 from sapo_jax.config.source import Layer, read_files, read_mapping
 from sapo_jax.config.yaml_core import dump_yaml
 from sapo_jax.sweeps.file import COLD_START, Point, Settings, SweepFile, parse_sweep_file, slug

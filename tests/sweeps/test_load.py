@@ -307,8 +307,38 @@ def test_warnings_name_the_arms(sweep_of):
 def test_every_committed_sweep_loads(monkeypatch):
     monkeypatch.chdir(CONFIGS.parent)
     files = sorted((CONFIGS / "sweeps").glob("*.yaml"))
-    assert [file.stem for file in files] == ["objectives_moe", "temperature"]
-    assert [len(load_sweep(file).runs) for file in files] == [12, 9]
+    num_runs = {file.stem: len(load_sweep(file).runs) for file in files}
+    assert num_runs == {
+        "objectives_moe": 12,
+        "remedies": 100,
+        "staleness": 30,
+        "temperature": 9,
+        "temperature_wide": 60,
+    }
+
+
+def test_staleness_changes_n_at_equal_mini_batches_and_equally_many_updates(monkeypatch):
+    monkeypatch.chdir(CONFIGS.parent)
+    plan = load_sweep(CONFIGS / "sweeps" / "staleness.yaml")
+    for run in plan.runs:
+        train = run.cfg.train
+        assert run.cfg.rollout.prompts_per_step == 32 * train.mini_batches
+        assert train.steps * train.mini_batches == 480
+        assert run.cfg.evaluate.every * train.mini_batches == 96
+    assert {run.cfg.train.mini_batches for run in plan.runs} == {1, 2, 4, 8, 16}
+    assert len(plan.cold_starts) == 3
+
+
+def test_the_rivals_of_remedies_are_the_committed_configs(monkeypatch):
+    monkeypatch.chdir(CONFIGS.parent)
+    plan = load_sweep(CONFIGS / "sweeps" / "remedies.yaml")
+    cfg_of = {run.arm: run.cfg for run in plan.runs}
+    assert len(cfg_of) == 10
+    for arm in ("sapo", "gspo", "vespo", "dppo", "topr", "log_gate"):
+        alone = load(CONFIGS / f"quickstart_moe_{arm}.yaml")
+        for section in ("objective", "advantage", "loss"):
+            assert getattr(cfg_of[arm], section) == getattr(alone, section), (arm, section)
+        assert cfg_of[arm].train.old_logp == alone.train.old_logp
 
 
 def test_temperature_has_the_papers_arms(monkeypatch):
