@@ -247,7 +247,7 @@ def test_bad_configurations_are_listed_by_run_and_key(sweep_of):
         return ", ".join(names)
 
     assert text.splitlines()[1:] == [
-        f"  {runs((3, -1), (4, -1))}: objective.tau_neg: expected a number > 0, got -1",
+        f"  {runs((3, -1), (4, -1))}: objective.tau_neg: expected a number > 0 or null, got -1",
         "  all 8 runs: train.stepz: unknown key here; did you mean 'train.steps'?",
         f"  {runs((3, -1), (3, 1))}: rollout.prompts_per_step, train.mini_batches: 32 prompts cannot be split into 3"
         " mini-batches of whole groups; make prompts_per_step a multiple of 3",
