@@ -15,11 +15,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from jax.typing import ArrayLike
 
-from sapo_jax.batch import Array
 from sapo_jax.config.schema import Config
 
-Numbers = dict[str, Array]  # config key -> float32 scalar
+Numbers = dict[str, ArrayLike]  # config key -> float32 scalar
 
 # Names that end in a dot stand for all numbers of a section. The learning rate is not among them:
 # the update reads it from a table, see `update.learning_rates`.

@@ -41,7 +41,7 @@ class Choice:
 
 def use_compilation_cache(setting: str) -> str:
     """Keep the programs of this process where the setting says; returns a notice, or ""."""
-    current = jax.config.jax_compilation_cache_dir
+    current = jax.config.values["jax_compilation_cache_dir"]
     if setting == AUTO:
         if current or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
             return ""
