@@ -21,8 +21,8 @@ from sapo_jax.config.schema import Config
 
 Numbers = dict[str, ArrayLike]  # config key -> float32 scalar
 
-# Names that end in a dot stand for all numbers of a section. The learning rate is not among them:
-# the update reads it from a table, see `update.learning_rates`.
+# Names that end in a dot stand for all numbers of a section. Those of the learning rate are made
+# into others first, see `update.Rates`.
 INPUTS = (
     "objective.",
     "loss.",

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,44 +43,60 @@ NO_DECAY = ("scale", "bias")  # ends of names of parameters without weight decay
 # optax.apply_if_finite applies an update that is not finite after so many in a row. The trainer
 # stops long before.
 NEVER_ACCEPT = 2**31 - 1
-# Tables of learning rates have a multiple of so many steps, so that runs of different length run
-# one program.
-RATES_STEP = 1024
 
 
-def make_schedule(cfg: Optimizer, total_steps: int) -> optax.Schedule:
-    """Learning rate by optimiser step: linear warm-up from 0, then constant, linear or cosine."""
-    peak = cfg.learning_rate
+class Rates(NamedTuple):
+    """The numbers of a learning rate's schedule: plain ones, or traced."""
+
+    peak: ArrayLike
+    # linear: from peak to linear_end, which is linear_fall less
+    linear_fall: ArrayLike
+    linear_end: ArrayLike
+    # cosine: the parts of peak that go and stay
+    cosine_fall: ArrayLike
+    cosine_end: ArrayLike
+
+    @classmethod
+    def of(cls, cfg: Optimizer) -> Rates:
+        """Differences are made here, with the digits of the configuration: float32 has fewer."""
+        linear_end = cfg.learning_rate * cfg.final_fraction
+        return cls(
+            peak=cfg.learning_rate,
+            linear_fall=cfg.learning_rate - linear_end,
+            linear_end=linear_end,
+            cosine_fall=1 - cfg.final_fraction,
+            cosine_end=cfg.final_fraction,
+        )
+
+
+def make_schedule(cfg: Optimizer, total_steps: int, rates: Rates | None = None) -> optax.Schedule:
+    """Learning rate by optimiser step: linear warm-up from 0, then constant, linear or cosine.
+
+    rates: in the place of those of `cfg`.
+    """
+    if rates is None:
+        rates = Rates.of(cfg)
     decay_steps = total_steps - cfg.warmup_steps
-    if cfg.schedule == "constant":
-        after_warmup = optax.constant_schedule(peak)
-    elif cfg.schedule == "linear":
-        after_warmup = optax.linear_schedule(peak, peak * cfg.final_fraction, decay_steps)
-    else:
-        after_warmup = optax.cosine_decay_schedule(peak, decay_steps, cfg.final_fraction)
+
+    def after_warmup(count: ArrayLike) -> ArrayLike:
+        """Counts from the end of the warm-up."""
+        if cfg.schedule == "constant":
+            return rates.peak
+        if cfg.schedule == "linear":
+            share_left = 1 - jnp.clip(count, 0, decay_steps) / decay_steps
+            return rates.linear_fall * share_left + rates.linear_end
+        count = jnp.minimum(count, float(decay_steps))
+        share_left = 0.5 * (1 + jnp.cos(jnp.pi * count / decay_steps))
+        return rates.peak * (rates.cosine_fall * share_left + rates.cosine_end)
+
     if cfg.warmup_steps == 0:
         return after_warmup
 
     def warmup(count: ArrayLike) -> ArrayLike:
         """Counts from 1, so that the first step already moves the parameters."""
-        return peak * (count + 1) / cfg.warmup_steps
+        return rates.peak * (count + 1) / cfg.warmup_steps
 
     return optax.join_schedules([warmup, after_warmup], [cfg.warmup_steps])
-
-
-def learning_rates(cfg: Optimizer, total_steps: int) -> np.ndarray:
-    """The learning rate of every optimiser step, float32; the last one repeats at the end.
-
-    They are computed one at a time, as an update does it, so that they are the same to the last
-    bit.
-    """
-    schedule = make_schedule(cfg, total_steps)
-    num_rates = -(-total_steps // RATES_STEP) * RATES_STEP
-
-    def rates() -> jax.Array:
-        return jax.lax.map(schedule, jnp.arange(num_rates))
-
-    return np.asarray(jax.jit(rates)(), np.float32)
 
 
 def last_learning_rate(
@@ -273,22 +289,20 @@ def make_rl_update(
 ) -> UpdateFn:
     """The update of the RL stage: `make_update` with the loss and the optimizer of `cfg`.
 
-    The numbers of the configuration and the learning rates are inputs of the compiled program. So
-    the arms of a sweep that differ in them alone share it. Results are those of `make_update`.
+    The numbers of the configuration (`numbers.INPUTS`, and those of the learning rate) are inputs
+    of the compiled program. So the arms of a sweep that differ in them alone share it. Results are
+    those of `make_update`.
 
     total_steps: optimiser steps of the stage, over which the learning rate's schedule goes.
     """
     numbers = numbers_of(cfg)
-    rate_of_step = learning_rates(cfg.optimizer, total_steps)
+    rates = jax.tree.map(np.float32, Rates.of(cfg.optimizer))
 
     def update(
-        state: TrainState, batch: Batch, numbers: Numbers, rate_of_step: Array
+        state: TrainState, batch: Batch, numbers: Numbers, rates: Rates
     ) -> tuple[TrainState, dict[str, Any]]:
         traced_cfg = with_numbers(cfg, numbers)
-
-        def schedule(count: ArrayLike) -> ArrayLike:
-            return rate_of_step[jnp.minimum(count, len(rate_of_step) - 1)]
-
+        schedule = make_schedule(cfg.optimizer, total_steps, rates)
         optimizer = clipped_adamw(traced_cfg.optimizer, schedule)
         router_coef = traced_cfg.model.router_aux_loss_coef
         step = update_step(policy, optimizer, policy_loss(traced_cfg), micro_batch, router_coef)
@@ -296,7 +310,7 @@ def make_rl_update(
 
     jitted = jax.jit(update, donate_argnums=0, out_shardings=_out_shardings(shardings))
 
-    return functools.partial(jitted, numbers=numbers, rate_of_step=rate_of_step)
+    return functools.partial(jitted, numbers=numbers, rates=rates)
 
 
 def _out_shardings(shardings: TrainState | None) -> tuple[TrainState, Any] | None:
