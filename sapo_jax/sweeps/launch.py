@@ -74,7 +74,7 @@ def train_process(run: SweepRun, threads: int = 0) -> subprocess.Popen:
     change nothing. It is in a session of its own: a terminal's Ctrl-C reaches it by way of the
     sweep alone.
 
-    threads: that it computes with on CPU; 0 leaves it to the environment.
+    threads: that it computes with on CPU; 0: all cores.
     """
     environment = dict(os.environ, PYTHONUNBUFFERED="1")
     if threads:
@@ -129,9 +129,10 @@ def train_sweep(
 
 
 def threads_of_runs(sweep: Sweep, max_parallel: int) -> tuple[int, str]:
-    """The threads of each run on CPU (0: the environment decides), and what to say about it."""
-    if THREADS in os.environ:
-        return 0, ""
+    """The threads of each run on CPU (0: all cores), and what to say about it."""
+    given = os.environ.get(THREADS, "")
+    if given.isdecimal():
+        return int(given), ""
     threads = 0  # one run at a time takes all cores
     notice = ""
     if max_parallel > 1:

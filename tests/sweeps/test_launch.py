@@ -452,7 +452,7 @@ def test_a_resumed_sweep_keeps_its_number_of_threads(monkeypatch, capsys):
     monkeypatch.setenv("PJRT_NPROC", "5")
     given = Trainer()
     train_sweep(plan_of(), shard=(3, 4), start=given)
-    assert given.threads == 0
+    assert given.threads == 5
 
 
 # ---------------------------------------------------------------- the last row of a log
