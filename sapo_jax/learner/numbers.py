@@ -42,6 +42,11 @@ def with_numbers(cfg: Config, numbers: Mapping[str, Any]) -> Config:
     return _replaced(cfg, numbers, prefix="")
 
 
+def is_off(number: ArrayLike) -> bool:
+    """Whether a number of a configuration turns its part off: it is 0, and so it is not traced."""
+    return isinstance(number, float) and number == 0
+
+
 def _is_input(key: str, value: float) -> bool:
     return value != 0 and key.startswith(INPUTS)
 

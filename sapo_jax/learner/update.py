@@ -27,7 +27,7 @@ from sapo_jax import diagnostics
 from sapo_jax.batch import Array, Batch, Params, TrainState
 from sapo_jax.config.schema import Config, Optimizer
 from sapo_jax.distributed import sharding
-from sapo_jax.learner.numbers import Numbers, numbers_of, with_numbers
+from sapo_jax.learner.numbers import Numbers, is_off, numbers_of, with_numbers
 from sapo_jax.learner.scoring import score, split_micro_batches
 from sapo_jax.models import Policy, Qwen3
 from sapo_jax.objectives import OBJECTIVES
@@ -177,7 +177,9 @@ def policy_loss(cfg: Config) -> LossFn:
     a sequence mask, or those of the reference with a KL penalty.
     """
     objective = OBJECTIVES[cfg.objective.name]
-    kl_estimator = KL_ESTIMATORS.get(cfg.loss.kl)  # None: there is no penalty
+    kl_estimator = None
+    if not is_off(cfg.loss.kl_coef):
+        kl_estimator = KL_ESTIMATORS[cfg.loss.kl]
     sequence_mask = cfg.loss.sequence_mask
 
     def loss(model: Qwen3, batch: Batch) -> tuple[Array, Any]:
