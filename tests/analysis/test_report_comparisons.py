@@ -18,7 +18,7 @@ from sapo_jax.analysis.phases import collapse_line
 from sapo_jax.analysis.report import OPTIONAL_FILES
 from sapo_jax.cli import main
 from sapo_jax.io.files import append_rows
-from sapo_jax.sweeps.load import load_sweep
+from sapo_jax.sweeps.load import Sweep, load_sweep
 from sapo_jax.sweeps.results import write_manifest
 from tests.sweeps.sweep_runs import begin
 
@@ -46,13 +46,16 @@ def no_png(monkeypatch):
     monkeypatch.setattr("sapo_jax.analysis.report.save", touch)
 
 
-def sweep(text: str, accuracy_of, falls_at=lambda run: None, last_step=lambda run: STEPS) -> None:
-    """The sweep `out`, whose runs go from 0.3 to `accuracy_of(run)`, then to 0 if they fall."""
+def sweep(text: str, accuracy_of, falls_at=lambda run: None, last_step=lambda run: STEPS) -> Sweep:
+    """The sweep `out`, whose runs go from 0.3 to `accuracy_of(run)`, then to 0 if they fall.
+
+    They have no config.yaml: what is swept stands in the manifest.
+    """
     Path("sweep.yaml").write_text(f"base: base.yaml\nfolder: out\n{text}")
     plan = load_sweep("sweep.yaml")
     write_manifest(plan)
     for run in plan.runs:
-        begin(run)
+        run.folder.mkdir(parents=True)
         rows = []
         for step in range(last_step(run) + 1):
             accuracy = 0.3 + (accuracy_of(run) - 0.3) * step / STEPS
@@ -66,6 +69,7 @@ def sweep(text: str, accuracy_of, falls_at=lambda run: None, last_step=lambda ru
                 row["held_out/avg"] = accuracy
             rows.append(row)
         append_rows(run.folder / "metrics.jsonl", rows)
+    return plan
 
 
 ARMS = "arms: {soft: {}, hard: {objective.name: grpo}, other: {objective.name: gspo}}\n"
@@ -73,8 +77,8 @@ SOFT = (0.5, 0.6, 0.4, 0.5, 0.5)
 GAINS = {"soft": (0,) * 5, "hard": (0.1, 0.2, 0.3, 0.4, 0.5), "other": (-0.1, 0.1, -0.1, 0, 0.2)}
 
 
-def five_seeds(**options) -> None:
-    sweep(
+def five_seeds(**options) -> Sweep:
+    return sweep(
         ARMS + "seeds: [0, 1, 2, 3, 4]\n",
         lambda run: SOFT[run.seed] + GAINS[run.arm][run.seed],
         **options,
@@ -171,7 +175,6 @@ def test_runs_without_a_partner_are_left_out_and_told(capsys, no_png):
 
 def test_a_report_of_one_arm_compares_nothing(no_png):
     five_seeds()
-    assert main(["report", "out", "--grid", "objective.name,advantage.ddof"]) == 1
     assert main(["report", "out"]) == 0
     assert main(["report", "out", "--arms", "soft"]) == 0
     left = {path.name for path in Path("out/report").iterdir()}
@@ -212,7 +215,7 @@ def test_runs_that_collapse(capsys):
 
 
 def test_a_run_by_itself_says_whether_it_collapsed(capsys, no_png):
-    five_seeds(falls_at=lambda run: 7)
+    begin(five_seeds(falls_at=lambda run: 7).runs[0])
     assert main(["report", "out/soft-seed0"]) == 0
     assert "soft-seed0: collapsed at RL step 9 (reward)" in capsys.readouterr().out
     assert main(["report", "out/soft-seed0", "--collapse", "kl"]) == 0
@@ -267,11 +270,14 @@ def test_a_grid_of_two_keys():
     assert_drawn("grid.png")
 
 
-@pytest.mark.parametrize(
-    "keys, message",
-    [
-        ("objective.tau_pos", "--grid takes two different config keys"),
-        ("objective.tau_pos,objective.tau_pos", "--grid takes two different config keys"),
+def test_runs_that_span_no_grid_are_a_clear_error(capsys):
+    plan = sweep(GRID.replace("}", ", train.epochs: [1, 2]}"), lambda run: 0.5)
+    for run in plan.runs:
+        begin(run)
+    two_keys = "--grid takes two different config keys"
+    for keys, message in (
+        ("objective.tau_pos", two_keys),
+        ("objective.tau_pos,objective.tau_pos", two_keys),
         (
             "objective.tau_pos,objective.tau_nge",
             "has no key 'objective.tau_nge'; did you mean 'objective.tau_neg'?",
@@ -286,19 +292,17 @@ def test_a_grid_of_two_keys():
             "tau_pos=2-tau_neg=1.05-epochs=1 and tau_pos=2-tau_neg=1.05-epochs=2 both have "
             "objective.tau_pos = 2, objective.tau_neg = 1.05; they differ in train.epochs",
         ),
-    ],
-)
-def test_runs_that_span_no_grid_are_a_clear_error(keys, message, capsys, no_png):
-    grid = GRID.replace("}", ", train.epochs: [1, 2]}")
-    sweep(grid, lambda run: 0.5)
-    assert main(["report", "out", "--grid", keys]) == 1
-    assert message in capsys.readouterr().err
+    ):
+        assert main(["report", "out", "--grid", keys]) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_a_grid_takes_any_config_key_that_differs(no_png):
     """Also one that a sweep sets for all its runs: two sweeps span it."""
     for folder, batches in (("a", 2), ("b", 4)):
-        sweep(f"set: {{train.mini_batches: {batches}}}\n{GRID}", lambda run: 0.5)
+        plan = sweep(f"set: {{train.mini_batches: {batches}}}\n{GRID}", lambda run: 0.5)
+        for run in plan.runs:
+            begin(run)
         shutil.move("out", folder)
     arms, _ = read_arms(["a", "b"])
     chosen = ",".join(arm.label for arm in arms if "tau_neg=5" in arm.label)
@@ -335,7 +339,7 @@ def plugin_data(value: summary_pb2.Summary.Value) -> HParamsPluginData:
 
 
 def test_settings_and_results_are_sessions_of_the_hparams_tab(no_png):
-    sweep(GRID, lambda run: 0.5 + 0.1 * run.seed)
+    plan = sweep(GRID, lambda run: 0.5 + 0.1 * run.seed)
     assert main(["report", "out"]) == 0
     files = sorted(Path("out/report/hparams").rglob("events*"))
     assert [path.parent.name for path in files] == sorted(
@@ -355,5 +359,7 @@ def test_settings_and_results_are_sessions_of_the_hparams_tab(no_png):
     assert {"held_out/avg/last", "held_out/avg/best", "collapsed"} <= set(metrics)
     assert values["held_out/avg/last"].simple_value == pytest.approx(0.6)
     assert plugin_data(values["_hparams_/session_end_info"]).session_end_info.status == 1
-    assert main(["report", "out/tau_pos=2-tau_neg=5-seed1", "--out", "there"]) == 0
+    (run,) = [run for run in plan.runs if run.name == "tau_pos=2-tau_neg=5-seed1"]
+    begin(run)
+    assert main(["report", str(run.folder), "--out", "there"]) == 0
     assert (Path("there/hparams/tau_pos=2-tau_neg=5-seed1") / files[0].name).exists()
