@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from sapo_jax.config.errors import Problem
 from sapo_jax.config.objective import DPPO, GRPO, GSPO, SAPO
 from sapo_jax.config.pretrained import model_dir_notes
-from sapo_jax.config.schema import Config
+from sapo_jax.config.schema import Config, FileTask, ReasoningGymTask
 from sapo_jax.errors import ModelDirError
 
 REAL_MODEL_WIDTH = 1024  # hidden_size from which a model counts as a real, pre-trained one
@@ -152,17 +152,32 @@ def answer_form(cfg: Config) -> Iterator[Problem]:
 def answer_limit(cfg: Config) -> Iterator[Problem]:
     """Where the whole completion may be the answer, a long one is not cut off by `max_chars`.
 
-    A token is about four characters.
+    A token is about four characters. With `extract: auto` all that follows the thinking is the
+    answer where there is no box; that matters to verifiers that read text, not mathematics.
     """
-    takes_whole_text = cfg.rewards.extract in ("all", "final")
+    extract = cfg.rewards.extract
     characters = 4 * cfg.rollout.max_new_tokens
-    if takes_whole_text and characters > cfg.rewards.max_chars:
+    if characters <= cfg.rewards.max_chars:
+        return
+    why = ""
+    if extract in ("all", "final"):
+        why = "the whole text is the answer"
+        remedy = "use extract: auto, or raise max_chars"
+    elif extract == "auto" and any(reads_text(task) for task in cfg.data.tasks):
+        why = "an answer without a box is all that follows the thinking"
+        remedy = "have answers boxed, or raise max_chars"
+    if why:
         text = (
             f"completions of {cfg.rollout.max_new_tokens} tokens have about {characters} characters"
-            f" but with extract: {cfg.rewards.extract} the whole text is the answer, and one of"
-            f" over {cfg.rewards.max_chars} is unparsable; use extract: auto, or raise max_chars"
+            f" but with extract: {extract} {why}, and one of over {cfg.rewards.max_chars} is"
+            f" unparsable; {remedy}"
         )
         yield Problem(("rewards.max_chars", "rollout.max_new_tokens"), text)
+
+
+def reads_text(task: FileTask | ReasoningGymTask) -> bool:
+    """Whether the verifier of a file's rows reads any text, not a number or a formula."""
+    return isinstance(task, FileTask) and task.verifier not in ("math", "numeric")
 
 
 def task_ratios(cfg: Config) -> Iterator[Problem]:

@@ -39,6 +39,7 @@ from sapo_jax.rewards import VERIFIERS
 from sapo_jax.rewards.registry import check_golds
 from sapo_jax.types import Prompt
 
+_NAMED = 3  # questions that a notice names
 HELD_OUT_SIDE = 0.25  # the part of a generator's questions that is never trained on
 
 
@@ -106,6 +107,7 @@ def load_problems(
                 mistakes += [f"data.tasks[{i}] ({name}): {mistake}" for mistake in error.mistakes]
     if mistakes:
         raise DataError(*mistakes)
+    notices += _disagreements(splits.values())
     return dataclasses.replace(_join(splits), notices=tuple(dict.fromkeys(notices)))
 
 
@@ -306,6 +308,7 @@ class _Split:
         self.held_out: list[Prompt] = []
         self.notices = notices
         self.check = check
+        self.files: list[list[Problem]] = []  # the problems of each file that was read
         self.kept_out: set[str] = set()  # leak keys of the questions that no task may train on
         self.report = TaskReport()
         self._seen: set[str] = set()  # keys of a generator's questions so far
@@ -348,6 +351,7 @@ class _Split:
             distinct.setdefault(identity(problem), problem)
         self.report.read += len(problems)
         self.report.duplicates += len(problems) - len(distinct)
+        self.files.append(list(distinct.values()))
         return list(distinct.values())
 
     def _read_both(
@@ -496,3 +500,28 @@ def _check_answers_agree(problems: Iterable[Problem]) -> None:
             )
     if mistakes:
         raise DataError(*mistakes)
+
+
+def _disagreements(splits: Iterable[_Split]) -> list[str]:
+    """What people should know of questions that two files answer differently.
+
+    Within a file that is a mistake. Files may disagree on purpose: they may write one answer in two
+    ways ("1/2", "0.5"), and benchmarks that others have made are not to be edited.
+    """
+    files = [problems for split in splits for problems in split.files]
+    if len(files) < 2:
+        return []
+    first_of: dict[str, Problem] = {}
+    pairs = []
+    for problem in itertools.chain(*files):
+        first = first_of.setdefault(question_identity(problem), problem)
+        if first.answer != problem.answer:
+            pairs.append(
+                f"{problem.answer!r:.40} in {problem.where}, {first.answer!r:.40} in {first.where}"
+            )
+    if not pairs:
+        return []
+    named = "; ".join(pairs[:_NAMED])
+    if len(pairs) > _NAMED:
+        named += "; ..."
+    return [f"{len(pairs)} questions have other answers in another file: {named}"]

@@ -340,12 +340,14 @@ def _refuse_constant(name: str) -> None:
 
 def _read_parquet(file: Path, columns: _Columns) -> Iterator[_NumberedRow]:
     """The rows of a Parquet file, read in batches. Raises DataError where it cannot be read."""
-    import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(file) as parquet:
             names = parquet.schema_arrow.names
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise DataError(f"{file}: the column {', '.join(twice)} is there twice")
             absent = absent_fields(names, columns)
             if absent:
                 raise DataError(
@@ -367,8 +369,14 @@ def _read_parquet(file: Path, columns: _Columns) -> Iterator[_NumberedRow]:
                         )
                     else:
                         yield number, row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{file}: not a readable Parquet file: {error}") from error
+    except DataError:
+        raise
+    # A damaged file brings the library to errors of all kinds; so do texts that are not UTF-8, and
+    # times that Python has no value for.
+    except Exception as error:
+        raise DataError(
+            f"{file}: not a readable Parquet file: {type(error).__name__}: {str(error)[:300]}"
+        ) from error
 
 
 def _holds_padding(row: dict[str, Any], columns: _Columns) -> bool:

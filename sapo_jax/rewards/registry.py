@@ -18,6 +18,12 @@ Prompt. It is registered under a name:
 - It returns a `sapo_jax.types.Verdict`: taken as it is, if its status is one of the known ones and
   its reward is finite.
 
+Before each item of a plug-in's verifier its worker puts back the working directory, environment,
+standard streams, warnings' filters, recursion limit and decimal context, and seeds the random
+numbers of Python and NumPy (`surroundings.py`). What the verifier keeps in its own modules stays as
+long as the worker does: caches may live there, but nothing that a verdict depends on, because it is
+not told which items a worker gets, nor in which order.
+
 The module that registers it is named in `rewards.plugins`; it is imported in the trainer's process
 and in every worker process.
 """
@@ -83,6 +89,11 @@ def register(
         return function
 
     return enter
+
+
+def is_built_in(name: str) -> bool:
+    """Whether a verifier is this package's own."""
+    return VERIFIERS[name].function.__module__.startswith("sapo_jax.")
 
 
 def _qualified_name(function: VerifierFunction) -> tuple[str, str]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from sapo_jax.rewards import child, registry
 from sapo_jax.rewards.protocol import OUT_OF_MEMORY, WorkerSettings
+from sapo_jax.rewards.surroundings import Surroundings
 from sapo_jax.types import Verdict
 
 _MAX_DETAIL = 500  # characters of a verdict's detail that are sent
@@ -44,6 +45,7 @@ class _Worker:
         self.deadline = 0.0  # seconds per item
         self.memory_limit = 0  # bytes
         self.graded = 0  # items so far
+        self.surroundings: Surroundings | None = None  # after the last set-up or preparation
         self.memory_at_rest = 0  # bytes, after the last set-up or preparation
 
     def replies(self, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -57,6 +59,7 @@ class _Worker:
                 self._set_up(WorkerSettings(**request["setup"]))
             else:
                 self._prepare(request["prepare"])
+            self.surroundings = Surroundings()
             self.memory_at_rest = child.address_space()
             yield {"ready": True}
         except Exception:
@@ -78,6 +81,8 @@ class _Worker:
         # holds the GIL so that no thread of ours gets to notice it, this alarm ends the process.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, self.deadline + _BACKSTOP)
+        if self.surroundings is not None and not registry.is_built_in(item["verifier"]):
+            self.surroundings.restore()
         verdict = _verdict(item)
         signal.setitimer(signal.ITIMER_REAL, 0)
         self.graded += 1

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -288,6 +289,7 @@ def test_check_speaks_of_configs_made_in_code():
 
 
 ONE_STEP = ["train.mini_batches=1"]
+DEMONSTRATIONS = Path(__file__).parents[2] / "configs/quickstart_demonstrations.jsonl"
 DOUBTFUL = [
     ("model_directory", ["model.path=model", "data.chat_template=plain"],
      "^model.path: config.json: not known and ignored: zebra"),
@@ -310,6 +312,11 @@ DOUBTFUL = [
     ("answer_form", ["cold_start.steps=1", "rewards.extract=answer_tag"], "teaches no <answer>"),
     ("answer_form", ["cold_start.steps=1", "rewards.extract=boxed"], "every completion would be unparsable"),
     ("answer_limit", ["rewards.extract=all", "rollout.max_new_tokens=30000"], "120000 characters.*use extract: auto"),
+    (
+        "answer_limit",
+        [f"data.tasks=[{{kind: file, path: {DEMONSTRATIONS}, verifier: exact}}]", "rollout.max_new_tokens=30000"],
+        "extract: auto an answer without a box is all that follows.*have answers boxed",
+    ),
     ("task_ratios", ["data.tasks=[{kind: reasoning_gym}, {kind: reasoning_gym, name: gcd, weight: 0.05}]"],
      "^data.tasks.1.weight: its weight asks for 1.52 prompts"),
     ("never_evaluated", ["evaluate.every=200"], "beyond train.steps = 100"),

@@ -259,6 +259,19 @@ def test_two_answers_in_verls_layout(write):
         load(FileTask(path=write([VERL, wrong])))
 
 
+def test_two_answers_in_two_files_are_said(write):
+    """Files of one task, or of two: a notice names the rows, and the run goes on."""
+    rows = [{"prompt": f"question {i}", "answer": str(i)} for i in range(8)]
+    ours = write(rows, "ours.jsonl")
+    theirs = write([{"prompt": "question 2", "answer": "22"}, *rows[3:7]], "theirs.jsonl")
+    said = f"1 questions have other answers in another file: '22' in {theirs}:1, '2' in {ours}:3"
+    two_tasks = load(FileTask(path=ours), FileTask(path=theirs))
+    assert said in two_tasks.notices
+    one_task = load(FileTask(path=ours, held_out_path=theirs))
+    assert said in one_task.notices
+    assert not any("other answers" in notice for notice in load(FileTask(path=ours)).notices)
+
+
 @pytest.mark.parametrize(
     "change",
     [{"metadata": {"n": 2}}, {"prompt": "def f():\n  pass"}, {"verifier": "exact"}],
@@ -323,3 +336,66 @@ def test_rendered_prompts_are_compared(write, tmp_path):
     task = FileTask(path=train, held_out_path=held_out)
     problems = load(task, held_out=1, chat_template=str(template))
     assert [p.question for p in problems.train["rows"]] == ["d"]
+
+
+# ---------------------------------------------------------------- Parquet
+
+
+def _parquet_tables():
+    """(table, what is said of it; None: it loads), of types that are no text."""
+    import datetime
+    import decimal
+
+    import pyarrow as pa
+
+    def table(prompt=("a",), answer=("1",), **columns):
+        return pa.table({"prompt": pa.array(prompt), "answer": pa.array(answer), **columns})
+
+    not_utf8 = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(bytes(4) + b"\2\0\0\0"), pa.py_buffer(b"\xff\xfe")]
+    )
+    image = pa.array([[{"bytes": b"x", "path": None}]])
+    twice = pa.Table.from_arrays([pa.array(["a"])] * 3, names=["prompt", "prompt", "answer"])
+    return {
+        "a list as prompt": (table(prompt=[["a"]]), "`prompt[0]` must be an object, not str"),
+        "an object as prompt": (table(prompt=[{"a": "x"}]), "`prompt` must be text, not dict"),
+        "a number as prompt": (table(prompt=[1]), "`prompt` must be text, not int"),
+        "no value": (table(prompt=pa.nulls(1)), "`prompt` is missing"),
+        "NaN": (table(answer=[float("nan")]), "`answer` must be text, not float"),
+        "a truth value": (table(answer=[True]), "`answer` must be text, not bool"),
+        "a decimal": (table(answer=[decimal.Decimal("1.5")]), "`answer` must be text, not Decimal"),
+        "nanoseconds": (table(answer=pa.array([1], pa.timestamp("ns"))), "not a readable Parquet"),
+        "a duration": (table(answer=pa.array([1], pa.duration("ns"))), "not a readable Parquet"),
+        "bytes": (table(prompt=[b"a"]), "`prompt` must be text, not bytes"),
+        "no UTF-8": (table(prompt=not_utf8), "not a readable Parquet file: UnicodeDecodeError"),
+        "a map": (
+            table(metadata=pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64()))),
+            "`metadata` must be an object, not list",
+        ),
+        "a time in metadata": (
+            table(metadata=pa.array([{"t": datetime.datetime(2020, 1, 1)}])),
+            "`metadata` is not made of JSON values",
+        ),
+        "images": (table(images=image), "the row brings images in `images`"),
+        "one image": (table(image=[b"x"]), "the row brings images in `image`"),
+        "no images": (table(images=pa.array([[]], pa.list_(pa.binary()))), None),
+        "nested metadata": (table(metadata=pa.array([{"a": {"b": [[[1]]]}}])), None),
+        "a dictionary": (table(prompt=pa.array(["a"]).dictionary_encode()), None),
+        "no rows": (table().slice(0, 0), "the file holds no rows"),
+        "no columns": (pa.table({}), "no column"),
+        "a column twice": (twice, "the column prompt is there twice"),
+    }
+
+
+def test_columns_of_other_types_are_one_error_each(tmp_path):
+    import pyarrow.parquet
+
+    path = tmp_path / "rows.parquet"
+    for name, (table, said) in _parquet_tables().items():
+        pyarrow.parquet.write_table(table, path)
+        if said is None:
+            assert len(read(str(path))[0]) == 1, name
+            continue
+        with pytest.raises(DataError) as error:
+            read(str(path))
+        assert str(path) in str(error.value) and said in str(error.value), name

@@ -228,7 +228,44 @@ tagged: !!int "3"
     return mutations(), load, "run.yaml"
 
 
+def parquet_cases() -> tuple[Iterator[bytes], Callable[[Path], object], str]:
+    """Bytes anywhere in the file, and bytes of its footer, which says what the others mean."""
+    import io
+
+    import pyarrow
+    import pyarrow.parquet
+
+    from sapo_jax.data import read_problems
+
+    rows = [{"prompt": f"question {i}", "answer": str(i)} for i in range(50)]
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
+    data = buffer.getvalue()
+    (footer_length,) = struct.unpack("<I", data[-8:-4])
+
+    def mutations() -> Iterator[bytes]:
+        yield data
+        yield from byte_mutations(data, seed=0, cases=300)
+        for seed in range(300):
+            rng = random.Random(seed)
+            damaged = bytearray(data)
+            for _ in range(rng.randint(1, 6)):
+                damaged[len(data) - 9 - rng.randrange(footer_length)] = rng.randrange(256)
+            yield bytes(damaged)
+
+    def load(folder: Path) -> object:
+        path = str(folder / "rows.parquet")
+        try:
+            return read_problems(path, "exact", ("exact",))
+        except ValueError as error:
+            assert path in str(error), f"an error that names no file: {error}"
+            raise
+
+    return mutations(), load, "rows.parquet"
+
+
 KINDS = {
+    "parquet": parquet_cases,
     "safetensors": safetensors_cases,
     "tokenizer": tokenizer_cases,
     "config": config_cases,
@@ -258,7 +295,14 @@ def run_cases(kind: str, folder: Path) -> None:
 # ---------------------------------------------------------------- the tests
 
 # At least so many cases of each kind must be refused; the undamaged file must load.
-LEAST_REFUSED = {"safetensors": 300, "tokenizer": 500, "config": 300, "gguf": 25, "yaml": 60}
+LEAST_REFUSED = {
+    "parquet": 400,
+    "safetensors": 300,
+    "tokenizer": 500,
+    "config": 300,
+    "gguf": 25,
+    "yaml": 60,
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)

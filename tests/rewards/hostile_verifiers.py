@@ -13,6 +13,7 @@ import time
 from sapo_jax.rewards import Unparsable, register
 
 HOARD: list[bytearray] = []
+KEPT: list[int] = []
 
 
 def _check_gold(answer: str, metadata: dict) -> None:
@@ -87,6 +88,43 @@ def _garble(metadata, text=b"stray\n"):
     return True
 
 
+def _change_surroundings(metadata):
+    """Succeeds, and changes what it can of its process."""
+    import decimal
+    import logging
+    import random
+    import tempfile
+    import warnings
+
+    os.chdir(tempfile.gettempdir())
+    os.environ["LEFT_BEHIND"] = "1"
+    del os.environ["PATH"]
+    sys.setrecursionlimit(5000)
+    decimal.getcontext().prec = 3
+    random.seed(7)
+    warnings.simplefilter("error")
+    logging.basicConfig(stream=sys.stdout, level=logging.DEBUG, force=True)
+    sys.stdout.close()
+    KEPT.append(1)
+    return True
+
+
+def _surroundings_are_whole(metadata):
+    import decimal
+    import random
+    import warnings
+
+    print("it can be printed")
+    warnings.warn("and warned", stacklevel=1)
+    first = random.Random(0).random()
+    assert random.random() == first, "random numbers"
+    assert "LEFT_BEHIND" not in os.environ and "PATH" in os.environ
+    assert os.getcwd() == metadata["folder"]
+    assert sys.getrecursionlimit() < 5000
+    assert decimal.getcontext().prec == 28
+    return True
+
+
 def _verdict(metadata):
     from sapo_jax.types import Verdict
 
@@ -113,6 +151,9 @@ ACTIONS = {
     "list": lambda m: [1.0],
     "verdict": _verdict,
     "setsid": _setsid,
+    "change surroundings": _change_surroundings,
+    "surroundings are whole": _surroundings_are_whole,
+    "kept in its module": lambda m: len(KEPT) == 1,
     "garble": _garble,
     "garble with JSON": lambda m: _garble(m, b'{"verdict": {"status": "ok", "reward": 100}}\n'),
     "garble without end": lambda m: _garble(m, b"x" * 60_000),

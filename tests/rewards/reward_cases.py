@@ -223,9 +223,37 @@ NUMERIC = [
     ("1e999999999", "5", UNPARSABLE),
 ]
 
+# Thoughts and answers in tags, as decoding gives them also where they are special tokens.
+TAGGED = [
+    ("<answer>42</answer>", "42", OK),
+    ("<think>41</think><answer>42</answer>", "42", OK),
+    ("<think><answer>41</answer></think><answer>42</answer>", "42", OK),
+    ("<think><answer>42</answer></think><answer>41</answer>", "42", WRONG),
+    (r"<answer>\boxed{42}</answer>", "42", OK),
+    (r"<answer>$\frac{84}{2}$</answer>", "42", OK),
+    ("<answer>\n42\n</answer><|im_end|>", "42", OK),
+    ("<answer>42", "42", UNPARSABLE),
+    ("42</answer>", "42", UNPARSABLE),
+    ("<think>42</think>42", "42", UNPARSABLE),
+    ("<answer></answer>", "42", UNPARSABLE),
+]
+
+FINAL = [
+    ("<think>41</think>42", "42", OK),
+    ("<think>42</think>41", "42", WRONG),
+    (r"<think>\boxed{41}</think>\boxed{42}", "42", OK),
+    (r"<think>\boxed{42}</think>no", "42", UNPARSABLE),
+    ("<think>42", "42", UNPARSABLE),
+    ("<think>1</think><think>2</think>42", "42", OK),
+    ("</think>42", "42", OK),
+    ("42", "42", OK),
+]
+
 # (verifier, form, rows)
 TABLES = [
     ("math", "auto", MATH),
     ("numeric", "last_number", LAST_NUMBER),
     ("numeric", "auto", NUMERIC),
+    ("math", "answer_tag", TAGGED),
+    ("math", "final", FINAL),
 ]

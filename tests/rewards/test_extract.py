@@ -1,8 +1,10 @@
 """extract.py: which part of a completion is the answer."""
 
+import time
+
 import pytest
 
-from sapo_jax.rewards.extract import extract_answer
+from sapo_jax.rewards.extract import FORMS, extract_answer
 
 
 @pytest.mark.parametrize(
@@ -101,3 +103,24 @@ def test_unknown_form_is_named():
 def test_a_megabyte_of_one_piece_has_no_answer(form, piece):
     """It ends at all: a quadratic scan would run into the time-out."""
     assert extract_answer(piece * (1_000_000 // len(piece)), form) is None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "<answer>", "</answer>", "<think>", "</think>", r"\boxed{", r"\boxed ", "{", "}", "\\", " ",
+        "1,", "1 111 ", "1.", "1/", "9", "10^", r"\frac{1}{", "- ", "2 1/2 ", "1e", "word ",
+    ],
+)  # fmt: skip
+def test_extraction_is_linear_in_megabytes(form, piece):
+    """Five megabytes take at most eight times what one takes, or next to nothing."""
+    seconds = []
+    for megabytes in (1, 5):
+        text = piece * (megabytes * 10**6 // len(piece))
+        start = time.process_time()
+        extract_answer(text, form)
+        seconds.append(time.process_time() - start)
+    assert seconds[1] < max(8 * seconds[0], 0.5)

@@ -280,6 +280,18 @@ def test_bounded_verifiers_are_bounded(piece):
         assert time.process_time() - start < 0.1
 
 
+def test_what_an_item_changes_in_its_process_is_put_back():
+    """Working directory, environment, streams, warnings, limits, random numbers; not its module."""
+    whole = ("surroundings are whole", {"folder": os.getcwd()})
+    items = [hostile(*whole), hostile("change surroundings"), hostile(*whole), hostile(*whole)]
+    items.append(hostile("kept in its module"))
+    with VerifierPool(**{**HOSTILE, "workers": 1}) as pool:
+        assert pool.verify([hostile("right")]) == [RIGHT]
+        pid = pids_of(pool)
+        assert pool.verify(items) == [RIGHT] * 5
+        assert pids_of(pool) == pid  # in one and the same worker
+
+
 # ---------------------------------------------------------------- gold answers
 
 
