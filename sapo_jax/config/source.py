@@ -72,6 +72,9 @@ def read_mapping(file: Path, source: str) -> tuple[Layer, list[str]]:
 
     An empty file is an empty mapping. Raises ConfigError, about `source`, where there is none.
     """
+    if file.exists() and not file.is_file():  # reading it might wait for ever, or never end
+        text = f"{file} is a pipe or a device; write the configuration into a file"
+        raise ConfigError([Problem((), text)], source)
     try:
         value, duplicates = parse_yaml(file.read_text(encoding="utf-8"))
     except OSError as error:
