@@ -47,7 +47,7 @@ BUILT_IN = {
 }
 # The special tokens that a tokenizer must have for a built-in template.
 REQUIRED_SPECIALS = {"chatml": ("<|im_start|>", "<|im_end|>")}
-MAX_PROMPT = 4_000_000  # characters that a template may write
+MAX_ADDED = 4_000_000  # characters that a template may add to what it is given
 # Template variables that `render` gives by arguments of their own.
 RESERVED = frozenset({"messages", "tools", "add_generation_prompt"})
 
@@ -208,11 +208,13 @@ class ChatTemplate:
             raise ValueError(
                 f"chat template {self.name} failed: {type(error).__name__}: {error}"
             ) from error
-        if len(text) > MAX_PROMPT:
-            raise ValueError(
-                f"chat template {self.name} writes a prompt of {len(text)} characters;"
-                f" the limit is {MAX_PROMPT}"
-            )
+        if len(text) > MAX_ADDED:
+            given = len(json.dumps([inputs["messages"], inputs["tools"]], ensure_ascii=False))
+            if len(text) > MAX_ADDED + 2 * given:
+                raise ValueError(
+                    f"chat template {self.name} writes a prompt of {len(text)} characters, of which"
+                    f" messages and tools give {given} at most; the limit is {MAX_ADDED} more"
+                )
         return text
 
     def _gives(self, inputs: dict[str, Any], text: str) -> bool:

@@ -26,7 +26,7 @@ from sapo_jax.rewards.pipes import Died, Garbled, Pipes
 START_SECONDS = 120.0  # for the process to start; on a busy machine that takes a while
 SECONDS = 10.0  # for the template to be compiled, and for each prompt
 MEMORY_MB = 1024  # MiB of address space
-_MAX_REPLY = 2**26  # bytes
+_MAX_REPLY = 2**28  # bytes
 
 
 class Renderer(Protocol):

@@ -59,3 +59,29 @@ def test_the_example_of_mistakes_is_what_is_said(tmp_path, monkeypatch):
     with pytest.raises(ConfigError) as caught:
         load("bad.yaml")
     assert str(caught.value) in README.read_text()
+
+
+def test_the_settings_of_other_trainers_load(monkeypatch):
+    """The two lines of overrides say what the table beside them says."""
+    monkeypatch.chdir(README.parents[1])
+    section = README.read_text().split("## TRL-style and verl-style settings")[1].split("\n## ")[0]
+    lines = re.findall(r"^(TRL|verl): +(.*)$", section, re.MULTILINE)
+    configs = {}
+    for name, overrides in lines:
+        configs[name] = load("configs/quickstart_grpo.yaml", overrides.split())
+    for cfg in configs.values():
+        assert (cfg.objective.clip_low, cfg.objective.clip_high) == (0.2, 0.2)
+        assert cfg.advantage.ddof == 1
+        assert cfg.loss.normalization == "token_mean" and cfg.loss.kl == "none"
+    assert configs["TRL"].advantage.eps == 1e-4 and configs["verl"].advantage.eps == 1e-6
+    assert configs["TRL"].train.mini_batches == 1
+    assert configs["verl"].objective.bounds.neg_high == 2.0
+    # The columns of defaults are those of the schema.
+    default = Config()
+    assert (default.advantage.ddof, default.advantage.eps) == (0, 1e-6)
+    assert (GRPO().clip_low, GRPO().clip_high) == (0.2, 0.27)
+    assert (CISPO().clip_low, CISPO().clip_high) == (1.0, 0.27)
+    assert default.loss.normalization == "sequence_mean" and default.train.mini_batches == 4
+    assert default.optimizer.learning_rate == 1e-3 and default.loss.correction == "none"
+    for group_size, factor in ((8, 0.935), (16, 0.968)):
+        assert round(((group_size - 1) / group_size) ** 0.5, 3) == factor
