@@ -1,6 +1,7 @@
 """Loading: files, bases, overrides, unions, presets; and what is said of mistakes."""
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 
@@ -499,3 +500,11 @@ def test_a_file_full_of_mistakes_is_told_in_fifty_lines(write):
     first, *listed, last = str(caught.value).splitlines()
     assert first.endswith(": 3000 problems") and len(listed) == 50
     assert last == "  ... and 2950 more"
+
+
+def test_a_pipe_is_no_configuration(tmp_path):
+    """Reading it would wait for ever; a device may never end."""
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for path in (str(tmp_path / "pipe.yaml"), "/dev/zero"):
+        with pytest.raises(ConfigError, match="is a pipe or a device; write the configuration"):
+            load(path)

@@ -11,6 +11,7 @@ UNPARSABLE = "unparsable"
 MATH = [
     # ------------------------------------------------ exact values and decimals
     (r"\boxed{42}", "42", OK),
+    ("\N{FULLWIDTH DIGIT FOUR}\N{FULLWIDTH DIGIT TWO}", "42", OK),
     ("42", "42", OK),
     ("The answer is 42.", "42", OK),
     ("43", "42", WRONG),
@@ -211,6 +212,7 @@ LAST_NUMBER = [
 ]
 
 NUMERIC = [
+    ("\N{FULLWIDTH DIGIT FOUR}\N{FULLWIDTH DIGIT TWO}", "42", UNPARSABLE),
     ("3/4", "0.75", OK),
     ("2 1/2", "2.5", OK),
     ("1 000", "1000", OK),
