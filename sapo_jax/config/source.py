@@ -72,7 +72,8 @@ def read_mapping(file: Path, source: str) -> tuple[Layer, list[str]]:
 
     An empty file is an empty mapping. Raises ConfigError, about `source`, where there is none.
     """
-    if file.exists() and not file.is_file():  # reading it might wait for ever, or never end
+    is_other = file.exists() and not file.is_file() and not file.is_dir()
+    if is_other:  # reading it might wait for ever, or never end
         text = f"{file} is a pipe or a device; write the configuration into a file"
         raise ConfigError([Problem((), text)], source)
     try:

@@ -144,6 +144,8 @@ def read_rows_leniently(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows as in `read_rows`, and what is wrong with each line that is none."""
     if not path.exists():
         return [], []
+    if not path.is_file():  # reading a pipe would wait for ever
+        raise LogError(f"{path} is not a file. Put it aside, and the log in its place.")
     whole_lines = path.read_bytes().split(b"\n")[:-1]
     rows = []
     bad_lines = []

@@ -11,7 +11,8 @@ from sapo_jax.batch import Rollout
 from sapo_jax.config import ConfigError, Data, load
 from sapo_jax.config.schema import FileTask
 from sapo_jax.data import ByteTokenizer, load_problems, read_problems
-from sapo_jax.errors import DataError
+from sapo_jax.errors import DataError, LogError
+from sapo_jax.io.files import read_rows
 from sapo_jax.rewards import VerifierPool
 from sapo_jax.training.experience import grade
 from sapo_jax.types import Prompt
@@ -187,3 +188,9 @@ def test_a_completion_that_ends_at_once_or_never_is_graded(monkeypatch):
     statuses = [verdict.status for verdict in graded.verdicts]
     assert statuses == ["unparsable", "ok", "ok", "unparsable", "unparsable"]
     assert graded.texts == ["", "42", "42", "<|im_end|>42", "<think>42"]
+
+
+def test_a_pipe_in_place_of_a_log_is_named(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(LogError, match=r"metrics\.jsonl is not a file"):
+        read_rows(tmp_path / "metrics.jsonl")
