@@ -589,7 +589,9 @@ def add_report(commands: Commands) -> None:
         metavar="NAME,...",
         help="metrics to show (held_out/avg,reward/mean,entropy/mean); the first one is compared",
     )
-    parser.add_argument("--arms", metavar="ARM,...", help="these arms only, in this order (all)")
+    parser.add_argument(
+        "--arms", metavar="ARM,...", help="these arms only, in this order; * is any text (all)"
+    )
     parser.add_argument(
         "--reference", metavar="ARM", help="what the other arms are compared with (the first arm)"
     )
@@ -608,6 +610,13 @@ def add_report(commands: Commands) -> None:
         metavar="RULE,...",
         help="rules that make a run count as collapsed, and their parameters, e.g. "
         "held_out,grad_norm,fall=0.4 (held_out,reward,nonfinite)",
+    )
+    parser.add_argument(
+        "--count",
+        choices=("rl", "optimizer"),
+        default="rl",
+        help="what steps to collapse are counted in: RL steps; or optimiser steps, for arms with "
+        "different numbers of mini-batches (rl)",
     )
     parser.add_argument(
         "--out", type=Path, help="folder to write to (default: report/ in FOLDER, or where all lie)"
@@ -632,6 +641,7 @@ def run_report(args: argparse.Namespace) -> int:
         outcome=args.outcome,
         grid=grid,
         rules=rules,
+        count=args.count,
     )
     try:
         report(args.paths, args.out, options)

@@ -12,10 +12,14 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from sapo_jax.analysis.arms import Arm, LoggedRun
+from sapo_jax.analysis.arms import Arm, LoggedRun, updates_per_step
 from sapo_jax.analysis.collapse import Collapse
 from sapo_jax.analysis.statistics import holm
 from sapo_jax.analysis.survival import Survival, kaplan_meier, log_rank_test
+
+# What the steps to collapse are counted in, and how that is called. Arms with different numbers of
+# mini-batches take different numbers of optimiser steps in an RL step.
+COUNTS = {"rl": "RL step", "optimizer": "optimiser step"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +39,10 @@ class ArmSurvival:
 
 
 def survival_of_arms(
-    arms: Sequence[Arm], collapse_of: Mapping[LoggedRun, Collapse], reference: Arm
+    arms: Sequence[Arm], collapse_of: Mapping[LoggedRun, Collapse], reference: Arm, count: str
 ) -> list[ArmSurvival]:
-    """One for each arm, in their order."""
-    ends = {arm.label: _ends_of(arm, collapse_of) for arm in arms}
+    """One for each arm, in their order. count: COUNTS, which steps are counted."""
+    ends = {arm.label: _ends_of(arm, collapse_of, count) for arm in arms}
     others = [arm.label for arm in arms if arm.label != reference.label]
     p_values = [log_rank_test(*ends[label], *ends[reference.label]) for label in others]
     p_of_arm = dict(zip(others, p_values, strict=True))
@@ -56,10 +60,14 @@ def survival_of_arms(
     ]
 
 
-def _ends_of(arm: Arm, collapse_of: Mapping[LoggedRun, Collapse]) -> tuple[np.ndarray, np.ndarray]:
+def _ends_of(
+    arm: Arm, collapse_of: Mapping[LoggedRun, Collapse], count: str
+) -> tuple[np.ndarray, np.ndarray]:
     """Of each run where it ends, and whether by a collapse."""
     collapses = [collapse_of[run] for run in arm.runs]
     end_N = np.array([collapse.end for collapse in collapses])
+    if count == "optimizer":
+        end_N = end_N * updates_per_step(arm.runs[0])
     collapsed_N = np.array([collapse.step is not None for collapse in collapses])
     return end_N, collapsed_N
 
@@ -67,7 +75,7 @@ def _ends_of(arm: Arm, collapse_of: Mapping[LoggedRun, Collapse]) -> tuple[np.nd
 # ---------------------------------------------------------------- CSV and table
 
 
-def survival_rows(arms: Sequence[ArmSurvival]) -> list[dict[str, Any]]:
+def survival_rows(arms: Sequence[ArmSurvival], count: str) -> list[dict[str, Any]]:
     """The rows of survival.csv: for each arm step 0, and each step where one of its runs ends."""
     rows = []
     for arm in arms:
@@ -76,6 +84,7 @@ def survival_rows(arms: Sequence[ArmSurvival]) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "arm": arm.arm,
+                    "count": count,
                     "step": step,
                     "at_risk": int(curve.at_risk_T[t]),
                     "collapsed": int(curve.collapsed_T[t]),
@@ -87,7 +96,7 @@ def survival_rows(arms: Sequence[ArmSurvival]) -> list[dict[str, Any]]:
     return rows
 
 
-def collapse_rows(arms: Sequence[ArmSurvival], reference: str) -> list[dict[str, Any]]:
+def collapse_rows(arms: Sequence[ArmSurvival], reference: str, count: str) -> list[dict[str, Any]]:
     """The rows of collapses.csv, one for each arm."""
     return [
         {
@@ -95,6 +104,7 @@ def collapse_rows(arms: Sequence[ArmSurvival], reference: str) -> list[dict[str,
             "reference": reference,
             "runs": len(arm.end_N),
             "collapsed": int(arm.collapsed_N.sum()),
+            "count": count,
             "median_step": _cell(arm.survival.median),
             "log_rank_p": _cell(arm.log_rank_p),
             "log_rank_p_holm": _cell(arm.log_rank_p_holm),
@@ -109,7 +119,7 @@ def _cell(value: float) -> float | str:
     return float(value)
 
 
-def collapse_table(arms: Sequence[ArmSurvival], reference: str) -> Table:
+def collapse_table(arms: Sequence[ArmSurvival], reference: str, count: str) -> Table:
     table = Table(
         title=Text("collapsed runs", style="bold"),
         title_justify="left",
@@ -117,7 +127,7 @@ def collapse_table(arms: Sequence[ArmSurvival], reference: str) -> Table:
         padding=(0, 2, 0, 0),
     )
     table.add_column("arm", justify="left", overflow="fold", no_wrap=False)
-    for heading in ("collapsed", "median step", "log-rank p, Holm"):
+    for heading in ("collapsed", f"median {COUNTS[count]}", "log-rank p, Holm"):
         table.add_column(heading, justify="right", overflow="fold", no_wrap=True)
     for arm in arms:
         median = "not reached"

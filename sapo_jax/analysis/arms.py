@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ class LoggedRun:
     group: Hashable  # runs with an equal group are seeds of one arm
     rows: list[dict[str, Any]]  # of metrics.jsonl, those of the RL stage
     values: dict[str, Any]  # at the keys that its sweep varies; of a run by itself, at all keys
+    steps: int  # RL steps that it is to take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +96,7 @@ def _runs_of_sweep(path: Path) -> list[LoggedRun]:
             group=(path, entry["arm"]),
             rows=_read_rl_rows(path / name),
             values=entry["values"],
+            steps=entry["steps"],
         )
         runs.append(run)
     return runs
@@ -114,6 +117,7 @@ def _run_of_folder(path: Path) -> list[LoggedRun]:
             group=_identity(config),
             rows=rows,
             values=dict(_leaves(config, "")),
+            steps=int(config["train"]["steps"]),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise _not_a_config(path, error) from error
@@ -182,19 +186,22 @@ def _refuse_equal_seeds(group: Sequence[LoggedRun]) -> None:
             raise ReportError(f"{folders} are the same run, seed {seed}; give one of them")
 
 
-def choose_arms(arms: Sequence[Arm], labels: Sequence[str]) -> list[Arm]:
-    """The arms of these labels, in the order of the labels.
+def choose_arms(arms: Sequence[Arm], patterns: Sequence[str]) -> list[Arm]:
+    """The arms whose label is one of the patterns or matches one, in the order of the patterns.
 
-    Raises ReportError for a label that no arm has.
+    In a pattern, * stands for any text: `sapo-*`. Raises ReportError for one that no arm matches.
     """
-    arm_of_label = {arm.label: arm for arm in arms}
-    for label in labels:
-        if label not in arm_of_label:
-            raise ReportError(unknown_arm(label, arms))
-    return [arm_of_label[label] for label in dict.fromkeys(labels)]
+    chosen: dict[str, Arm] = {}
+    for pattern in patterns:
+        matching = [arm for arm in arms if arm.label == pattern or fnmatchcase(arm.label, pattern)]
+        if not matching:
+            raise ReportError(_unknown_arm(pattern, arms))
+        for arm in matching:
+            chosen[arm.label] = arm
+    return list(chosen.values())
 
 
-def unknown_arm(label: str, arms: Sequence[Arm]) -> str:
+def _unknown_arm(label: str, arms: Sequence[Arm]) -> str:
     """The message about an arm that is not there."""
     labels = [arm.label for arm in arms]
     hint = did_you_mean(label, labels)
@@ -227,3 +234,8 @@ def setting(run: LoggedRun, key: str) -> Any:
     if key in run.values:
         return run.values[key]
     return dict(_leaves(_read_config(run.folder), ""))[key]
+
+
+def updates_per_step(run: LoggedRun) -> int:
+    """Optimiser steps in each RL step of the run. Raises ReportError without a configuration."""
+    return int(setting(run, "train.mini_batches")) * int(setting(run, "train.epochs"))

@@ -121,14 +121,15 @@ def gradient_norm_leaps(rows: Sequence[Row], rules: CollapseRules) -> int | None
 
 
 def entropy_leaves_bounds(rows: Sequence[Row], rules: CollapseRules) -> int | None:
-    """The beginning is the median of the first `history` steps; it is told before any of them."""
+    """The beginning is the median of the first `history` steps, which themselves are not judged."""
     step_T, value_T = series(rows, "entropy/mean")
     if len(value_T) < rules.history:
         return None
     beginning = np.median(value_T[: rules.history])
-    is_low_T = value_T < rules.entropy_low * beginning
-    is_high_T = value_T > rules.entropy_high * beginning
-    return _first_lasting(step_T, is_low_T | is_high_T, rules.sign_steps)
+    is_outside_T = value_T < rules.entropy_low * beginning
+    is_outside_T |= value_T > rules.entropy_high * beginning
+    is_outside_T[: rules.history] = False
+    return _first_lasting(step_T, is_outside_T, rules.sign_steps)
 
 
 def kl_leaps(rows: Sequence[Row], rules: CollapseRules) -> int | None:

@@ -50,7 +50,8 @@ class Comparison:
     outcome: str
     arm: str
     reference: str
-    step: int  # the last one that all these runs have logged
+    step: int  # the last one that was looked at, of the arm and of the reference
+    reference_step: int
     comparisons: int
     seed_N: list[int]
     value_N: np.ndarray
@@ -128,7 +129,9 @@ def compare_arms(
 ) -> tuple[list[Comparison], list[str]]:
     """Every other arm against the reference, and notes about what could not be compared.
 
-    The runs of a comparison are looked at at the steps that all of them have logged.
+    Runs are looked at at the steps that all runs of both arms have logged. Where the two arms are
+    to take different numbers of RL steps (with larger rollouts, say), each run counts at its own
+    end, and pairs of which one is not finished are left out.
     """
     comparisons: list[Comparison] = []
     notes: list[str] = []
@@ -136,33 +139,38 @@ def compare_arms(
     for arm in others:
         pairs = _pairs_of(arm, reference)
         unpaired = len(arm.runs) + len(reference.runs) - 2 * len(pairs)
-        if not pairs:
-            notes.append(f"{arm.label} has no seed in common with {reference.label}: no comparison")
-            continue
+        title = f"{arm.label} against {reference.label}"
         if unpaired:
             notes.append(
-                f"{arm.label} against {reference.label}: {unpaired} runs have no partner of their "
-                "seed, and are left out"
+                f"{title}: {unpaired} runs have no partner of their seed, and are left out"
             )
-        steps = _common_steps([run for pair in pairs for run in pair], metric)
-        if not steps:
+        if arm.runs[0].steps != reference.runs[0].steps:
+            finished = [pair for pair in pairs if all(_is_finished(run) for run in pair)]
             notes.append(
-                f"{arm.label} and {reference.label} have no step in common where {metric} is "
-                "logged: no comparison"
+                f"{title}: they take {arm.runs[0].steps} and {reference.runs[0].steps} RL steps, "
+                f"so each run counts at its own end; {len(pairs) - len(finished)} pairs are not "
+                "finished, and left out"
             )
+            pairs = finished
+            looked_at = [_logged(pair, metric) for pair in pairs]
+        else:
+            common = _common_steps([run for pair in pairs for run in pair], metric)
+            looked_at = [(common, common)] * len(pairs)
+        if not pairs or not all(steps for of_pair in looked_at for steps in of_pair):
+            notes.append(f"{title}: nothing to compare")
             continue
-        values = [[_outcome_at(run, metric, steps, outcome) for run in pair] for pair in pairs]
         comparisons.append(
             Comparison(
                 metric=metric,
                 outcome=outcome,
                 arm=arm.label,
                 reference=reference.label,
-                step=max(steps),
+                step=max(looked_at[0][0]),
+                reference_step=max(looked_at[0][1]),
                 comparisons=len(others),
                 seed_N=[run.seed for run, _ in pairs],
-                value_N=np.array([value for value, _ in values]),
-                reference_N=np.array([value for _, value in values]),
+                value_N=_outcomes([run for run, _ in pairs], metric, outcome, looked_at, 0),
+                reference_N=_outcomes([run for _, run in pairs], metric, outcome, looked_at, 1),
             )
         )
     return _adjusted(comparisons), notes
@@ -175,14 +183,40 @@ def _pairs_of(arm: Arm, reference: Arm) -> list[tuple[LoggedRun, LoggedRun]]:
     return [(run, reference_of_seed[run.seed]) for run in in_order if run.seed in reference_of_seed]
 
 
+def _is_finished(run: LoggedRun) -> bool:
+    return run.rows[-1]["step"] >= run.steps
+
+
+def _logged(pair: tuple[LoggedRun, LoggedRun], metric: str) -> tuple[set[int], set[int]]:
+    """The steps at which each run of the pair has logged the metric."""
+    run, reference = pair
+    return (
+        set(series(run.rows, metric)[0].tolist()),
+        set(series(reference.rows, metric)[0].tolist()),
+    )
+
+
 def _common_steps(runs: Sequence[LoggedRun], metric: str) -> set[int]:
+    """The steps at which all of them have logged the metric."""
+    if not runs:
+        return set()
     return set.intersection(*(set(series(run.rows, metric)[0].tolist()) for run in runs))
 
 
-def _outcome_at(run: LoggedRun, metric: str, steps: set[int], outcome: str) -> float:
-    step_T, value_T = series(run.rows, metric)
-    is_common_T = np.array([step in steps for step in step_T.tolist()])
-    return outcome_value(step_T[is_common_T], value_T[is_common_T], outcome)
+def _outcomes(
+    runs: Sequence[LoggedRun],
+    metric: str,
+    outcome: str,
+    looked_at: Sequence[tuple[set[int], set[int]]],
+    side: int,
+) -> np.ndarray:
+    """The outcome of each run, by the steps that are looked at on its side of the pair."""
+    values = []
+    for run, of_pair in zip(runs, looked_at, strict=True):
+        step_T, value_T = series(run.rows, metric)
+        is_looked_at_T = np.array([step in of_pair[side] for step in step_T.tolist()])
+        values.append(outcome_value(step_T[is_looked_at_T], value_T[is_looked_at_T], outcome))
+    return np.array(values)
 
 
 def _adjusted(comparisons: list[Comparison]) -> list[Comparison]:
@@ -215,6 +249,7 @@ def difference_rows(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
                     "reference": comparison.reference,
                     "seed": seed,
                     "step": comparison.step,
+                    "reference_step": comparison.reference_step,
                     "value": float(comparison.value_N[i]),
                     "reference_value": float(comparison.reference_N[i]),
                     "difference": float(comparison.difference_N[i]),
@@ -235,6 +270,7 @@ def comparison_rows(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
             "arm": comparison.arm,
             "reference": comparison.reference,
             "step": comparison.step,
+            "reference_step": comparison.reference_step,
             "pairs": len(comparison.seed_N),
             "comparisons": comparison.comparisons,
             "wins": comparison.wins,

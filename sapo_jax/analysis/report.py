@@ -66,11 +66,12 @@ class ReportOptions:
     """What a report looks at."""
 
     metrics: Sequence[str] | None = None  # None: the usual ones; the first of them is compared
-    arms: Sequence[str] | None = None  # their labels; None: all
+    arms: Sequence[str] | None = None  # their labels, or patterns such as sapo-*; None: all
     reference: str | None = None  # the label of an arm; None: the first arm
     outcome: str = "last"  # of each run: last, late or best
     grid: tuple[str, str] | None = None  # two config keys
     rules: CollapseRules = DEFAULT_RULES
+    count: str = "rl"  # steps to collapse are counted in RL steps, or `optimizer` steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +83,7 @@ class Findings:
     curves: list[Curve]
     collapse_of: dict[LoggedRun, Collapse]
     survival: list[ArmSurvival]
+    count: str  # what its steps are
     comparisons: list[Comparison]
     grid: Grid | None
     notes: list[str]
@@ -117,7 +119,7 @@ def find(paths: Sequence[str | Path], options: ReportOptions) -> Findings:
         arms = choose_arms(arms, options.arms)
     reference = arms[0]
     if options.reference is not None:
-        (reference,) = choose_arms(arms, [options.reference])
+        reference = choose_arms(arms, [options.reference])[0]
     curves = curves_of(arms, options.metrics)
     compared_metric = metrics_of(curves)[0]
     collapse_of = {run: find_collapse(run.rows, options.rules) for arm in arms for run in arm.runs}
@@ -130,7 +132,8 @@ def find(paths: Sequence[str | Path], options: ReportOptions) -> Findings:
         reference=reference,
         curves=curves,
         collapse_of=collapse_of,
-        survival=survival_of_arms(arms, collapse_of, reference),
+        survival=survival_of_arms(arms, collapse_of, reference, options.count),
+        count=options.count,
         comparisons=comparisons,
         grid=grid,
         notes=[*notes, *notes_about_pairs],
@@ -149,15 +152,18 @@ def write(found: Findings, folder: Path, home: Path) -> list[Path]:
     keys = swept_keys(found.arms)[:MOST_KEYS]
     runs = run_rows(found.arms, metrics_of(found.curves), found.collapse_of, keys)
     curves_figure = report_figures.draw_curves(found.curves, title)
-    survival_figure = report_figures.draw_survival(found.survival, title)
+    survival_figure = report_figures.draw_survival(found.survival, title, found.count)
     written = [
         save(curves_figure, folder / "report.png"),
         write_csv(folder / "curves.csv", curve_rows(found.curves)),
         write_csv(folder / "final.csv", final_rows(found.curves)),
         write_csv(folder / "runs.csv", runs),
         save(survival_figure, folder / "survival.png"),
-        write_csv(folder / "survival.csv", survival_rows(found.survival)),
-        write_csv(folder / "collapses.csv", collapse_rows(found.survival, found.reference.label)),
+        write_csv(folder / "survival.csv", survival_rows(found.survival, found.count)),
+        write_csv(
+            folder / "collapses.csv",
+            collapse_rows(found.survival, found.reference.label, found.count),
+        ),
     ]
     if found.comparisons:
         figure = report_figures.draw_differences(found.comparisons, title)
@@ -193,7 +199,7 @@ def show(found: Findings, written: Sequence[Path]) -> None:
             console.print(table)
         lines += comparison_notes(found.comparisons)
     if len(found.arms) > 1:
-        console.print(collapse_table(found.survival, found.reference.label))
+        console.print(collapse_table(found.survival, found.reference.label, found.count))
     lines += _lines_about_collapse(found)
     lines += found.notes
     lines += [f"wrote {path}" for path in written]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,7 +14,7 @@ from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
-from sapo_jax.analysis.arm_survival import ArmSurvival
+from sapo_jax.analysis.arm_survival import COUNTS, ArmSurvival
 from sapo_jax.analysis.curves import FEWEST_SEEDS, Curve, metrics_of
 from sapo_jax.analysis.grid import Grid
 from sapo_jax.analysis.outcomes import difference_text, is_share
@@ -148,7 +149,8 @@ def draw_differences(comparisons: Sequence[Comparison], title: str) -> Figure:
         label.set_parse_math(False)
     axes.set_ylim(len(comparisons) - 0.4, -0.6)
     name = TITLES.get(first.metric, first.metric)
-    heading = f"{name} ({first.outcome}): difference to {first.reference}, pairs of equal seeds"
+    reference = "\n".join(textwrap.wrap(f"Difference to {first.reference}", 70))
+    heading = f"{name} ({first.outcome}), pairs of equal seeds\n{reference}"
     axes.set_title(heading, loc="left", fontsize=11, fontweight="bold", parse_math=False)
     unit = ""
     if is_share(first.metric):
@@ -188,7 +190,7 @@ def _draw_comparison(axes: Axes, comparison: Comparison, row: int) -> None:
 # ---------------------------------------------------------------- collapse
 
 
-def draw_survival(arms: Sequence[ArmSurvival], title: str) -> Figure:
+def draw_survival(arms: Sequence[ArmSurvival], title: str, count: str) -> Figure:
     """The Kaplan-Meier curve of each arm; a tick where a run was last seen without a collapse."""
     figure = _figure(title, width=8.5, height=4.6 + 0.2 * len(arms))
     axes = figure.add_subplot()
@@ -202,7 +204,7 @@ def draw_survival(arms: Sequence[ArmSurvival], title: str) -> Figure:
         # Curves may lie on each other: an earlier one is broader, and seen below the others.
         width = 1.8 + 2.2 * (len(arms) - 1 - i) / max(len(arms) - 1, 1)
         lines.append(_draw_survival_curve(axes, arm, i, width, has_bands))
-    finish_panel(axes, "Runs that have not collapsed (Kaplan-Meier)", "RL step", percent=True)
+    finish_panel(axes, "Runs that have not collapsed (Kaplan-Meier)", COUNTS[count], percent=True)
     axes.set_ylim(-0.03, 1.06)
     axes.set_ylabel("estimated share", color=GREY)
     legend = figure.legend(

@@ -99,6 +99,7 @@ def test_the_entropy_leaves_its_bounds():
     assert step_of("entropy", rows_of("entropy/mean", [*calm, 3.1, 4, 5])) == 11
     assert step_of("entropy", rows_of("entropy/mean", [*calm, 0.1, 3.0, 0.1])) is None
     assert step_of("entropy", rows_of("entropy/mean", calm[:9])) is None
+    assert step_of("entropy", rows_of("entropy/mean", [9.0] * 3 + calm)) is None, "the beginning"
 
 
 def test_the_kl_to_the_old_policy_leaps():

@@ -51,7 +51,9 @@ def arm_of(values_NT, metric: str = "m", first: int = 1) -> Arm:
     for seed, values in enumerate(values_NT):
         folder = Path(str(seed))
         rows = [{"step": first + t, metric: value} for t, value in enumerate(values)]
-        run = LoggedRun(folder, seed, arm="a", place=folder, group="a", rows=rows, values={})
+        run = LoggedRun(
+            folder, seed, arm="a", place=folder, group="a", rows=rows, values={}, steps=9
+        )
         runs.append(run)
     return Arm("a", runs)
 

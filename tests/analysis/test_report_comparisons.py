@@ -162,6 +162,28 @@ def test_runs_are_compared_at_the_steps_that_all_of_them_have(no_png):
     assert float(hard["mean"]) == pytest.approx(0.15)
 
 
+def test_arms_of_different_lengths_are_compared_at_their_own_ends(no_png, capsys):
+    """20 RL steps of 4 mini-batches against 10 of 8; the run of seed 2 is not finished."""
+    plan = sweep(
+        "zip: {train.mini_batches: [4, 8], train.steps: [20, 10]}\nseeds: [0, 1, 2]\n",
+        lambda run: {4: 0.5, 8: 0.9}[run.cfg.train.mini_batches],
+        falls_at=lambda run: 6 if run.seed == 0 and run.cfg.train.mini_batches == 8 else None,
+        last_step=lambda run: 7 if run.seed == 2 else run.cfg.train.steps,
+    )
+    for run in plan.runs:
+        begin(run)
+    assert main(["report", "out", "--count", "optimizer"]) == 0
+    (row,) = read_csv("comparisons.csv")
+    assert (row["step"], row["reference_step"], row["pairs"]) == ("10", "20", "2")
+    differences = [float(row["difference"]) for row in read_csv("differences.csv")]
+    assert differences == pytest.approx([-0.5, 0.1])  # 0 and 0.6 at their end, less 0.5
+    assert "1 pairs are not finished, and left out" in capsys.readouterr().out
+    ends = [(row["count"], row["step"]) for row in read_csv("survival.csv")]
+    # Seven and twenty RL steps of four updates; seven and ten of eight.
+    assert ends[:3] == [("optimizer", "0"), ("optimizer", "28"), ("optimizer", "80")]
+    assert ends[3:] == [("optimizer", "0"), ("optimizer", "56"), ("optimizer", "80")]
+
+
 def test_runs_without_a_partner_are_left_out_and_told(capsys, no_png):
     five_seeds()
     shutil.rmtree("out/hard-seed1")
