@@ -32,6 +32,8 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except ImportError as error:
         problem = "reading it needs the gguf package: pip install 'sapo-jax[gguf]'"
         raise GGUFError(path, [problem]) from error
+    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        raise GGUFError(path, ["it is not a file"])
     try:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":

@@ -8,10 +8,18 @@ import numpy as np
 import pytest
 
 from sapo_jax.batch import Rollout
-from sapo_jax.config import ConfigError, Data, load
+from sapo_jax.config import ConfigError, Data, Model, load, read_model_keys
 from sapo_jax.config.schema import FileTask
-from sapo_jax.data import ByteTokenizer, load_problems, read_problems
+from sapo_jax.data import (
+    ByteTokenizer,
+    load_problems,
+    load_tokenizer,
+    read_problems,
+    template_source,
+)
 from sapo_jax.errors import DataError, LogError
+from sapo_jax.hub.gguf_reader import read_gguf
+from sapo_jax.hub.weights import check_weights
 from sapo_jax.io.files import read_rows
 from sapo_jax.rewards import VerifierPool
 from sapo_jax.training.experience import grade
@@ -194,3 +202,28 @@ def test_a_pipe_in_place_of_a_log_is_named(tmp_path):
     os.mkfifo(tmp_path / "metrics.jsonl")
     with pytest.raises(LogError, match=r"metrics\.jsonl is not a file"):
         read_rows(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_in_a_model_directory_is_named(tmp_path):
+    """In place of each file that is read of it; reading one would wait for ever."""
+    shape = Model(
+        vocab_size=7, hidden_size=4, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=2, intermediate_size=3,
+    )  # fmt: skip
+    readers = {
+        "config.json": read_model_keys,
+        "model.safetensors": lambda folder: check_weights(folder, shape),
+        "model.safetensors.index.json": lambda folder: check_weights(folder, shape),
+        "tokenizer.json": lambda folder: load_tokenizer(str(folder)),
+        "chat_template.jinja": lambda folder: template_source(
+            str(folder / "chat_template.jinja"), ByteTokenizer()
+        ),
+        "model.gguf": lambda folder: read_gguf(folder / "model.gguf"),
+    }
+    for name, read in readers.items():
+        folder = tmp_path / name.replace(".", "_")
+        folder.mkdir()
+        os.mkfifo(folder / name)
+        with pytest.raises((ValueError, FileNotFoundError), match="not a file|there is no file"):
+            read(folder)
