@@ -344,6 +344,10 @@ def test_no_prompts():
 # ---------------------------------------------------------------- slots
 
 
+# A few completions end at the stop token, most are long.
+WAITING = dict(sampling=SamplingParams(0.8), group_size=4, max_new_tokens=80, stop_ids=(20,))
+
+
 @pytest.mark.parametrize(
     ("kind", "slots"),
     [
@@ -356,13 +360,9 @@ def test_completions_that_wait_for_a_slot_are_the_same(kind, slots):
     """Twelve completions of 1 to 80 tokens through a few slots, one after another, in a cache that is shifted; 8 slots
     become 4 and 2. Tokens, log-probs, lengths, reasons and experts are those of all at once, and of their own limits.
     """
-    common = dict(
-        sampling=SamplingParams(0.8),
-        group_size=4,
-        max_new_tokens=80,
-        stop_ids=(1,),
-        record_routing=kind == "moe",
-    )
+    common = WAITING
+    if kind == "moe":
+        common = WAITING | {"stop_ids": (1,), "record_routing": True}
     limits = [80, 3, 1, 70, 64, 80, 2, 9, 80, 80, 5, 33]
     together = sample(make(kind, **common), limit_B=limits)
     waiting = sample(make(kind, **common, slots=slots), limit_B=limits)
@@ -380,12 +380,11 @@ def test_completions_that_wait_for_a_slot_are_the_same(kind, slots):
 
 @pytest.mark.parametrize("slots", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_rows_that_start_at_pages(slots, monkeypatch):
-    """The columns of a cache on TPU, here without its kernel: the same completions, waiting or not."""
-    common = dict(
-        sampling=SamplingParams(0.8), group_size=4, max_new_tokens=130, stop_ids=(1,), slots=slots
-    )
-    limits, starts = [130, 3, 1, 130, 64, 100, 2, 9, 80, 130, 5, 33], []
-    expected = sample(make(**common), limit_B=limits)
+    """The columns of a cache on TPU, here without its kernel: the same completions, waiting or not. Those that wait take
+    more columns, one after another, than the cache has."""
+    common = WAITING | {"slots": slots}
+    limits, starts = [80, 3, 80, 80, 64, 80, 2, 80, 80, 80, 80, 80], []
+    expected = sample(make(**WAITING), limit_B=limits)
     attend = attention_ops.decode_attention
 
     def spied(q, k, v, first_B, last_B, live_B):
@@ -402,18 +401,25 @@ def test_rows_that_start_at_pages(slots, monkeypatch):
     sampler_module._sample.clear_cache()
     chex.assert_trees_all_close(found, expected, atol=2e-5, rtol=1e-5)
     assert all(np.all(first_B[live_B] % 8 == 0) for first_B, _, live_B in starts)
+    steps = len(starts) // tiny.DENSE.num_hidden_layers
+    columns = phases(16, 80, 12, slots or 12, page=8)[-1].columns
+    assert (15 + steps > columns) == (slots == 4)  # columns were shifted out
     ends = {int(behind) for _, last_B, _ in starts for behind in last_B.max() - last_B}
     assert len(ends) >= 3  # prompts have three lengths
 
 
 def test_pages_and_completions_of_one_token(monkeypatch):
     """A page is more columns than they need: the cache is full before one can be shifted out."""
-    expected = sample(make(group_size=4, max_new_tokens=1, slots=2))
     monkeypatch.setattr(attention_ops, "cache_page_size", lambda h, dtype: 8)
     sampler_module._sample.clear_cache()
-    found = sample(make(group_size=4, max_new_tokens=1, slots=2))
+    common = dict(sampling=SamplingParams(0.8), group_size=4, max_new_tokens=1, stop_ids=(1, 2, 3))
+    found = sample(make(**common, slots=2))
     sampler_module._sample.clear_cache()
-    chex.assert_trees_all_close(found, expected, atol=1e-5)
+    first_B1 = stopped().tokens_BC[:, :1]
+    np.testing.assert_array_equal(found.tokens_BC, first_B1)
+    np.testing.assert_array_equal(found.length_B, 1)
+    np.testing.assert_array_equal(found.finish_B == STOP, np.isin(first_B1[:, 0], (1, 2, 3)))
+    chex.assert_trees_all_close(found.logp_BC, stopped().logp_BC[:, :1], atol=1e-5)
 
 
 def test_filled_up_batches_and_slots():
