@@ -128,7 +128,7 @@ def test_eval_prints_before_it_keeps(run, capsys, monkeypatch):
     monkeypatch.setattr(sapo_jax.training.evaluate, "append_rows", full)
     assert main(["eval", str(run)]) == NO_SPACE
     shown = capsys.readouterr()
-    assert "rl step 2: avg@2" in shown.out
+    assert "rl step 2: avg@4" in shown.out
     assert f"error: {run}/evaluations.jsonl: No space left on device" in shown.err
 
 

@@ -19,7 +19,7 @@ data:
 cold_start: {{steps: 20, batch_size: 16, optimizer: {{learning_rate: 1.0e-2}}}}
 rollout: {{prompts_per_step: 4, group_size: 4, max_new_tokens: 4}}
 train: {{steps: 5, mini_batches: 2, print_samples_every: 2}}
-evaluate: {{every: 2, samples: 2, batch_prompts: 8}}
+evaluate: {{every: 2, samples: 4, batch_prompts: 4}}  # as many as in a step: one program samples both
 checkpoint: {{every: 4}}
 """
 

@@ -191,8 +191,8 @@ def test_routing_replay(name, tiny_config, tmp_path):
 def test_rl_improves_the_tiny_policy(tiny_config, tmp_path):
     """Not only does it run: reward rises. Copying one digit, from a barely trained start."""
     settings = [
-        "train.steps=30", "rollout.prompts_per_step=16", "rollout.group_size=8", "optimizer.learning_rate=3e-3",
-        "evaluate.every=0", f"run_dir={tmp_path}/run",
+        "train.steps=30", "rollout.prompts_per_step=8", "rollout.group_size=8", "optimizer.learning_rate=3e-3",
+        "evaluate={every: 0, samples: 8, batch_prompts: 8}", f"run_dir={tmp_path}/run",
     ]  # fmt: skip
     train(load(tiny_config, settings))
     reward = [
