@@ -73,6 +73,7 @@ def values_and_gradients(cfg, batch, jit=tiny.quick_jit):
     return jax.device_get(compiled(cfg, jit)(tiny.params(cfg), batch))
 
 
+@pytest.mark.slow
 def test_the_routers_own_choice_replayed_changes_no_bit():
     """Values and gradients; dense and sparse layers mix. The recorded ids are the router's choice
     under replay, too."""
