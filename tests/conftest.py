@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import json
 import os
 from pathlib import Path
 
@@ -13,26 +15,38 @@ from sapo_jax.data import load_tokenizer
 from sapo_jax.hub.export import write_model
 from sapo_jax.models import make_policy
 
-# The files that take longest in `make test`, longest first.
-LONGEST_FILES = (
-    "training/test_resume.py",
-    "training/test_end_to_end.py",
-    "training/test_cli.py",
-)
+# The seconds that each file took, by which the files are ordered; made by --store-seconds.
+SECONDS = Path(__file__).with_name("file_seconds.json")
+seconds_of_file: collections.Counter[str] = collections.Counter()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--store-seconds",
+        action="store_true",
+        help=f"write the seconds that each file takes to {SECONDS.name}, which orders the files",
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files come first, so that two workers, which take a file at a time, end together."""
-    tests = Path(__file__).parent
-    missing = [name for name in LONGEST_FILES if not (tests / name).exists()]
-    if missing:
-        raise pytest.UsageError(f"LONGEST_FILES names files that are gone: {missing}")
+    tests = SECONDS.parent
+    seconds = json.loads(SECONDS.read_text(encoding="utf-8"))
+    items.sort(key=lambda item: -seconds.get(item.path.relative_to(tests).as_posix(), 0))
 
-    def place(item: pytest.Item) -> int:
-        name = item.path.relative_to(tests).as_posix()
-        return LONGEST_FILES.index(name) if name in LONGEST_FILES else len(LONGEST_FILES)
 
-    items.sort(key=place)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    file = report.nodeid.partition("::")[0]
+    seconds_of_file[file.removeprefix("tests/")] += report.duration
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    is_worker = hasattr(session.config, "workerinput")
+    if not session.config.getoption("--store-seconds") or is_worker:
+        return
+    took = {file: round(seconds) for file, seconds in seconds_of_file.most_common()}
+    noticed = {file: seconds for file, seconds in took.items() if seconds > 0}
+    SECONDS.write_text(json.dumps(noticed, indent=1) + "\n", encoding="utf-8")
 
 
 @pytest.fixture(scope="session", autouse=True)
