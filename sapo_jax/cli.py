@@ -225,6 +225,17 @@ def add_step_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=int, help="RL step of the checkpoint (default: the newest)")
 
 
+def add_allow_change_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-change",
+        metavar="KEY",
+        action="append",
+        default=[],
+        help="go on although this key, or what lies behind it, is not what the run was begun with; "
+        "a section stands for all its keys; it is recorded in changes.jsonl (repeatable)",
+    )
+
+
 def add_processes_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--processes",
@@ -270,13 +281,14 @@ def add_train(commands: Commands) -> None:
         metavar="N",
         help="leave a trace of N RL steps in the run folder, trace/",
     )
+    add_allow_change_option(parser)
     add_processes_option(parser)
 
 
 def run_train(args: argparse.Namespace) -> int:
     from sapo_jax.training.loop import train
 
-    train(args.config, traced=args.profile)
+    train(args.config, traced=args.profile, allow_changes=args.allow_change)
     return OK
 
 
@@ -284,13 +296,14 @@ def add_sft(commands: Commands) -> None:
     parser = add_command(commands, "sft", run_sft, "the cold start alone")
     add_config_argument(parser, YAML_FILE_OR_RUN)
     add_overrides(parser)
+    add_allow_change_option(parser)
     add_processes_option(parser)
 
 
 def run_sft(args: argparse.Namespace) -> int:
     from sapo_jax.training.sft import sft
 
-    sft(args.config)
+    sft(args.config, allow_changes=args.allow_change)
     return OK
 
 

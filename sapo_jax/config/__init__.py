@@ -6,7 +6,7 @@ Imports no JAX: a configuration is checked before anything heavy starts.
 from sapo_jax.config.advice import warnings
 from sapo_jax.config.checks import check, verify, vocabulary_mistakes
 from sapo_jax.config.errors import ConfigError, Problem
-from sapo_jax.config.load import diff, dump, load, load_file_or_run, load_text, with_vocabulary
+from sapo_jax.config.load import diff, dump, load, load_dumped, load_file_or_run, with_vocabulary
 from sapo_jax.config.objective import (
     CISPO,
     DPPO,
@@ -81,7 +81,7 @@ __all__ = [
     "dump",
     "load",
     "load_file_or_run",
-    "load_text",
+    "load_dumped",
     "read_json_object",
     "read_model_keys",
     "to_hugging_face",

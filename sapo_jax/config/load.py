@@ -16,7 +16,7 @@ from sapo_jax.config.source import Layer, read_files
 from sapo_jax.config.validate import validate
 from sapo_jax.config.yaml_core import dump_yaml, parse_yaml
 
-_ABSENT = object()  # in the place of a key that one of two configurations has not
+ABSENT = "(not there)"  # in the place of a key that one of two configurations has not
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -47,20 +47,46 @@ def load_file_or_run(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     path = Path(path)
     if not path.is_dir():
         return load(path, overrides)
+    if not (path / "config.yaml").exists() and (path / "config.json").exists():
+        text = (
+            f"{path} is a model directory, not the folder of a run; give a config with"
+            f" model.path={path}, which names the problems too"
+        )
+        raise ConfigError([Problem((), text)], str(path))
     run_dir = f"run_dir={json.dumps(str(path))}"
     return load(path / "config.yaml", [run_dir, *overrides])
 
 
-def load_text(text: str, source: str) -> Config:
-    """The configuration in a text that `dump` has made.
+def load_dumped(text: str, source: str) -> tuple[Config, list[str]]:
+    """The configuration that `dump` wrote, and the keys of today that the text does not have.
 
-    Raises ConfigError, which names `source`.
+    A text of an older version lacks the keys that are younger; they have their defaults here.
+    source: where the text is from, for messages. Raises ConfigError.
     """
-    raw, _ = parse_yaml(text)
-    cfg, problems = resolve([raw], [])
+    try:
+        layer, _ = parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError([Problem((), str(error))], source) from error
+    if not isinstance(layer, dict):
+        raise ConfigError([Problem((), "it is no mapping of keys to values")], source)
+    cfg, problems = resolve([layer], [])
     if problems:
         raise ConfigError(problems, source)
-    return cfg
+    return cfg, list(_keys_not_in(layer, dataclasses.asdict(cfg), ""))
+
+
+def _keys_not_in(raw: Any, resolved: Any, path: str) -> Iterator[str]:
+    """The key paths of a resolved configuration that the mapping `raw` does not have."""
+    if isinstance(raw, dict) and isinstance(resolved, dict):
+        for key, value in resolved.items():
+            below = f"{path}.{key}" if path else key
+            if key in raw:
+                yield from _keys_not_in(raw[key], value, below)
+            else:
+                yield below
+    elif isinstance(raw, list) and isinstance(resolved, (list, tuple)):
+        for position, (item, value) in enumerate(zip(raw, resolved, strict=False)):
+            yield from _keys_not_in(item, value, f"{path}.{position}")
 
 
 def resolve(layers: Sequence[Layer], overrides: Sequence[str]) -> tuple[Config, list[Problem]]:
@@ -99,6 +125,19 @@ def with_vocabulary(cfg: Config, vocab_size: int) -> Config:
     return dataclasses.replace(cfg, model=model)
 
 
+def value_at(cfg: Config, key: str) -> Any:
+    """The value under a key path, as plain Python values; ABSENT where there is none."""
+    value: Any = dataclasses.asdict(cfg)
+    for part in key.split("."):
+        if isinstance(value, (list, tuple)) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+        elif isinstance(value, dict) and part in value:
+            value = value[part]
+        else:
+            return ABSENT
+    return value
+
+
 def diff(a: Config, b: Config) -> list[str]:
     """Key paths whose values differ, in the order of the schema.
 
@@ -111,7 +150,7 @@ def _differences(a: Any, b: Any, path: str) -> Iterator[str]:
     if isinstance(a, dict) and isinstance(b, dict):
         for key in dict.fromkeys([*a, *b]):
             below = f"{path}.{key}" if path else key
-            yield from _differences(a.get(key, _ABSENT), b.get(key, _ABSENT), below)
+            yield from _differences(a.get(key, ABSENT), b.get(key, ABSENT), below)
     elif isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
         for position, (item, other) in enumerate(zip(a, b, strict=True)):
             yield from _differences(item, other, f"{path}.{position}")

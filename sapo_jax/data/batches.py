@@ -101,19 +101,28 @@ class PromptBatches(Iterator[list[Prompt]]):
         package wrote the state. Raises DataError where the state is of other data or settings; it
         names the files and the rows.
         """
-        different_rows, notices = self._compare_content(state)
-        different_settings = self._compare_settings(state)
-        if different_rows or different_settings:
+        different, notices = self.compare(state)
+        if different:
             raise DataError(
                 "the saved position is of other data, it cannot be resumed:"
-                f" {'; '.join([*different_rows, *different_settings])}. Bring the data and the"
-                " settings back to what they were, or begin another run: another name or run_dir"
+                f" {'; '.join(different)}. Bring the data and the settings back to what they were,"
+                " or begin another run: another name or run_dir; or, to go on with the same number"
+                " of batches of these data on purpose, add --allow-change data"
             )
+        self.go_to(state)
+        return notices
+
+    def compare(self, state: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+        """(sentences on what differs from the data of the state, notices as in `set_state`)."""
+        different_rows, notices = self._compare_content(state)
+        return [*different_rows, *self._compare_settings(state)], notices
+
+    def go_to(self, state: Mapping[str, Any]) -> None:
+        """Continue after `state["batches"]` batches, of whatever data there are now."""
         batches = state.get("batches")
         if type(batches) is not int or batches < 0:
             raise DataError(f"the saved position must be a number of batches, not {batches!r}")
         self._next = batches
-        return notices
 
     def _compare_settings(self, state: Mapping[str, Any]) -> list[str]:
         """What differs beside the problems themselves."""

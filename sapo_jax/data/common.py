@@ -11,6 +11,7 @@ from typing import Any
 from sapo_jax.config.task_rules import largest_remainder
 from sapo_jax.errors import DataError
 
+DIGEST = "digest:"  # what a digest begins with, where it stands among other values
 _NOT_TEXT = "holds half of a surrogate pair, which is not text"
 
 
@@ -54,6 +55,12 @@ def stable_hash(*parts: str | int, bits: int = 63) -> int:
     """
     digest = hashlib.sha256(json.dumps(parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> (64 - bits)
+
+
+def digest_of_json(value: Any) -> str:
+    """A digest of JSON values, as text that begins with DIGEST; the order of keys has no say."""
+    text = json.dumps(value, sort_keys=True)
+    return f"{DIGEST}{hashlib.sha256(text.encode()).hexdigest()[:32]}"
 
 
 def apportion(total: int, weights: Mapping[str, float], what: str) -> dict[str, int]:

@@ -22,7 +22,7 @@ from typing import Any
 
 import tokenizers
 
-from sapo_jax.data.common import check_text
+from sapo_jax.data.common import check_text, digest_of_json
 from sapo_jax.data.stand_ins import CUT, Piece, StandIns
 from sapo_jax.rewards.extract import ANSWER_MARKS
 
@@ -108,6 +108,17 @@ class Tokenizer:
             known = [i for i in known if i not in self._skipped_ids]
         return self._decode(known)
 
+    def identity(self) -> dict[str, Any]:
+        """JSON values by which a run's checkpoints know the tokenizer again, by what they are."""
+        return {
+            "vocabulary size": self.vocab_size,
+            "pad id": self.pad_id,
+            "end id": self.end_id,
+            "stop ids": list(self.stop_ids),
+            "special tokens": digest_of_json(self.special_tokens),
+            "template variables": self.template_variables,
+        }
+
     def _encode(self, marked: str) -> list[int]:
         """Ids of a text in which stand-ins are the special tokens (`stand_ins.py`)."""
         raise NotImplementedError
@@ -181,6 +192,7 @@ class FileTokenizer(Tokenizer):
         self._generation_path = path.with_name("generation_config.json")
         self._model_path = path.with_name("config.json")
         spec = _read_json(path)
+        self._digest = digest_of_json(spec)
         self._backend = _load_backend(path, spec)
         self._backend.encode_special_tokens = True  # encode them as the text that they are
         self._backend.no_truncation()
@@ -209,6 +221,9 @@ class FileTokenizer(Tokenizer):
         if unknown_id not in (*stop_ids, pad_id):
             self._forbidden.discard(unknown_id)
         self._add_stand_ins(added_tokens)
+
+    def identity(self) -> dict[str, Any]:
+        return {"tokenizer.json": self._digest, **super().identity()}
 
     def _add_stand_ins(self, added_tokens: Mapping[str, dict[str, Any]]) -> None:
         """Add the stand-ins of all special tokens to the library's vocabulary, and the cut."""

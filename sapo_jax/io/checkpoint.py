@@ -1,6 +1,6 @@
 """Checkpoints of one stage: train state, data position, seed, config, and a digest of every array.
 
-Orbax writes them, asynchronously and atomically. Five things are added here, because a run must
+Orbax writes them, asynchronously and atomically. Six things are added here, because a run must
 either resume exactly or say why it cannot:
 
 * every array carries a digest, computed on the device where it lives; Orbax alone restores a
@@ -8,6 +8,8 @@ either resume exactly or say why it cannot:
 * what is complete is decided by looking at the folder; an incomplete one is skipped with a notice;
 * a damaged one is put aside (`<step>.damaged-<n>`), and the newest whole one restored instead;
 * before a save starts, the room that it needs is compared with what is free;
+* a state that is not finite, or whose parameters have been blown up since the checkpoint before,
+  replaces nothing: it is not saved (`arrays.why_ruined`);
 * a save that failed in the background is raised by the next `wait`, `save` or `close`.
 
 A step folder holds `state/` (one array per leaf, named by its path in the tree), `extras/` and
@@ -27,13 +29,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from sapo_jax import murmur
 from sapo_jax.config import schema
 from sapo_jax.distributed.processes import any_true, broadcast_from_first, is_first
 from sapo_jax.errors import (
@@ -42,72 +42,21 @@ from sapo_jax.errors import (
     from_os_error,
     is_out_of_space,
 )
+from sapo_jax.io.arrays import describe, digests, flatten, root_mean_squares, why_ruined
+from sapo_jax.io.step_folders import (
+    complete_steps,
+    misnamed_checkpoints,
+    missing_part,
+    step_folders,
+)
 
-_REQUIRED = ("_CHECKPOINT_METADATA", "state/_METADATA", "extras/metadata", "manifest/metadata")
+_UNREADABLE = "Encountered error while reading array"  # how Orbax's error begins
+# The name of the array in an error of tensorstore: of its metadata, or of what they describe.
+_ARRAY_IN_ERROR = re.compile(r"""(?:at|reading) "([^"]+)/\.zarray"|'path': '([^/'][^']*)/'""")
+FEWEST_KEPT = 2  # checkpoints, whatever checkpoint.keep_last says
 _SHOWN = 8  # leaves listed in an error
 # Beside the arrays a checkpoint holds small files: on a disk each takes a block or two.
 _BYTES_BESIDE_ARRAYS = 200_000
-
-
-# ---------------------------------------------------------------- digests
-
-
-@jax.jit
-def digests(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """sum_i mix(bits(x_i) + i * odd) mod 2^32 of every array.
-
-    i is the flat index, mix the finaliser of murmur3. That is a bijection, so any change of one
-    element changes the digest; a change of many escapes with chance 2^-32. (Were mix linear, pairs
-    of flipped signs would cancel.) Integer sums wrap, hence are associative: the digest does not
-    depend on the mesh or the sharding, and only one uint32 per leaf leaves the devices.
-    """
-    return {path: _digest(x) for path, x in leaves.items()}
-
-
-def _digest(x: jax.Array) -> jax.Array:
-    words = _as_words(x)
-    # The flat index is summed up from iotas: reshaping would gather a sharded array.
-    flat_index = jnp.zeros(words.shape, jnp.uint32)
-    stride = 1
-    for dim in reversed(range(words.ndim)):
-        index_along_dim = jax.lax.broadcasted_iota(jnp.uint32, words.shape, dim)
-        flat_index += index_along_dim * jnp.uint32(stride % 2**32)
-        stride *= words.shape[dim]
-    mixed = murmur.mix(words + flat_index * jnp.uint32(murmur.SPREAD))
-    return jnp.sum(mixed, dtype=jnp.uint32)
-
-
-def _as_words(x: jax.Array) -> jax.Array:
-    """The bits of x as uint32: one word per element, two along a last dim for 64-bit types."""
-    if x.dtype == jnp.bool_:
-        return x.astype(jnp.uint32)
-    if jnp.issubdtype(x.dtype, jnp.floating):
-        bits = jnp.finfo(x.dtype).bits
-    elif jnp.issubdtype(x.dtype, jnp.integer):
-        bits = jnp.iinfo(x.dtype).bits
-    else:
-        raise TypeError(f"a digest needs real numbers or booleans, not {x.dtype}")
-    unsigned = {8: jnp.uint8, 16: jnp.uint16, 32: jnp.uint32, 64: jnp.uint32}
-    if bits not in unsigned:
-        raise TypeError(f"a digest needs elements of 8, 16, 32 or 64 bits, not {x.dtype}")
-    return jax.lax.bitcast_convert_type(x, unsigned[bits]).astype(jnp.uint32)
-
-
-def _flatten(tree: Any, prefix: str = "") -> tuple[dict[str, Any], Any]:
-    """The leaves by their path in the tree, joined with "/", and the tree's structure."""
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    flat = {}
-    for path, leaf in leaves:
-        flat[prefix + jax.tree_util.keystr(path, simple=True, separator="/")] = leaf
-    if len(flat) != len(leaves):
-        raise ValueError(
-            "two leaves of the state have the same path: a '/' in a key makes names ambiguous"
-        )
-    return flat, treedef
-
-
-def _describe(leaves: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {path: {"shape": list(x.shape), "dtype": str(x.dtype)} for path, x in leaves.items()}
 
 
 def _sha256(value: Any) -> str:
@@ -119,6 +68,17 @@ def _sha256(value: Any) -> str:
 
 class DamagedCheckpointError(CheckpointError):
     """The files of a checkpoint are not what was saved."""
+
+
+class RuinedStateError(CheckpointError):
+    """A state was not saved, because it is not finite or its parameters were blown up.
+
+    `reason` says what shows it.
+    """
+
+    def __init__(self, reason: str, text: str):
+        self.reason = reason
+        super().__init__(text)
 
 
 class Restored(NamedTuple):
@@ -155,16 +115,21 @@ class Checkpoints:
         self._pending: int | None = None  # the step being saved in the background
         self._last: int | None = None  # the step saved or restored last
         self._has_failed = False  # a save
+        # Root mean squares of the arrays saved, restored or begun with last; {}: none yet.
+        self._trusted_sizes: dict[str, float] = {}
         self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
         self._manager: ocp.CheckpointManager | None = None
         if cfg is not None:
             try:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 self._sweep()
+                self._refuse_links()
                 self._set_aside_incomplete()
             except OSError as error:
                 raise from_os_error(error, str(self.directory)) from error
-            kept: list[Any] = [checkpoint_managers.LatestN(cfg.keep_last)]
+            self._look_for_misnamed()
+            # Never one alone: while the newest is not yet known to restore, there is another.
+            kept: list[Any] = [checkpoint_managers.LatestN(max(cfg.keep_last, FEWEST_KEPT))]
             if cfg.keep_every:
                 kept.append(checkpoint_managers.EveryNSteps(cfg.keep_every))
             options = ocp.CheckpointManagerOptions(
@@ -186,7 +151,8 @@ class Checkpoints:
 
         Returns once the arrays are copied to the host, so `state` may be donated right away and
         `extras` changed. Saving the step just saved or restored does nothing. Raises
-        CheckpointError if this save cannot start, or if the previous one failed in the background.
+        CheckpointError if this save cannot start, or if the previous one failed in the background;
+        RuinedStateError where the state is worth less than the checkpoints that are there.
         """
         if self._manager is None:
             raise CheckpointError(
@@ -200,7 +166,7 @@ class Checkpoints:
                 f"{self.directory / str(step)} exists already. Restore it to go on from there, or "
                 "remove it."
             )
-        leaves, _ = _flatten(state)
+        leaves, _ = flatten(state)
         no_arrays = []
         for path, leaf in leaves.items():
             if not isinstance(leaf, jax.Array):
@@ -211,8 +177,14 @@ class Checkpoints:
             extras = json.loads(json.dumps(extras, allow_nan=False))
         except (TypeError, ValueError) as error:
             raise TypeError(f"the extras of a checkpoint must be JSON values: {error}") from error
+        sizes = _sizes_of(leaves)
+        reason = why_ruined(self._trusted_sizes, sizes)
+        if reason is not None:
+            name = f"checkpoint {self.directory / str(step)}"
+            text = f"{name} was not saved: {reason}; {self.what_is_kept()}."
+            raise RuinedStateError(reason, text)
         self.check_space(leaves, step)
-        described = _describe(leaves)
+        described = describe(leaves)
         for path, digest in jax.device_get(digests(leaves)).items():
             described[path]["digest"] = int(digest)
         manifest = {
@@ -234,6 +206,17 @@ class Checkpoints:
             raise self._save_error(step, error) from error
         self._pending = step
         self._last = step
+        self._trusted_sizes = sizes
+
+    def begin_with(self, state: Any) -> None:
+        """The state that training starts from, as what the first checkpoint is compared with."""
+        leaves, _ = flatten(state)
+        self._trusted_sizes = _sizes_of(leaves)
+
+    def why_ruined(self, state: Any) -> str | None:
+        """What shows that a state should not replace the checkpoint before; None: nothing does."""
+        leaves, _ = flatten(state)
+        return why_ruined(self._trusted_sizes, _sizes_of(leaves))
 
     def check_space(self, state: Any, step: int | None = None) -> None:
         """Raises CheckpointSpaceError where the disk has no room for one more checkpoint.
@@ -257,7 +240,7 @@ class Checkpoints:
             raise CheckpointSpaceError(
                 f"there is no room for {name}: it needs {needed / 1e6:.1f} MB, and the disk of "
                 f"{self.directory} has {free / 1e6:.1f} MB free. Free some space, then run the "
-                f"same command again; {self._what_is_kept()}."
+                f"same command again; {self.what_is_kept()}."
             )
 
     def wait(self) -> None:
@@ -288,8 +271,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The complete checkpoints on disk, ascending. A save under way is not among them."""
-        folders = self._step_folders()
-        return sorted(step for step, folder in folders.items() if not _missing_part(folder))
+        return complete_steps(self.directory)
 
     def restore(self, abstract_state: Any) -> Restored | None:
         """The state of the newest complete checkpoint, verified; None if there is none.
@@ -302,6 +284,7 @@ class Checkpoints:
         restored = self._read_newest(abstract_state, "")
         if restored is not None:
             self._last = restored.step  # a stop before the next step has nothing new to save
+            self.begin_with(restored.tree)
         return restored
 
     def restore_params(self, abstract_params: Any, step: int | None = None) -> Restored | None:
@@ -342,28 +325,47 @@ class Checkpoints:
 
     # ------------------------------------------------------------ folders
 
-    def _step_folders(self) -> dict[int, epath.Path]:
-        if not self.directory.exists():
-            return {}
-        folders = {}
-        for folder in self.directory.iterdir():
-            if re.fullmatch("0|[1-9][0-9]*", folder.name):
-                folders[int(folder.name)] = folder
-        return folders
-
     def _newest(self, skipped: set[int]) -> int | None:
         """The newest complete step, as the first process sees it: no other may restore another."""
         self.wait()
+        if self._manager is None and not skipped:
+            self._look_for_misnamed()
         newest = None
         if is_first():
             newest = self._newest_on_disk(skipped)
         return broadcast_from_first(newest)
 
+    def _look_for_misnamed(self) -> None:
+        """Say which checkpoints have a name that is no step.
+
+        Raises CheckpointError where one of them is newer than all others: to go on from an older
+        one, or to start again, would be a decision that nobody has made.
+        """
+        newest = max(self.steps(), default=-1)
+        for folder, step in misnamed_checkpoints(self.directory):
+            text = f"{folder} is the checkpoint of step {step} under another name"
+            if step > newest:
+                raise CheckpointError(
+                    f"{text}, and the newest there is. Rename it to {step} to go on from it, or "
+                    "move it out of this folder to go on without it"
+                )
+            if is_first():
+                _notice(f"{text}; it is not used.")
+
+    def _refuse_links(self) -> None:
+        """Raises CheckpointError for a step folder that is a link: it could not be removed."""
+        for folder in step_folders(self.directory).values():
+            if Path(folder).is_symlink():
+                raise CheckpointError(
+                    f"{folder} is a link. A run removes its old checkpoints, which a link to one "
+                    "does not survive: put a copy in its place (cp -rL), or remove the link"
+                )
+
     def _newest_on_disk(self, skipped: set[int]) -> int | None:
-        for step, folder in sorted(self._step_folders().items(), reverse=True):
+        for step, folder in sorted(step_folders(self.directory).items(), reverse=True):
             if step in skipped:
                 continue
-            missing = _missing_part(folder)
+            missing = missing_part(folder)
             if missing is None:
                 return step
             _notice(f"skipped the incomplete checkpoint {folder} (no {missing}).")
@@ -422,8 +424,8 @@ class Checkpoints:
     def _set_aside_incomplete(self) -> None:
         """Rename incomplete step folders, so that Orbax does not count them as steps."""
         if is_first():
-            for folder in self._step_folders().values():
-                missing = _missing_part(folder)
+            for folder in step_folders(self.directory).values():
+                missing = missing_part(folder)
                 if missing is not None:
                     target = folder.rename(self._free_name(f"{folder.name}.incomplete"))
                     _notice(
@@ -452,11 +454,11 @@ class Checkpoints:
         if is_out_of_space(error):
             return CheckpointSpaceError(
                 f"{name} was not saved (the disk is full, or a file has reached `ulimit -f`). "
-                f"Check free space, then run the same command again; {self._what_is_kept()}."
+                f"Check free space, then run the same command again; {self.what_is_kept()}."
             )
         return CheckpointError(
             f"{name} was not saved ({_cause(error)}). Check free space and permissions, then run "
-            f"the same command again; {self._what_is_kept()}."
+            f"the same command again; {self.what_is_kept()}."
         )
 
     def _sweep_after_failure(self) -> None:
@@ -465,7 +467,8 @@ class Checkpoints:
         except OSError:
             return  # the next start sweeps again; what has failed is more important
 
-    def _what_is_kept(self) -> str:
+    def what_is_kept(self) -> str:
+        """A clause about the newest complete checkpoint, for messages."""
         steps = self.steps()
         if steps:
             return f"the newest complete one is step {steps[-1]}"
@@ -482,7 +485,7 @@ class Checkpoints:
     def _read(self, step: int, abstract: Any, prefix: str) -> Restored:
         """The arrays below `prefix`, as the abstract tree asks for them."""
         folder = self.directory / str(step)
-        wanted, treedef = _flatten(abstract, prefix)
+        wanted, treedef = flatten(abstract, prefix)
         unplaced = [path for path, x in wanted.items() if x.sharding is None]
         if unplaced:
             raise ValueError(
@@ -530,7 +533,14 @@ def _check_manifest(step: int, manifest: dict[str, Any], extras: dict[str, Any])
     if _sha256(digested) != manifest["sha256"]:
         raise ValueError("the digest of extras/ and manifest/ differs")
     if manifest.get("step", step) != step:
-        raise ValueError(f"it was saved as step {manifest['step']}, and copied to this number")
+        raise ValueError(
+            f"it was saved as step {manifest['step']}, and renamed or copied to this number"
+        )
+
+
+def _sizes_of(leaves: dict[str, jax.Array]) -> dict[str, float]:
+    sizes = jax.device_get(root_mean_squares(leaves))
+    return {path: float(size) for path, size in sizes.items()}
 
 
 def _free_bytes(directory: epath.Path) -> int:
@@ -550,13 +560,14 @@ def _quieten_tensorstore() -> None:
     """Do not print the error of threads that report a failed write to an event loop that has ended.
 
     After the first write that failed, Orbax closes its loop, and `wait` raises that failure.
-    tensorstore's threads then print one traceback for each write that fails after it.
+    tensorstore's threads then print one traceback for each write that fails after it. Likewise with
+    reading: the first array that cannot be read is raised, the others would be printed.
     """
     previous_hook = sys.unraisablehook
 
     def hook(unraisable: sys.UnraisableHookArgs) -> None:
-        error = unraisable.exc_value
-        if isinstance(error, RuntimeError) and str(error) == "Event loop is closed":
+        text = str(unraisable.exc_value)
+        if text == "Event loop is closed" or text.startswith(_UNREADABLE):
             return
         previous_hook(unraisable)
 
@@ -564,29 +575,23 @@ def _quieten_tensorstore() -> None:
 
 
 def _cause(error: Exception) -> str:
-    """One line of an error; Orbax's run to pages. The whole of it is in __cause__."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:400]
+    """One line of an error; tensorstore's run to pages. The whole of it is in __cause__."""
+    text = str(error)
+    array = _ARRAY_IN_ERROR.search(text)
+    if array is not None:
+        name = array.group(1) or array.group(2)
+        return f"the array {name} cannot be read: a file below state/ is missing or damaged"
+    return f"{type(error).__name__}: {text}".splitlines()[0][:400]
 
 
 def _notice(text: str) -> None:
     print(f"sapo_jax: {text}", file=sys.stderr, flush=True)
 
 
-def _missing_part(folder: epath.Path) -> str | None:
-    """What a step folder lacks to be complete; None if it is."""
-    # On gs:// a folder appears before it is committed.
-    if not ocp.utils.is_checkpoint_finalized(folder):
-        return "commit_success.txt"
-    for name in _REQUIRED:
-        if not (folder / name).exists():
-            return name
-    return None
-
-
 def _check_structure(folder: epath.Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raises CheckpointError that lists the arrays which differ in presence, shape or dtype."""
     lines = []
-    expected = _describe(wanted)
+    expected = describe(wanted)
     for path in sorted(stored.keys() | expected.keys()):
         if path not in expected:
             lines.append(f"{path}: only in the checkpoint")

@@ -26,6 +26,7 @@ METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 DIAGNOSTICS = "diagnostics.jsonl"
 SUMMARY = "summary.json"
+CHANGES = "changes.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 
 FIRST_BLOCK = 1 << 16  # bytes from the end of a file that are searched for its last line

@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from sapo_jax.io.files import METRICS, read_rows
 from sapo_jax.io.metric_series import series
 
+PROGRESS = "progress.png"  # the plot in a run's folder
 # Okabe-Ito: told apart by colour-blind readers too.
 BLUE = "#0072B2"
 ORANGE = "#D55E00"
@@ -156,7 +157,7 @@ def plot_run(run_dir: str | Path) -> Path:
         raise FileNotFoundError(
             f"{run_dir / METRICS} holds no metrics: there is nothing to plot yet."
         )
-    return save(draw(rows, title=run_dir.resolve().name), run_dir / "progress.png")
+    return save(draw(rows, title=run_dir.resolve().name), run_dir / PROGRESS)
 
 
 def save(figure: Figure, path: Path) -> Path:

@@ -21,6 +21,7 @@ import numpy as np
 from sapo_jax.distributed.processes import is_first
 from sapo_jax.errors import LogError, is_out_of_space
 from sapo_jax.io.files import (
+    CHANGES,
     DIAGNOSTICS,
     METRICS,
     SAMPLES,
@@ -54,6 +55,8 @@ class Log(Protocol):
     def missing_steps(self, stage: str, first: int, last: int) -> list[int]: ...
 
     def rows(self, stage: str) -> list[dict[str, Any]]: ...
+
+    def changes(self, rows: Sequence[Mapping[str, Any]]) -> None: ...
 
     def summary(self, values: Mapping[str, Any]) -> None: ...
 
@@ -102,6 +105,9 @@ class SilentLog:
 
     def rows(self, stage: str) -> list[dict[str, Any]]:
         return []
+
+    def changes(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        pass
 
     def summary(self, values: Mapping[str, Any]) -> None:
         pass
@@ -202,6 +208,16 @@ class RunLog:
         self._check_stage(stage)
         self._close_sinks()
         self._keep_rows(until=(STAGES.index(stage), step))
+
+    def changes(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write changes.jsonl: what was changed on purpose since the run was begun.
+
+        Each row has the stage, the step from which on it counts, and the `key` with its values
+        `before` and `after`, or, of what lies behind a key, a sentence: `content`.
+        """
+        path = self.run_dir / CHANGES
+        if rows or path.exists():
+            write_atomically(path, "".join(json_line(row) for row in rows))
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Write summary.json."""

@@ -174,7 +174,8 @@ def policy_loss(cfg: Config) -> LossFn:
     of `cfg` may be traced (`numbers.with_numbers`).
 
     Raises ValueError where a batch lacks the log-probs of the old policy, those of the sampler with
-    a sequence mask, or those of the reference with a KL penalty.
+    a sequence mask, those of the reference with a KL penalty, or the experts to replay with
+    train.routing_replay: without them the router would choose anew, in silence.
     """
     objective = OBJECTIVES[cfg.objective.name]
     kl_estimator = None
@@ -185,6 +186,8 @@ def policy_loss(cfg: Config) -> LossFn:
     def loss(model: Qwen3, batch: Batch) -> tuple[Array, Any]:
         if batch.old_logp_BT is None:
             raise ValueError("the policy loss needs old_logp_BT in its batch")
+        if cfg.train.routing_replay != "none" and batch.expert_ids_BTLk is None:
+            raise ValueError("train.routing_replay needs expert_ids_BTLk in the batch")
         scores = score(model, batch, cfg.rollout.temperature)
         log_ratio_BT = scores.logp_BT - batch.old_logp_BT
         surrogate_BT, token_diagnostics = objective(

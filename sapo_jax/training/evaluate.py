@@ -143,18 +143,23 @@ def evaluate_run(cfg: Config, step: int | None) -> None:
         check_held_out(run, trained)
         evaluation = Evaluator.of(run)(trained.params, run.problems.held_out)
         if is_first():
-            row = {
-                "stage": trained.stage,
-                "step": trained.step,
-                "samples": cfg.evaluate.samples,
-                "temperature": cfg.evaluate.temperature,
-                **evaluation.metrics,
-            }
-            result = describe(evaluation.metrics, cfg.evaluate.samples)
-            # Printed first, whatever happens to the file: it took minutes.
-            print(f"{trained.stage} step {trained.step}: {result}", flush=True)
-            run.folder.logs.mkdir(parents=True, exist_ok=True)
-            append_rows(run.folder.logs / EVALUATIONS, [row])
+            print_and_keep(run, trained.stage, trained.step, evaluation)
+
+
+def print_and_keep(run: Run, stage: str, step: int, evaluation: Evaluation) -> None:
+    """Print an evaluation, then append it to evaluations.jsonl: printing cannot fail, and the
+    evaluation took minutes."""
+    cfg = run.cfg.evaluate
+    row = {
+        "stage": stage,
+        "step": step,
+        "samples": cfg.samples,
+        "temperature": cfg.temperature,
+        **evaluation.metrics,
+    }
+    print(f"{stage} step {step}: {describe(evaluation.metrics, cfg.samples)}", flush=True)
+    run.folder.logs.mkdir(parents=True, exist_ok=True)
+    append_rows(run.folder.logs / EVALUATIONS, [row])
 
 
 def show_samples(

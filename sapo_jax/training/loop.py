@@ -10,6 +10,7 @@ step itself is `step.RLStep`; how a stage resumes, stops and saves is `stage.Sta
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from sapo_jax.batch import TrainState
@@ -17,7 +18,7 @@ from sapo_jax.config import Config
 from sapo_jax.distributed.processes import broadcast_from_first, is_first
 from sapo_jax.errors import RunError
 from sapo_jax.io.display import Display, open_display
-from sapo_jax.io.plots import plot_run
+from sapo_jax.io.plots import PROGRESS, plot_run
 from sapo_jax.io.run_log import Log, open_log
 from sapo_jax.learner.state import abstract_state, fresh_state
 from sapo_jax.rollout import RowShapes
@@ -29,19 +30,21 @@ from sapo_jax.training.run import Run, open_run
 from sapo_jax.training.sft import cold_start, reference_params
 from sapo_jax.training.stage import Stage
 from sapo_jax.training.step import PRINTED_SAMPLES, RLStep
+from sapo_jax.training.step_metrics import weights_mistrust
 
 STAGE = "rl"
 
 
-def train(cfg: Config, *, traced: int = 0) -> dict[str, Any]:
+def train(cfg: Config, *, traced: int = 0, allow_changes: Sequence[str] = ()) -> dict[str, Any]:
     """The whole run: cold start, RL, summary, plot. It resumes what is there. Returns the summary.
 
     traced: RL steps of which to leave a profiler's trace in the run's folder (see `profile`).
+    allow_changes: keys that may differ from those that a run was begun with (see `config.resume`).
     Raises Stopped when told to stop, RunError where the run cannot go on, and CheckpointError and
     FolderError where its folder cannot be read or written.
     """
     with (
-        open_run(cfg) as run,
+        open_run(cfg, allow_changes=allow_changes) as run,
         open_log(run.folder, cfg.metrics.sinks) as log,
         open_display() as display,
     ):
@@ -49,10 +52,12 @@ def train(cfg: Config, *, traced: int = 0) -> dict[str, Any]:
         summary = {}
         if is_first():
             summary = summarize(log, run.cfg)
-            log.summary(summary)
-            plot = plot_run(run.folder.logs)
+            # Shown first: the disk may be full.
+            plot = run.folder.logs / PROGRESS
             has_events = "tensorboard" in cfg.metrics.sinks
             display.summary(summary, str(run.dir), plot, tensorboard=has_events)
+            log.summary(summary)
+            plot_run(run.folder.logs)
         return broadcast_from_first(summary)
 
 
@@ -73,6 +78,7 @@ def reinforce(run: Run, log: Log, display: Display, traced: int) -> None:
         if saved_steps:
             trace.check(cfg.train.steps - saved_steps[-1])
             rl_step = build_step(run, row_shapes)
+            stage.identify(rl_step.reference)
             restored = stage.restore(abstract_state(run.policy, rl_step.optimizer, run.mesh))
             if restored is None:
                 raise RunError(f"the checkpoints of {run.dir} are gone: was the folder removed?")
@@ -81,7 +87,8 @@ def reinforce(run: Run, log: Log, display: Display, traced: int) -> None:
             trace.check(cfg.train.steps)
             params = cold_start(run, log, display)
             rl_step = build_step(run, row_shapes)
-            state = fresh_state(run.policy, rl_step.optimizer, run.mesh, params)
+            stage.identify(rl_step.reference)
+            state = stage.begin(fresh_state(run.policy, rl_step.optimizer, run.mesh, params))
             log.rewind(STAGE, -1)
             log.write(STAGE, 0, evaluate_and_log(run, evaluator, log, state, 0))
             stage.save(state)
@@ -93,9 +100,11 @@ def reinforce(run: Run, log: Log, display: Display, traced: int) -> None:
             clock = Clock()
             result = rl_step(state, next(batches), stage.step)
             state = result.state
+            stage.probe = result.probe
             clock.lap("step")
-            stage.count_step(result.metrics["nonfinite/in_row"])
+            stage.count_step(state, result.metrics["nonfinite/in_row"])
             step = stage.step
+            stage.say_once(weights_mistrust(result.metrics, cfg.rollout))
 
             logged_samples = result.samples[: cfg.train.log_samples]
             log.samples(STAGE, step, ({"split": "train", **row} for row in logged_samples))

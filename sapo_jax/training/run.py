@@ -2,6 +2,7 @@
 
 runs/NAME/  config.yaml  metrics.jsonl  samples.jsonl  diagnostics.jsonl  summary.json
             progress.png  tb/  checkpoints/{cold_start,rl}/
+            changes.jsonl (where the run went on with other settings; see `config.resume`)
             evaluations.jsonl (of `sapo-jax eval`)  trace/ (of `sapo-jax train --profile`)
 """
 
@@ -19,8 +20,16 @@ import jax
 from etils import epath
 
 from sapo_jax.batch import Params
-from sapo_jax.config import Config, ConfigError, dump, load, verify, with_vocabulary
-from sapo_jax.config.resume import changes_that_forbid_resuming
+from sapo_jax.config import Config, ConfigError, dump, verify, with_vocabulary
+from sapo_jax.config.load import load_dumped, value_at
+from sapo_jax.config.resume import (
+    MAY_CHANGE,
+    Change,
+    changes_that_forbid_resuming,
+    forbidden_changes,
+    how_to_go_on,
+    is_allowed,
+)
 from sapo_jax.data import (
     GoldCheck,
     Problems,
@@ -44,12 +53,14 @@ from sapo_jax.io.checkpoint import Checkpoints
 from sapo_jax.io.files import CONFIG, write_atomically
 from sapo_jax.io.progress import VerificationNotice
 from sapo_jax.io.run_folder import Folder, as_path, open_folder
+from sapo_jax.io.step_folders import newest_extras
 from sapo_jax.learner.state import abstract_params, random_params
 from sapo_jax.models import Policy, make_policy
 from sapo_jax.rewards import VerifierPool
 from sapo_jax.rewards.registry import Gold
 from sapo_jax.training.compilation_cache import use_compilation_cache
 from sapo_jax.training.malloc_trim import trim_after_compiling
+from sapo_jax.training.memory import check_memory
 from sapo_jax.training.random_streams import Stream, data_seed, random_key
 from sapo_jax.training.shared_start import SharedStart, find_shared_start
 
@@ -72,6 +83,9 @@ class Run:
     shard: ProcessShard  # the part of every batch that is this process's
     stop: StopFlag  # set once a signal has come to this process
     shared_start: SharedStart | None = None  # the cold start of another run that it starts from
+    allow_changes: tuple[str, ...] = ()  # keys that may differ from those of the checkpoint
+    # Rows of changes.jsonl: what has changed on purpose since the run was begun.
+    changes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     @property
     def dir(self) -> Path | epath.Path:
@@ -101,6 +115,7 @@ class Run:
             "data": batches.get_state(),
             "seed": self.cfg.train.seed,
             "config": dump(self.cfg),
+            "changes": self.changes,
         }
         if self.shared_start is not None:
             extras["cold_start"] = self.shared_start.as_extras()
@@ -185,8 +200,13 @@ def trained_params(
 
 
 @contextlib.contextmanager
-def open_run(cfg: Config, *, write: bool = True) -> Iterator[Run]:
+def open_run(
+    cfg: Config, *, write: bool = True, allow_changes: Sequence[str] = ()
+) -> Iterator[Run]:
     """Build the run; with `write`, also claim its folder, write config.yaml and catch signals.
+
+    allow_changes: keys or sections that may differ from those that a run which is there already
+    was made with; see `config.resume`.
 
     The order matters. Plug-ins register their verifiers when the pool is made, and loading the
     problems checks that every verifier is registered. All mistakes in the configuration, the data
@@ -206,6 +226,7 @@ def open_run(cfg: Config, *, write: bool = True) -> Iterator[Run]:
             verify(cfg, devices=len(jax.devices()), vocab_size=tokenizer.vocab_size)
             cfg = with_vocabulary(cfg, tokenizer.vocab_size)
             mesh = sharding.make_mesh(cfg.mesh)
+            say(check_memory(cfg, mesh, training=write))
             shard = process_shard(mesh)
             _check_prompts_divide(cfg, shard)
             verifiers = stack.enter_context(VerifierPool(**dataclasses.asdict(cfg.rewards)))
@@ -224,17 +245,7 @@ def open_run(cfg: Config, *, write: bool = True) -> Iterator[Run]:
             return stack.enter_context(open_folder(run_dir(cfg), write=write))
 
         folder = _in_all_processes(claim_folder)
-        stop = StopFlag()
-        if write:
-
-            def write_config() -> None:
-                if is_first():
-                    _write_same_config(cfg, folder.logs / CONFIG, folder.path)
-
-            _in_all_processes(write_config)
-            stop = stack.enter_context(stop_on_signals())
-        stack.enter_context(jax.set_mesh(mesh))
-        yield Run(
+        run = Run(
             cfg=cfg,
             folder=folder,
             tokenizer=tokenizer,
@@ -243,9 +254,20 @@ def open_run(cfg: Config, *, write: bool = True) -> Iterator[Run]:
             mesh=mesh,
             verifiers=verifiers,
             shard=shard,
-            stop=stop,
+            stop=StopFlag(),
             shared_start=shared_start,
+            allow_changes=tuple(allow_changes),
         )
+        if write:
+
+            def write_config() -> None:
+                if is_first():
+                    _write_same_config(run)
+
+            _in_all_processes(write_config)
+            run = dataclasses.replace(run, stop=stack.enter_context(stop_on_signals()))
+        stack.enter_context(jax.set_mesh(mesh))
+        yield run
 
 
 def gold_check(verifiers: VerifierPool) -> GoldCheck:
@@ -313,16 +335,66 @@ def _in_all_processes(action: Callable[[], T]) -> T:
     return results[0]
 
 
-def _write_same_config(cfg: Config, path: Path, folder: Path | epath.Path) -> None:
+def _write_same_config(run: Run) -> None:
     """Write the resolved configuration.
 
-    Raises RunError where the folder holds a run whose numbers came from another one.
+    Raises RunError where the folder holds a run whose numbers came from another one. What the
+    newest checkpoint holds decides that; the file only where there is no checkpoint yet.
     """
+    path = run.folder.logs / CONFIG
+    in_file = None
     if path.exists():
-        changed = changes_that_forbid_resuming(load(path), cfg)
-        if changed:
-            raise RunError(
-                f"{folder} holds a run with another config; different: {', '.join(changed)}. "
-                "Undo that, remove the folder, or set another name or run_dir"
-            )
-    write_atomically(path, dump(cfg))
+        in_file = path.read_text(encoding="utf-8")
+    made_with = in_file
+    source = CONFIG
+    for stage in ("cold_start", "rl"):  # the later stage decides
+        saved = newest_extras(epath.Path(checkpoint_folder(run.dir, stage)))
+        if saved is not None:
+            step, extras = saved
+            made_with = extras["config"]
+            source = f"checkpoint of {stage} step {step}"
+    if made_with is not None:
+        changes_since(made_with, run, source)
+        _say_what_is_younger(made_with, run.cfg)
+    if in_file is not None and in_file != made_with:
+        _say_what_was_edited(in_file, made_with or "", path)
+    write_atomically(path, dump(run.cfg))
+
+
+def changes_since(text: str, run: Run, source: str) -> list[Change]:
+    """What differs from the configuration that a run was made with, as far as it is allowed to.
+
+    text: that configuration, as `dump` wrote it. source: where it is from, for messages. Raises
+    RunError where a change that is not allowed has a say in the numbers of steps already done.
+    """
+    stored, _ = load_dumped(text, f"the configuration in the {source}")
+    changes = forbidden_changes(stored, run.cfg)
+    refused = [change for change in changes if not is_allowed(change.key, run.allow_changes)]
+    if refused:
+        lines = "".join(f"\n  {change}" for change in refused)
+        raise RunError(
+            f"{run.dir} holds a run with another config. Its {source} was made with{lines}\n"
+            f"{how_to_go_on(refused)}"
+        )
+    return changes
+
+
+def _say_what_is_younger(text: str, cfg: Config) -> None:
+    """Name the keys with a say in the numbers that were not there when the run was begun."""
+    _, younger = load_dumped(text, "the configuration of the run")
+    telling = [key for key in younger if not key.startswith(MAY_CHANGE)]
+    if telling:
+        values = ", ".join(f"{key} = {value_at(cfg, key)}" for key in telling)
+        say([f"the run was begun before these settings were there, and goes on with {values}"])
+
+
+def _say_what_was_edited(in_file: str, made_with: str, path: Path) -> None:
+    """Say which keys of config.yaml were edited: the checkpoint decides, not the file."""
+    try:
+        stored, _ = load_dumped(made_with, "the checkpoint")
+        edited, _ = load_dumped(in_file, str(path))
+        keys = changes_that_forbid_resuming(stored, edited)
+    except ConfigError as error:
+        keys = [f"it cannot be read: {error}"]
+    if keys:
+        say([f"{path} was edited ({', '.join(keys)}); what the checkpoint holds decides"])

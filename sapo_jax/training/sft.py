@@ -5,6 +5,7 @@ It imitates the tasks' own answers, or a file of demonstrations (`cold_start.dem
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -31,7 +32,7 @@ from sapo_jax.learner.update import (
 from sapo_jax.objectives.weights import token_weights
 from sapo_jax.rollout import pad_sequences
 from sapo_jax.training.clock import Clock
-from sapo_jax.training.evaluate import Evaluator, describe
+from sapo_jax.training.evaluate import Evaluator, print_and_keep
 from sapo_jax.training.random_streams import Stream, data_seed
 from sapo_jax.training.run import Run, checkpoint_folder, cold_start_folder, open_run
 from sapo_jax.training.stage import Stage
@@ -40,8 +41,11 @@ from sapo_jax.types import Prompt
 STAGE = "cold_start"
 
 
-def sft(cfg: Config) -> None:
+def sft(cfg: Config, *, allow_changes: Sequence[str] = ()) -> None:
     """The cold start alone: `sapo-jax sft`. `sapo-jax train` of the same config goes on from it.
+
+    The evaluation after it is printed, and appended to evaluations.jsonl. allow_changes: as in
+    `loop.train`.
 
     Raises RunError, also where cold_start.steps is 0 or cold_start.taken_from is set, and Stopped.
     """
@@ -53,15 +57,14 @@ def sft(cfg: Config) -> None:
             "do; take the key out to train one"
         )
     with (
-        open_run(cfg) as run,
+        open_run(cfg, allow_changes=allow_changes) as run,
         open_log(run.folder, cfg.metrics.sinks) as log,
         open_display() as display,
     ):
         params = cold_start(run, log, display)
         evaluation = Evaluator.of(run)(params, run.problems.held_out)
         if is_first():
-            result = describe(evaluation.metrics, cfg.evaluate.samples)
-            print(f"after {cfg.cold_start.steps} cold-start steps: {result}")
+            print_and_keep(run, STAGE, cfg.cold_start.steps, evaluation)
             print(f"run folder: {run.dir}")
 
 
@@ -87,13 +90,14 @@ def cold_start(run: Run, log: Log, display: Display) -> Params:
         if state is None:
             log.rewind(STAGE, 0)
             state = fresh_state(run.policy, optimizer, run.mesh, run.initial_params())
+            state = stage.begin(state)
         while not stage.is_done:
             clock = Clock()
             batch = local_rows(sft_batch(next(batches), run), run)
             state, aux = update(state, put_batch(batch, run.mesh))
             aux = jax.device_get(aux)
             clock.lap("step")
-            stage.count_step(aux["nonfinite_in_row"])
+            stage.count_step(state, aux["nonfinite_in_row"])
             hits, tokens = aux["stats"]
             metrics: dict[str, Any] = {
                 "loss": aux["loss"],

@@ -13,7 +13,7 @@ from typing import Any
 
 from etils import epath
 
-from sapo_jax.config import Config, load_text
+from sapo_jax.config import Config, load_dumped
 from sapo_jax.config.resume import changes_of_cold_start
 from sapo_jax.errors import CheckpointError, RunError
 from sapo_jax.io.checkpoint import Checkpoints
@@ -65,7 +65,7 @@ def find_shared_start(cfg: Config) -> SharedStart | None:
             identity = checkpoints.identity(steps)
     except CheckpointError as error:
         raise RunError(f"{KEY}: {error} Train it: sapo-jax sft CONFIG run_dir={folder}") from error
-    stored = load_text(identity.extras["config"], source=f"the checkpoint in {folder}")
+    stored, _ = load_dumped(identity.extras["config"], source=f"the checkpoint in {folder}")
     changed = changes_of_cold_start(stored, cfg)
     if changed:
         raise RunError(

@@ -21,7 +21,7 @@ import optax
 from sapo_jax.batch import Array, Batch, Params, Rollout, TrainState
 from sapo_jax.config import Config
 from sapo_jax.data import Tokenizer
-from sapo_jax.distributed.processes import SINGLE_PROCESS, ProcessShard
+from sapo_jax.distributed.processes import SINGLE_PROCESS, ProcessShard, all_gather
 from sapo_jax.distributed.sharding import host_rows, num_shards, on_tpu, put_batch
 from sapo_jax.learner.routing_replay import check_expert_ids, sampled_experts
 from sapo_jax.learner.scoring import ScorerOutput, make_scorer
@@ -69,6 +69,33 @@ class StepResult:
     metrics: dict[str, Any]  # one number each
     samples: list[dict[str, Any]]  # rows for samples.jsonl: the first completions
     diagnostics: dict[str, Any]  # a row for diagnostics.jsonl; {} where none is due
+    probe: Probe | None = None  # of the policy; None where no scorer was compiled (old_logp)
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """Tokens that the policy wrote before its last updates: what does it say of them now?
+
+    A finite but ruined policy gives itself away here, also where its parameters look sound: norm
+    layers hide their scale, and a step that turns them around does not make them larger. It costs
+    one scoring pass over a mini-batch, by the program that the step has compiled anyway.
+    """
+
+    batch: Batch  # of a mini-batch, on the host
+    old_logp_BT: np.ndarray  # before the updates
+    scorer: ScorerFn
+    mesh: jax.sharding.Mesh
+
+    def __call__(self, params: Params) -> float:
+        """mean(old logp - logp) over the tokens, nats: an estimate of KL(old || now) per token.
+
+        A collective. 0 where there are no tokens.
+        """
+        scored = host_rows(self.scorer(params, put_batch(self.batch, self.mesh)), self.mesh)
+        drop_N = (self.old_logp_BT - np.asarray(scored.logp_BT))[self.batch.mask_BT]
+        parts = all_gather({"sum": float(drop_N.sum()), "count": drop_N.size})
+        count = sum(part["count"] for part in parts)
+        return sum(part["sum"] for part in parts) / max(count, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +210,7 @@ class RLStep:
 
         # N updates, so that the ratio drifts from 1 and the gate has something to do.
         batches = mini_batches(packed, graded, adv_PG, scores, local.indices, cfg)
+        probe = self._probe(batches[0], packed)
         if cfg.train.routing_on == "device":
             batches = [self._put_expert_ids(batch) for batch in batches]
         update = self.update_for(packed.micro_batch * self.shard.teams)
@@ -207,6 +235,7 @@ class RLStep:
             metrics=metrics,
             samples=step_metrics.sample_rows(graded, adv_PG, num_shown(cfg)),
             diagnostics=step_metrics.diagnostics_row(auxes, cfg, step + 1),
+            probe=probe,
         )
 
     def _pack(self, local: LocalPrompts, rollout: Rollout) -> PackedBatch:
@@ -286,6 +315,23 @@ class RLStep:
             return np.concatenate(parts)
 
         return jax.tree.map(join, *scored_parts)
+
+    def _probe(self, batch: Batch, packed: PackedBatch) -> Probe | None:
+        """A probe of these rows, in the form in which `_score` has passed them."""
+        if self.cfg.train.old_logp != "scorer" or batch.old_logp_BT is None:
+            return None
+        expert_ids_BTLk = batch.expert_ids_BTLk
+        if self.cfg.train.routing_replay == "r2":
+            expert_ids_BTLk = None  # it was this scorer that recorded them
+        rows = dataclasses.replace(
+            batch,
+            old_logp_BT=None,
+            ref_logp_BT=None,
+            correction_BT=None,
+            expert_ids_BTLk=expert_ids_BTLk,
+        )
+        scorer = self.scorer_for(packed.micro_batch * self.shard.teams)
+        return Probe(rows, np.asarray(batch.old_logp_BT), scorer, self.mesh)
 
     def _put_expert_ids(self, batch: Batch) -> Batch:
         """The batch with its expert ids on the devices, where they stay for all epochs.

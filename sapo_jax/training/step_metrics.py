@@ -10,12 +10,18 @@ import numpy as np
 
 from sapo_jax import diagnostics
 from sapo_jax.batch import Array
-from sapo_jax.config import Config
+from sapo_jax.config import Config, Rollout
 from sapo_jax.distributed.processes import all_gather
+from sapo_jax.errors import RunError
 from sapo_jax.learner.routing_replay import router_metrics
 from sapo_jax.rollout import PackedBatch
 from sapo_jax.training.experience import GradedRollout
 from sapo_jax.types import FINISH_REASONS
+
+# Mean |log ratio| of sampler and scorer on the same tokens, in nats. Rounding gives about 1e-6 in
+# float32 and a few hundredths in bfloat16.
+SUSPICIOUS_MISMATCH = 0.1
+IMPOSSIBLE_MISMATCH = 1.0
 
 FAILURES = ("unparsable", "timeout", "error")  # statuses whose share of a rollout is logged
 
@@ -73,6 +79,28 @@ def mismatch_metrics(
     total = sum(process["sum"] for process in processes)
     largest = max(process["max"] for process in processes)
     return {f"{prefix}mean": total / count, f"{prefix}max": largest}
+
+
+def weights_mistrust(metrics: Mapping[str, Any], rollout: Rollout) -> str | None:
+    """A sentence where the rollout may have been sampled with other weights than were scored.
+
+    With the same weights sampler and scorer agree to rounding, so that a mismatch which rounding
+    cannot explain says that the sampler's weights are stale, or that one of the two is wrong. None
+    where nothing is to be said; nothing can be with truncated sampling, where the two distributions
+    differ on purpose. Raises RunError for a mismatch beyond all rounding.
+    """
+    is_truncated = rollout.top_k > 0 or rollout.top_p < 1 or rollout.min_p > 0
+    mismatch = metrics.get("mismatch/mean", 0.0)
+    if is_truncated or mismatch <= SUSPICIOUS_MISMATCH:
+        return None
+    text = (
+        f"sampler and scorer differ by {mismatch:.3g} nats a token on the same tokens"
+        " (mismatch/mean). Rounding does not explain that: the rollout was sampled with other"
+        " weights than the trainer has, or one of the two computes something else"
+    )
+    if mismatch > IMPOSSIBLE_MISMATCH:
+        raise RunError(f"{text}. No update of such a rollout would be worth anything")
+    return text
 
 
 def packing_metrics(packed: PackedBatch, teams: int) -> dict[str, float]:

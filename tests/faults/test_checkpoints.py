@@ -5,6 +5,7 @@ Run as a script this file is the process whose save fails in the middle.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -20,7 +21,8 @@ import pytest
 import sapo_jax.io.checkpoint
 from sapo_jax.config import schema
 from sapo_jax.errors import NO_SPACE, CheckpointError, CheckpointSpaceError
-from sapo_jax.io.checkpoint import Checkpoints, _sha256
+from sapo_jax.io.arrays import root_mean_squares, why_ruined
+from sapo_jax.io.checkpoint import Checkpoints, RuinedStateError, _sha256
 
 KEEP = schema.Checkpoint(keep_last=4)
 
@@ -90,18 +92,74 @@ def test_a_reader_skips_a_damaged_one_and_renames_nothing(folder, capfd):
     assert "it is skipped" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("how", ["copy", "link"])
-def test_a_copy_at_a_higher_step_is_not_believed(how, folder, capfd):
-    if how == "copy":
-        shutil.copytree(folder / "2", folder / "50")
-    else:
-        (folder / "50").symlink_to(folder / "2")
+def test_a_copy_at_a_higher_step_is_not_believed(folder, capfd):
+    shutil.copytree(folder / "2", folder / "50")
     with Checkpoints(folder, KEEP) as checkpoints:
         restored = checkpoints.restore(abstract(state_of(0)))
     assert restored is not None
     assert restored.step == 3
-    assert "it was saved as step 2, and copied to this number" in capfd.readouterr().err
+    assert "it was saved as step 2, and renamed or copied to this number" in capfd.readouterr().err
     assert names(folder) == ["1", "2", "3", "50.damaged-0"]
+
+
+@pytest.mark.parametrize("name", ["03", "step_3", "3 (copy)", "3.bak", "-3"])
+def test_a_renamed_folder_is_named_where_it_is_the_newest(name, folder, capfd):
+    (folder / "3").rename(folder / name)
+    text = f"{folder / name} is the checkpoint of step 3 under another name"
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoints(folder, KEEP)
+    assert f"{text}, and the newest there is. Rename it to 3" in str(caught.value)
+    with pytest.raises(CheckpointError, match="Rename it to 3"):
+        Checkpoints(folder).restore(abstract(state_of(0)))
+    (folder / name).rename(folder / "3")
+    shutil.copytree(folder / "2", folder / name.replace("3", "2"))
+    with Checkpoints(folder, KEEP) as checkpoints:
+        restored = checkpoints.restore(abstract(state_of(0)))
+    assert restored is not None
+    assert restored.step == 3
+    notice = f"{folder / name.replace('3', '2')} is the checkpoint of step 2 under another name"
+    assert f"{notice}; it is not used." in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("target", ["2", "nothing"])
+def test_a_link_is_refused_by_a_run_and_read_by_a_reader(target, folder, tmp_path, capfd):
+    if target == "2":
+        (folder / "3").rename(tmp_path / "3")
+        (folder / "3").symlink_to(tmp_path / "3")
+    else:
+        (folder / "4").symlink_to(folder / "nothing")
+    with pytest.raises(CheckpointError, match="is a link. A run removes its old checkpoints"):
+        Checkpoints(folder, KEEP)
+    restored = Checkpoints(folder).restore(abstract(state_of(0)))
+    assert restored is not None
+    assert restored.step == 3
+
+
+def test_whatever_is_missing_inside_is_one_line(folder, tmp_path, capfd):
+    """Each file and folder of a checkpoint removed by itself: restored exactly, or put aside."""
+    inside = sorted(path.relative_to(folder / "3") for path in (folder / "3").rglob("*"))
+    outcomes = {}
+    for part in inside:
+        trial = tmp_path / "trial"
+        shutil.copytree(folder, trial)
+        victim = trial / "3" / part
+        if victim.is_dir():
+            shutil.rmtree(victim)
+        else:
+            victim.unlink()
+        with Checkpoints(trial, KEEP) as checkpoints:
+            restored = checkpoints.restore(abstract(state_of(0)))
+        assert restored is not None
+        np.testing.assert_array_equal(restored.tree["w"], state_of(restored.step)["w"])
+        gc.collect()  # Orbax's coroutines print what they failed with when they are collected
+        lines = capfd.readouterr().err.splitlines()
+        assert len(lines) == (restored.step != 3), lines
+        assert all("3" in line and len(line) < 400 for line in lines), lines
+        assert not any("tensorstore" in line.lower() for line in lines), lines
+        outcomes[str(part)] = restored.step
+        shutil.rmtree(trial)
+    assert outcomes["state"] == outcomes["manifest/metadata"] == outcomes["state/d"] == 2
+    assert set(outcomes.values()) == {2, 3}
 
 
 def test_a_changed_step_in_the_manifest_is_found(folder, capfd):
@@ -133,6 +191,79 @@ def test_leftovers_are_swept_at_the_start(folder):
     (folder / "3").rename(folder / "3.damaged-0")
     with Checkpoints(folder, KEEP):
         assert names(folder) == ["1", "2", "3.damaged-0", "notes"]
+
+
+# ---------------------------------------------------------------- ruined states
+
+
+def train_state(scale: float = 1.0) -> dict[str, dict[str, jax.Array]]:
+    w = state_of(1)["w"]
+    return {
+        "params": {"w": scale * w, "norm": jnp.ones(8), "bias": jnp.zeros(8)},
+        "moments": {"w": w**2},
+    }
+
+
+def test_root_mean_squares_by_hand():
+    sizes = root_mean_squares(
+        {
+            "by hand": jnp.array([3.0, -4.0]),
+            "large": jnp.full(5, 1e30),
+            "half": jnp.array([1.0, 7.0], jnp.bfloat16),
+            "zeros": jnp.zeros((2, 2)),
+            "infinite": jnp.array([1.0, jnp.inf]),
+            "not a number": jnp.array([1.0, jnp.nan]),
+            "count": jnp.int32(7),
+            "empty": jnp.zeros(0),
+        }
+    )
+    sizes = {name: float(size) for name, size in sizes.items()}
+    assert sizes.keys().isdisjoint({"count", "empty"})
+    np.testing.assert_allclose(sizes["by hand"], 12.5**0.5, rtol=1e-6)
+    np.testing.assert_allclose(sizes["large"], 1e30, rtol=1e-6)
+    np.testing.assert_allclose(sizes["half"], 5.0, rtol=1e-6)
+    assert sizes["zeros"] == 0
+    assert not np.isfinite(sizes["infinite"])
+    assert not np.isfinite(sizes["not a number"])
+
+
+def test_why_a_state_is_ruined():
+    before = {"params/w": 0.02, "params/bias": 0.0, "params/norm": 1.0, "moments/w": 1e-9}
+    assert why_ruined(before, before) is None
+    learned = {"params/w": 0.1, "params/bias": 0.1, "params/norm": 1.2, "moments/w": 1.0}
+    assert why_ruined(before, learned) is None, "moments grow from nothing"
+    assert why_ruined(before, before | {"params/w": 2.0}) == (
+        "params/w grew from 0.02 to 2 (root mean square)"
+    )
+    assert "params/bias grew from 0 to 1" in why_ruined(before, before | {"params/bias": 1.0})
+    text = why_ruined(before, before | {"moments/w": float("inf")})
+    assert text == "moments/w holds NaN or infinity (1 of 4 arrays do)"
+    assert why_ruined({}, learned) is None, "nothing to compare with"
+    assert why_ruined({}, {"params/w": float("nan")}) is not None
+
+
+@pytest.mark.parametrize("scale", [1e3, 1e30, float("nan"), float("inf")])
+def test_a_ruined_state_replaces_nothing(scale, tmp_path):
+    with Checkpoints(tmp_path, schema.Checkpoint(keep_last=1)) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, train_state(1.0 + step / 10), {})
+        for _ in range(2):  # and it is not what the next one is compared with
+            with pytest.raises(RuinedStateError, match="newest complete one is step"):
+                checkpoints.save(4, train_state(scale), {})
+        checkpoints.save(4, train_state(1.5), {})
+    assert names(tmp_path) == ["3", "4"], "never one alone, whatever keep_last says"
+    with Checkpoints(tmp_path, KEEP) as checkpoints:
+        assert checkpoints.restore(abstract(train_state())) is not None
+        with pytest.raises(RuinedStateError, match="params/w|NaN"):
+            checkpoints.save(5, train_state(scale), {})
+
+
+def test_the_first_state_of_a_stage_is_what_its_first_checkpoint_is_compared_with(tmp_path):
+    with Checkpoints(tmp_path, KEEP) as checkpoints:
+        checkpoints.begin_with(train_state())
+        with pytest.raises(RuinedStateError, match="there is no complete one"):
+            checkpoints.save(1, train_state(1e3), {})
+    assert names(tmp_path) == []
 
 
 # ---------------------------------------------------------------- full disks

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
+import shutil
+import subprocess
 from pathlib import Path
 
+import jax
 import pytest
 
 from sapo_jax.cli import main
+from sapo_jax.config import schema
 from sapo_jax.distributed.signals import stop_on_signals
-from sapo_jax.errors import NO_SPACE, FolderError, NoSpaceError, from_os_error, is_out_of_space
+from sapo_jax.errors import (
+    NO_SPACE,
+    CheckpointError,
+    FolderError,
+    NoSpaceError,
+    from_os_error,
+    is_out_of_space,
+)
+from sapo_jax.io.checkpoint import Checkpoints
 from sapo_jax.io.files import append_rows, read_rows, write_atomically
 from sapo_jax.io.lock import claimed
 from sapo_jax.io.run_folder import as_path, open_folder
+from sapo_jax.io.run_log import RunLog
+from tests.faults.conftest import train
 
 
 def a_file(folder: Path) -> Path:
@@ -98,6 +113,101 @@ def test_too_few_open_files_are_a_message(tiny_config, tmp_path, capsys):
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert "may open 100 files only" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- rights
+
+
+@contextlib.contextmanager
+def without_rights():
+    """As a user to whom nothing belongs: root may write everywhere."""
+    if os.getuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def open_path(tmp_path) -> Path:
+    """A folder of which every parent may be entered."""
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_uid == os.getuid() and folder != Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o755)
+    return tmp_path
+
+
+def test_a_folder_without_rights_is_a_message(open_path):
+    (open_path / "run").mkdir(mode=0o555)
+    with without_rights(), pytest.raises(FolderError) as caught, open_folder(open_path / "run"):
+        pass
+    assert f"{open_path}/run/.lock: Permission denied; give yourself the right" in str(caught.value)
+
+
+def test_rights_that_are_lost_in_the_middle(open_path):
+    """Of the log and of checkpoints, in a run that is under way; given back, it goes on."""
+    run = open_path / "run"
+    run.mkdir(mode=0o777)
+    run.chmod(0o777)
+    state = {"w": jax.numpy.ones(100)}
+    with without_rights():
+        log = RunLog(run)
+        log.write("rl", 0, {"loss": 1.0})
+        checkpoints = Checkpoints(run / "checkpoints", schema.Checkpoint())
+        checkpoints.save(0, state, {})
+        checkpoints.wait()
+    changed = [run, *(path for path in run.rglob("*") if "tb" not in path.parts)]
+    modes = {path: path.stat().st_mode for path in changed}
+    for path in changed:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    with without_rights():
+        with pytest.raises(PermissionError) as caught:
+            log.write("rl", 1, {"loss": 1.0})
+        message = str(from_os_error(caught.value))
+        assert message.startswith(
+            f"{run}/metrics.jsonl: Permission denied; give yourself the right"
+        )
+        with pytest.raises(CheckpointError) as failed:
+            checkpoints.save(1, state, {})
+            checkpoints.wait()
+        assert "Permission denied" in str(failed.value)
+        assert "the newest complete one is step 0" in str(failed.value)
+        assert "\n" not in str(failed.value)
+    for path, mode in modes.items():
+        path.chmod(mode)
+    with without_rights():
+        log.write("rl", 1, {"loss": 1.0})
+        checkpoints.save(1, state, {})
+        checkpoints.close()
+        log.close()
+        assert Checkpoints(run / "checkpoints").steps() == [0, 1]
+    assert [row["step"] for row in read_rows(run / "metrics.jsonl")] == [0, 1]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root to mount a disk")
+def test_a_disk_that_can_only_be_read(tiny_config, finished, tmp_path, capsys):
+    """train says so before it begins; eval prints its result, and then that it was not kept."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("a disk cannot be mounted here")
+    try:
+        shutil.copytree(finished, disk / "run")
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        assert train(tiny_config, disk / "run") == 1
+        error = capsys.readouterr().err
+        assert "Read-only file system; set another place" in error
+        assert "Traceback" not in error
+        assert main(["eval", str(disk / "run")]) == 1
+        shown = capsys.readouterr()
+        assert "rl step 2: avg@2" in shown.out
+        assert f"{disk}/run/evaluations.jsonl: Read-only file system" in shown.err
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 # ---------------------------------------------------------------- full disks

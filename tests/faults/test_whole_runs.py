@@ -17,12 +17,7 @@ import sapo_jax.io.checkpoint
 import sapo_jax.training.evaluate
 from sapo_jax.cli import main
 from sapo_jax.errors import NO_SPACE, STOPPED
-
-SETTINGS = ["train.steps=2", "evaluate.every=0", "cold_start.steps=3", "checkpoint.every=1"]
-
-
-def train(config: Path, folder: Path) -> int:
-    return main(["train", str(config), *SETTINGS, f"run_dir={folder}"])
+from tests.faults.conftest import SETTINGS, train
 
 
 def logged(folder: Path) -> list[tuple[str, int]]:
@@ -31,20 +26,6 @@ def logged(folder: Path) -> list[tuple[str, int]]:
 
 
 WHOLE = [("cold_start", 1), ("cold_start", 2), ("cold_start", 3), ("rl", 0), ("rl", 1), ("rl", 2)]
-
-
-@pytest.fixture(scope="module")
-def finished(tiny_config, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("faults") / "run"
-    assert train(tiny_config, folder) == 0
-    return folder
-
-
-@pytest.fixture
-def run(finished, tmp_path) -> Path:
-    """A copy of the finished run, to be damaged."""
-    shutil.copytree(finished, tmp_path / "run")
-    return tmp_path / "run"
 
 
 def without_line(number: int, text: str) -> str:
@@ -130,6 +111,30 @@ def test_eval_prints_before_it_keeps(run, capsys, monkeypatch):
     shown = capsys.readouterr()
     assert "rl step 2: avg@4" in shown.out
     assert f"error: {run}/evaluations.jsonl: No space left on device" in shown.err
+
+
+def test_eval_of_a_model_directory_without_a_run(tiny_config, tiny_model, tmp_path, capsys):
+    folder = tmp_path / "no" / "run"
+    words = [f"model.path={tiny_model}", "data.max_prompt_tokens=64", f"run_dir={folder}"]
+    assert main(["eval", str(tiny_config), *words]) == 0
+    assert "pretrained step 0: avg@2" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (folder / "evaluations.jsonl").open()]
+    assert [(row["stage"], row["held_out/problems"]) for row in rows] == [("pretrained", 8)]
+    assert [path.name for path in folder.iterdir()] == ["evaluations.jsonl"]
+
+
+def test_a_model_directory_in_place_of_a_config_is_a_message(tiny_model, capsys):
+    assert main(["eval", str(tiny_model)]) == 2
+    assert f"a config with model.path={tiny_model}" in capsys.readouterr().err
+
+
+def test_sft_keeps_its_evaluation(tiny_config, tmp_path, capsys):
+    folder = tmp_path / "run"
+    words = ["cold_start.steps=2", f"run_dir={folder}"]
+    assert main(["sft", str(tiny_config), *words]) == 0
+    assert "cold_start step 2: avg@2" in capsys.readouterr().out
+    (row,) = [json.loads(line) for line in (folder / "evaluations.jsonl").open()]
+    assert (row["stage"], row["step"]) == ("cold_start", 2)
 
 
 @pytest.mark.slow

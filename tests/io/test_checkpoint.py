@@ -28,7 +28,8 @@ import pytest
 from sapo_jax.batch import TrainState
 from sapo_jax.config import schema
 from sapo_jax.errors import CheckpointError
-from sapo_jax.io.checkpoint import Checkpoints, digests
+from sapo_jax.io.arrays import digests
+from sapo_jax.io.checkpoint import Checkpoints
 
 KEEP_TWO = schema.Checkpoint(keep_last=2)
 EXTRAS = {
