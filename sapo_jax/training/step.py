@@ -323,11 +323,10 @@ class RLStep:
         expert_ids_BTLk = batch.expert_ids_BTLk
         if self.cfg.train.routing_replay == "r2":
             expert_ids_BTLk = None  # it was this scorer that recorded them
-        rows = dataclasses.replace(
-            batch,
-            old_logp_BT=None,
-            ref_logp_BT=None,
-            correction_BT=None,
+        rows = Batch(
+            **{name: getattr(batch, name) for name in packed.arrays},
+            adv_BT=batch.adv_BT,
+            weight_BT=batch.weight_BT,
             expert_ids_BTLk=expert_ids_BTLk,
         )
         scorer = self.scorer_for(packed.micro_batch * self.shard.teams)

@@ -16,7 +16,6 @@ import yaml
 
 from sapo_jax.cli import main
 from sapo_jax.config import Config, load
-from sapo_jax.config.load import dump, load_dumped
 from sapo_jax.config.resume import forbidden_changes, how_to_go_on, is_allowed
 from sapo_jax.errors import DataError, RunError
 from sapo_jax.io.checkpoint import _sha256
@@ -136,8 +135,8 @@ def test_what_is_allowed_is_the_key_or_its_section():
     assert not is_allowed("objective", ["objective.tau_neg"])
 
 
-def test_the_words_of_the_message_load():
-    stored, _ = load_dumped(dump(Config()), "the default")
+def test_the_words_of_the_message_load(tiny_config):
+    stored = load(tiny_config)
     path = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
     cfg = load(path, ["objective.name=cispo"])
     changes = forbidden_changes(stored, cfg)
@@ -234,10 +233,10 @@ def test_another_source_of_a_plugin_is_named(begun):
 def test_another_tokenizer_is_named(begun):
     """A stop id more: no prompt is rendered differently, and completions end elsewhere."""
     file = Path(begun.model.path) / "generation_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [258, 10]}))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [258, 122]}))
     with pytest.raises(RunError) as caught:
         go_on(begun)
-    assert "data.tokenizer: the tokenizer changed: stop ids was [258], is [258, 10]" in str(
+    assert "data.tokenizer: the tokenizer changed: stop ids was [258], is [258, 122]" in str(
         caught.value
     )
 

@@ -242,7 +242,7 @@ def test_why_a_state_is_ruined():
     assert why_ruined({}, {"params/w": float("nan")}) is not None
 
 
-@pytest.mark.parametrize("scale", [1e3, 1e30, float("nan"), float("inf")])
+@pytest.mark.parametrize("scale", [1e3, float("inf")])
 def test_a_ruined_state_replaces_nothing(scale, tmp_path):
     with Checkpoints(tmp_path, schema.Checkpoint(keep_last=1)) as checkpoints:
         for step in (1, 2, 3):

@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import pytest
 
+import sapo_jax.training.loop
 import sapo_jax.training.memory
 from experiments import leak_check
 from sapo_jax.cli import main

@@ -21,6 +21,8 @@ from tests.faults.conftest import SETTINGS, train
 
 
 def logged(folder: Path) -> list[tuple[str, int]]:
+    if not (folder / "metrics.jsonl").exists():
+        return []
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     return [(row["stage"], row["step"]) for row in rows]
 
@@ -168,7 +170,7 @@ def test_sighup_saves(tiny_config, tmp_path):
         text=True,
     )
     deadline = time.monotonic() + 240
-    while not (folder / "metrics.jsonl").exists() or ("rl", 2) not in logged(folder):
+    while ("rl", 2) not in logged(folder):
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -176,3 +178,37 @@ def test_sighup_saves(tiny_config, tmp_path):
     output, _ = process.communicate(timeout=120)
     assert process.returncode == STOPPED, output
     assert (folder / "checkpoints" / "rl" / str(logged(folder)[-1][1])).exists()
+
+
+MOMENTS = {
+    "while it compiles": lambda folder: (folder / "config.yaml").exists(),
+    "in the cold start": lambda folder: ("cold_start", 1) in logged(folder),
+    "in the first evaluation": lambda folder: ("cold_start", 3) in logged(folder),
+    "in RL": lambda folder: ("rl", 1) in logged(folder),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MOMENTS)
+def test_sigterm_in_any_phase(name, tiny_config, finished, tmp_path):
+    """It ends with the code of a run that can be resumed, and resumed it is the whole run."""
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "sapo_jax.cli", "train", str(tiny_config), *SETTINGS]
+    process = subprocess.Popen(
+        [*command, f"run_dir={folder}"],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 240
+    while not MOMENTS[name](folder):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode in (STOPPED, -signal.SIGTERM), output
+    assert "Traceback" not in output
+    assert train(tiny_config, folder) == 0
+    assert without_times(folder) == without_times(finished)
