@@ -184,6 +184,7 @@ class Checkpoints:
             text = f"{name} was not saved: {reason}; {self.what_is_kept()}."
             raise RuinedStateError(reason, text)
         self.check_space(leaves, step)
+        self._check_writable(step)
         described = describe(leaves)
         for path, digest in jax.device_get(digests(leaves)).items():
             described[path]["digest"] = int(digest)
@@ -242,6 +243,25 @@ class Checkpoints:
                 f"{self.directory} has {free / 1e6:.1f} MB free. Free some space, then run the "
                 f"same command again; {self.what_is_kept()}."
             )
+
+    def _check_writable(self, step: int) -> None:
+        """Raises CheckpointError where no folder can be made for the step; a collective.
+
+        Orbax would find that out in a thread, while others wait for it: at the end of the program,
+        for ten minutes.
+        """
+        failure: OSError | None = None
+        if is_first() and "://" not in str(self.directory):
+            # Its name is one that is swept, if a kill leaves it.
+            trial = self.directory / f"{step}.orbax-checkpoint-tmp-trial"
+            try:
+                trial.mkdir(exist_ok=True)
+                trial.rmdir()
+            except OSError as error:
+                failure = error
+        if any_true(failure is not None):
+            cause = failure or OSError("the first process cannot write there")
+            raise self._save_error(step, cause) from failure
 
     def wait(self) -> None:
         """Wait until the save under way is complete. Raises CheckpointError if it failed."""

@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 
 import jax
@@ -176,6 +177,8 @@ def test_rights_that_are_lost_in_the_middle(open_path):
         assert "Permission denied" in str(failed.value)
         assert "the newest complete one is step 0" in str(failed.value)
         assert "\n" not in str(failed.value)
+        waiting = [t for t in threading.enumerate() if type(t).__name__ == "_SignalingThread"]
+        assert waiting == [], "they would keep the program from ending for ten minutes"
     for path, mode in modes.items():
         path.chmod(mode)
     with without_rights():
