@@ -158,7 +158,7 @@ def test_the_words_of_the_message_load(tiny_config):
 
 def begin(cfg: Config) -> None:
     """A run at RL step 0, without an evaluation: nothing is compiled but the state's digests."""
-    with open_run(cfg) as run, open_log(run.folder) as log:
+    with open_run(cfg) as run, open_log(run.folder, ()) as log:
         batches = run.batches(Stream.ROLLOUT, cfg.rollout.prompts_per_step)
         with Stage(run, log, "rl", 2, batches) as stage:
             rl_step = build_step(run)
@@ -170,7 +170,7 @@ def begin(cfg: Config) -> None:
 
 def go_on(cfg: Config, *allowed: str) -> list[dict]:
     """Restore that run; the changes that were recorded."""
-    with open_run(cfg, allow_changes=allowed) as run, open_log(run.folder) as log:
+    with open_run(cfg, allow_changes=allowed) as run, open_log(run.folder, ()) as log:
         batches = run.batches(Stream.ROLLOUT, cfg.rollout.prompts_per_step)
         with Stage(run, log, "rl", 2, batches) as stage:
             rl_step = build_step(run)
