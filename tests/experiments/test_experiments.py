@@ -235,3 +235,14 @@ def test_the_tables_of_the_plan_readme_are_those_of_the_reports(script):
     plans = script("pod_plans")
     assert plans.programs_table() in text
     assert plans.iterations_table() in text
+
+
+def test_a_long_run_stayed_as_large_as_it_is(script):
+    """What was committed; that it still does is a slow test of tests/faults."""
+    leak_check = script("leak_check")
+    with (RESULTS / "leak_check.csv").open() as file:
+        rows = [{name: float(x) for name, x in row.items()} for row in csv.DictReader(file)]
+    assert rows[-1]["step"] == leak_check.STEPS
+    assert leak_check.leaks(rows) == []
+    growing = [{**row, "memory_mb": row["memory_mb"] + row["step"] / 5} for row in rows]
+    assert any(sentence.startswith("memory_mb grows") for sentence in leak_check.leaks(growing))
