@@ -21,6 +21,7 @@ from sapo_jax.errors import DataError, RunError
 from sapo_jax.io.checkpoint import _sha256
 from sapo_jax.io.run_log import open_log
 from sapo_jax.learner.state import abstract_state, fresh_state
+from sapo_jax.rollout import RowShapes
 from sapo_jax.training.loop import build_step
 from sapo_jax.training.random_streams import Stream
 from sapo_jax.training.run import open_run
@@ -161,7 +162,7 @@ def begin(cfg: Config) -> None:
     with open_run(cfg) as run, open_log(run.folder, ()) as log:
         batches = run.batches(Stream.ROLLOUT, cfg.rollout.prompts_per_step)
         with Stage(run, log, "rl", 2, batches) as stage:
-            rl_step = build_step(run)
+            rl_step = build_step(run, RowShapes())
             stage.identify(rl_step.reference)
             params = run.initial_params()
             log.write("rl", 0, {})
@@ -173,7 +174,7 @@ def go_on(cfg: Config, *allowed: str) -> list[dict]:
     with open_run(cfg, allow_changes=allowed) as run, open_log(run.folder, ()) as log:
         batches = run.batches(Stream.ROLLOUT, cfg.rollout.prompts_per_step)
         with Stage(run, log, "rl", 2, batches) as stage:
-            rl_step = build_step(run)
+            rl_step = build_step(run, RowShapes())
             stage.identify(rl_step.reference)
             assert (
                 stage.restore(abstract_state(run.policy, rl_step.optimizer, run.mesh)) is not None
