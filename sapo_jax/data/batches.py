@@ -105,9 +105,9 @@ class PromptBatches(Iterator[list[Prompt]]):
         if different:
             raise DataError(
                 "the saved position is of other data, it cannot be resumed:"
-                f" {'; '.join(different)}. Bring the data and the settings back to what they were,"
-                " or begin another run: another name or run_dir; or, to go on with the same number"
-                " of batches of these data on purpose, add --allow-change data"
+                f" {'; '.join(different)}. Bring the data and the settings back to what they were;"
+                " or, to go on with as many batches of these data on purpose, add --allow-change"
+                " data; or begin another run: another name or run_dir"
             )
         self.go_to(state)
         return notices
