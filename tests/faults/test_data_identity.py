@@ -172,7 +172,14 @@ def opened(cfg):
     """What `check_held_out` needs of a run."""
     problems = load_problems(cfg.data, BYTE, ("math",))
     folder = SimpleNamespace(logs=None)
-    return SimpleNamespace(cfg=cfg, problems=problems, tokenizer=BYTE, folder=folder)
+    verifiers = SimpleNamespace(check_golds=all_golds_are_good)
+    return SimpleNamespace(
+        cfg=cfg, problems=problems, tokenizer=BYTE, folder=folder, verifiers=verifiers
+    )
+
+
+def all_golds_are_good(golds, notice):
+    return [None] * len(golds)
 
 
 @pytest.fixture
