@@ -119,7 +119,7 @@ def test_eval_of_a_model_directory_without_a_run(tiny_config, tiny_model, tmp_pa
     folder = tmp_path / "no" / "run"
     words = [f"model.path={tiny_model}", "data.max_prompt_tokens=64", f"run_dir={folder}"]
     assert main(["eval", str(tiny_config), *words]) == 0
-    assert "pretrained step 0: avg@2" in capsys.readouterr().out
+    assert "pretrained step 0: avg@4" in capsys.readouterr().out
     rows = [json.loads(line) for line in (folder / "evaluations.jsonl").open()]
     assert [(row["stage"], row["held_out/problems"]) for row in rows] == [("pretrained", 8)]
     assert [path.name for path in folder.iterdir()] == ["evaluations.jsonl"]
@@ -134,7 +134,7 @@ def test_sft_keeps_its_evaluation(tiny_config, tmp_path, capsys):
     folder = tmp_path / "run"
     words = ["cold_start.steps=2", f"run_dir={folder}"]
     assert main(["sft", str(tiny_config), *words]) == 0
-    assert "cold_start step 2: avg@2" in capsys.readouterr().out
+    assert "cold_start step 2: avg@4" in capsys.readouterr().out
     (row,) = [json.loads(line) for line in (folder / "evaluations.jsonl").open()]
     assert (row["stage"], row["step"]) == ("cold_start", 2)
 
