@@ -18,6 +18,13 @@ CLOSED = 1e-3
 LARGEST_LOG_RATIO = 20.0  # objectives.ratios.MAX_LOG_RATIO, beyond which no token has a gradient
 GRID = 200  # ratios at which the weight beyond a bound is looked at
 
+QUADRANT_OF_BOUND: dict[str, tuple[Sign, Side]] = {
+    "pos_low": ("pos", "below"),
+    "pos_high": ("pos", "above"),
+    "neg_low": ("neg", "below"),
+    "neg_high": ("neg", "above"),
+}
+
 
 def gate_width(cfg: Config) -> Iterator[Problem]:
     objective = cfg.objective
@@ -43,7 +50,7 @@ def bounds_reach(cfg: Config) -> Iterator[Problem]:
         return
     if any(gate_width(cfg)):
         return
-    for name in ("pos_low", "pos_high", "neg_low", "neg_high"):
+    for name in QUADRANT_OF_BOUND:
         distance = getattr(objective.bounds, name)
         if distance is not None:
             yield from _bound_reach(objective, name, distance)
@@ -56,31 +63,42 @@ def _bound_reach(
     edge = 1 + distance
     if name.endswith("low"):
         edge = 1 - distance
-    if isinstance(objective, GRPO):
+    advice = "make the bound smaller, or leave it out"
+    if abs(math.log(edge)) >= LARGEST_LOG_RATIO:
+        text = (
+            f"the bound at r = {edge:g} cannot act: beyond |log r| = {LARGEST_LOG_RATIO:g} no token"
+            f" has a gradient anyway; {advice}"
+        )
+        yield Problem((key,), text)
+    elif isinstance(objective, GRPO):
         clip_name = {"pos_high": "clip_high", "neg_low": "clip_low"}.get(name)
         if clip_name is not None and distance >= getattr(objective, clip_name):
             clip = getattr(objective, clip_name)
             text = (
                 f"the bound at r = {edge:g} changes nothing, because {clip_name} = {clip:g} has"
-                " closed that side before; make the bound smaller, or leave it out"
+                f" closed that side before; {advice}"
             )
             yield Problem((key, f"objective.{clip_name}"), text)
-    if isinstance(objective, SAPO):
-        weight = _largest_weight_beyond(objective, name, edge)
+    elif isinstance(objective, SAPO):
+        sign, side = QUADRANT_OF_BOUND[name]
+        weight = _largest_weight_beyond(objective, sign, side, edge)
         if weight < CLOSED:
-            sign = name[:3]
             text = (
                 f"the bound at r = {edge:g} is out of the {objective.gate} gate's reach: beyond it"
-                f" a token weighs at most {weight:.1g} of one at r = 1 anyway; make the bound"
-                " smaller, or leave it out"
+                f" a token weighs at most {weight:.1g} of one at r = 1 anyway; {advice}"
             )
-            yield Problem((key, f"objective.tau_{sign}"), text)
-    if abs(math.log(edge)) >= LARGEST_LOG_RATIO:
-        text = (
-            f"the bound at r = {edge:g} cannot act: beyond |log r| = {LARGEST_LOG_RATIO:g} no token"
-            " has a gradient anyway; make it smaller, or leave it out"
-        )
-        yield Problem((key,), text)
+            yield Problem((key, f"objective.{_key_of_width(objective, sign, side)}"), text)
+
+
+def _key_of_width(objective: SAPO, sign: Sign, side: Side) -> str:
+    """The key that says how wide the gate is in a quadrant."""
+    own = f"tau_{sign}_{side}"
+    if getattr(objective, own) is not None:
+        return own
+    width = f"width_{sign}"
+    if getattr(objective, width) is not None:
+        return width
+    return f"tau_{sign}"
 
 
 def sequence_mask(cfg: Config) -> Iterator[Problem]:
@@ -112,15 +130,10 @@ def divergence(cfg: Config) -> Iterator[Problem]:
         yield Problem(("objective.delta", "objective.divergence"), text)
 
 
-def _largest_weight_beyond(objective: SAPO, name: str, edge: float) -> float:
+def _largest_weight_beyond(objective: SAPO, sign: Sign, side: Side, edge: float) -> float:
     """The largest multiplier on A grad log pi, r f'(r), from the edge of a bound outwards."""
-    sign: Sign = "neg"
-    if name.startswith("pos"):
-        sign = "pos"
-    side: Side = "above"
     furthest = LARGEST_LOG_RATIO
-    if name.endswith("low"):
-        side = "below"
+    if side == "below":
         furthest = -LARGEST_LOG_RATIO
     tau = objective.quadrant_temperature(sign, side)
     start = math.log(edge)

@@ -56,6 +56,7 @@ def dppo(
     del segment_ids_BT  # Every token has its own ratio, whatever sequence it belongs to.
     if old_logp_BT is None:
         raise ValueError("dppo needs old_logp_BT: its trust region is one of probabilities")
+    assert cfg.delta is not None  # DPPO fills it in
     adv_BT = masked(adv_BT, mask_BT)
     z_BT = safe_log_ratio(log_ratio_BT, mask_BT)
     ratio_BT = jnp.exp(z_BT)

@@ -34,14 +34,14 @@ def masked_sequences(
 
 
 def leave_out(
-    surrogate_BT: jax.Array, diagnostics: Mapping[str, jax.Array], left_out_BT: jax.Array
+    surrogate_BT: Array, diagnostics: Mapping[str, Array], left_out_BT: Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """What an objective returned, without the tokens of `masked_sequences`.
 
     Their surrogate is 0. They still count in the token weights, so that the others weigh what they
     weighed. In the diagnostics their gate, grad_weight and centered are 0, and clipped is 1.
     """
-    kept = dict(diagnostics)
+    kept = {"ratio": jnp.asarray(diagnostics["ratio"])}
     for name in ("gate", "grad_weight", "centered"):
         kept[name] = jnp.where(left_out_BT, 0, diagnostics[name])
     kept["clipped"] = jnp.where(left_out_BT, 1, diagnostics["clipped"])

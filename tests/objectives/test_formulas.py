@@ -12,8 +12,10 @@ import pytest
 
 from sapo_jax.config import CISPO, DPPO, GRPO, SAPO, TOPR, VESPO, Bounds
 from sapo_jax.config.objective import GATES
+from sapo_jax.config.objective_rules import LARGEST_LOG_RATIO, gate_weight
 from sapo_jax.objectives import OBJECTIVES
 from sapo_jax.objectives.dppo import kl_divergence, total_variation
+from sapo_jax.objectives.ratios import MAX_LOG_RATIO
 from sapo_jax.objectives.sequence_mask import leave_out, masked_sequences
 
 # Four tokens, each a sequence of its own, so that W = s = r.
@@ -221,6 +223,17 @@ def test_a_quadrant_s_temperature_acts_there_alone_and_leaves_value_and_slope_co
     is_other = np.arange(7) != changed_token
     np.testing.assert_allclose(after[:, is_other], before[:, is_other], atol=1e-7)
     assert after[1, changed_token] < 0.7 * before[1, changed_token]
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_the_weight_that_the_checks_reckon_with_is_that_of_the_gate(gate):
+    log_ratio_N = np.linspace(-4, 4, 41)
+    weight_N = values_and_weights(SAPO(gate=gate, tau_neg=3.0), np.exp(log_ratio_N), -np.ones(41))[
+        1
+    ]
+    expected_N = [gate_weight(gate, 3.0, log_ratio) for log_ratio in log_ratio_N]
+    np.testing.assert_allclose(weight_N, expected_N, rtol=1e-9, atol=1e-300)
+    assert LARGEST_LOG_RATIO == MAX_LOG_RATIO
 
 
 # ---------------------------------------------------------------- bounds
