@@ -120,6 +120,14 @@ def report_errors(run: Callable[[argparse.Namespace], int], args: argparse.Names
         message = from_os_error(error)
         print(f"error: {message}", file=sys.stderr)
         return message.exit_code
+    except MemoryError as error:
+        print(
+            f"error: this machine has not the memory that was asked for ({error}); lower"
+            " rollout.prompts_per_step, rollout.group_size or rollout.max_new_tokens, or take a"
+            " smaller model",
+            file=sys.stderr,
+        )
+        return FAILED
     except KeyboardInterrupt:
         print(
             "interrupted; a run goes on from its newest checkpoint by the same command",

@@ -13,6 +13,7 @@ from typing import Any
 import pydantic
 
 from sapo_jax.config.schema import Config
+from sapo_jax.config.section import LARGEST
 
 ADAPTER = pydantic.TypeAdapter(Config)
 _JSON_SCHEMA: dict[str, Any] = ADAPTER.json_schema()
@@ -117,9 +118,11 @@ class Node:
         if self.tag is not None:
             return f"a mapping with `{self.tag}: {' | '.join(self.members())}`"
         words = _TYPES[self.rules["type"]]
-        bounds = [
-            f"{sign} {self.rules[key]:g}" for key, sign in _BOUNDS.items() if key in self.rules
-        ]
+        bounds = []
+        for key, sign in _BOUNDS.items():
+            # That an integer has to fit is said of those alone that do not.
+            if key in self.rules and self.rules[key] != LARGEST:
+                bounds.append(f"{sign} {self.rules[key]:g}")
         if not bounds:
             return words
         return f"{words} {' and '.join(bounds)}"

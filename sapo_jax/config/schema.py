@@ -15,11 +15,13 @@ import pydantic
 
 from sapo_jax.config.objective import SAPO, Objective
 from sapo_jax.config.section import (
+    LARGEST,
     Count,
     CountOrZero,
     Fraction,
     NonNegative,
     Positive,
+    Seconds,
     config_section,
 )
 
@@ -163,8 +165,8 @@ class Rewards:
     # Added when the completion has the form that `extract` asks for.
     format_reward: NonNegative = 0.0
     workers: Count = 2  # verifier processes
-    deadline: Positive = 5.0  # seconds per completion; then its worker is killed
-    batch_deadline: Positive = 600.0  # seconds per batch; what has not begun by then is masked
+    deadline: Seconds = 5.0  # seconds per completion; then its worker is killed
+    batch_deadline: Seconds = 600.0  # seconds per batch; what has not begun by then is masked
     # What a completion is at whose deadline there was no verdict: wrong (reward 0), or masked.
     on_timeout: Literal["wrong", "mask"] = "wrong"
     memory_mb: Count = 2048  # address space of a worker
@@ -180,7 +182,7 @@ class Rollout:
     """How completions are sampled."""
 
     prompts_per_step: Count = 32  # P
-    group_size: Annotated[int, pydantic.Field(ge=2)] = 8  # G, completions of one prompt
+    group_size: Annotated[int, pydantic.Field(ge=2, le=LARGEST)] = 8  # G, completions of one prompt
     max_new_tokens: Count = 64
     # Completions that are written at a time, also in evaluations; one that is done leaves its slot
     # to the next (0: all at once). Fewer take less memory, and less time where the longest are

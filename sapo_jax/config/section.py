@@ -11,8 +11,10 @@ Positive = Annotated[float, pydantic.Field(gt=0)]
 NonNegative = Annotated[float, pydantic.Field(ge=0)]
 Fraction = Annotated[float, pydantic.Field(ge=0, le=1)]
 ProperFraction = Annotated[float, pydantic.Field(gt=0, lt=1)]
-Count = Annotated[int, pydantic.Field(ge=1)]
-CountOrZero = Annotated[int, pydantic.Field(ge=0)]
+Seconds = Annotated[float, pydantic.Field(gt=0, le=1e6)]  # longer ones do not fit timers
+LARGEST = 2**31 - 1  # of the integers: what JAX computes with where 64 bits are off
+Count = Annotated[int, pydantic.Field(ge=1, le=LARGEST)]
+CountOrZero = Annotated[int, pydantic.Field(ge=0, le=LARGEST)]
 
 Section = TypeVar("Section")
 

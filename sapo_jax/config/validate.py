@@ -19,6 +19,7 @@ from sapo_jax.config.errors import Problem, show
 from sapo_jax.config.outline import ADAPTER, ROOT, Node, all_keys
 from sapo_jax.config.presets import PRESETS
 from sapo_jax.config.schema import Config
+from sapo_jax.config.section import LARGEST
 from sapo_jax.config.source import KeyPath, Layer
 from sapo_jax.errors import PROBLEMS_SHOWN
 from sapo_jax.text import did_you_mean, nearest
@@ -156,6 +157,8 @@ def _bad_tag(keys: KeyPath, union: Node, section: dict[str, Any]) -> Problem:
 def _wrong_value(node: Node, value: Any) -> str:
     text = f"expected {node.expected()}, got {show(value)}"
     json_type = node.rules.get("type")
+    if type(value) is int and value > LARGEST:
+        return f"{text}; the largest that fits is {LARGEST}"
     if isinstance(value, str) and "enum" in node.rules:
         return text + did_you_mean(value, map(str, node.rules["enum"]))
     if json_type == "string" and isinstance(value, (dict, int, float)):

@@ -84,6 +84,12 @@ def test_five_planted_mistakes_are_all_listed(write):
         ("train.steps=1.5", "train.steps: expected an integer >= 1, got 1.5"),
         ("train.steps=true", "train.steps: expected an integer >= 1, got true"),
         ("train.steps=0", "train.steps: expected an integer >= 1, got 0"),
+        (
+            f"train.seed={2**31}",
+            "train.seed: expected an integer >= 0, got 2147483648; the largest that fits is"
+            " 2147483647",
+        ),
+        ("rewards.deadline=1e300", "rewards.deadline: expected a number > 0 and <= 1e+06, got 1e+300"),
         ("rollout.top_p=1.5", "rollout.top_p: expected a number > 0 and <= 1, got 1.5"),
         ("optimizer.learning_rate=.inf", "optimizer.learning_rate: expected a number > 0, got '.inf'"),
         ("optimizer.eps=.nan", "optimizer.eps: expected a number > 0, got '.nan'"),

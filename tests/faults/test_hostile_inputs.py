@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from sapo_jax import cli
 from sapo_jax.batch import Rollout
 from sapo_jax.config import ConfigError, Data, Model, load, read_model_keys
 from sapo_jax.config.schema import FileTask
@@ -227,3 +228,15 @@ def test_a_pipe_in_a_model_directory_is_named(tmp_path):
         os.mkfifo(folder / name)
         with pytest.raises((ValueError, FileNotFoundError), match="not a file|there is no file"):
             read(folder)
+
+
+def test_memory_that_is_not_there_is_one_sentence(capsys):
+    """The array of NumPy that is too large for any machine."""
+
+    def run(arguments):
+        return np.zeros(2**50)
+
+    assert cli.report_errors(run, None) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: this machine has not the memory that was asked for (Unable to")
+    assert said.count("\n") == 1 and "rollout.group_size" in said
