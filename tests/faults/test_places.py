@@ -207,7 +207,7 @@ def test_a_disk_that_can_only_be_read(tiny_config, finished, tmp_path, capsys):
         assert "Traceback" not in error
         assert main(["eval", str(disk / "run")]) == 1
         shown = capsys.readouterr()
-        assert "rl step 2: avg@2" in shown.out
+        assert "rl step 2: avg@4" in shown.out
         assert f"{disk}/run/evaluations.jsonl: Read-only file system" in shown.err
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
