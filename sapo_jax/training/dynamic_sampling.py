@@ -61,7 +61,7 @@ class MixedGroups:
         self._num_groups = num_groups
         self._shard = shard
         self._no_expert = no_expert
-        self._places = []  # by team: which of the P places are its own
+        self._places: list[list[int]] = []  # by team: which of the P places are its own
         for team in range(shard.teams):
             team_shard = ProcessShard(team=team, teams=shard.teams)
             self._places.append(team_shard.local_indices(num_groups, mini_batches))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from sapo_jax.config import Config, Train, load
+from sapo_jax.cli import main
+from sapo_jax.config import Config, Train
 from sapo_jax.errors import RunError
 from sapo_jax.training import watch
-from sapo_jax.training.loop import train
 from sapo_jax.training.watch import Watch
 
 QUIET = {"groups/no_signal_fraction": 0.25, "verifier/error_fraction": 0.5}
@@ -75,7 +76,7 @@ def test_a_run_that_is_shorter_than_the_limit_stops_too():
 
 
 def test_a_plug_in_that_always_raises_stops_the_run_and_keeps_its_checkpoint(
-    tiny_config, tmp_path, monkeypatch
+    tiny_config, tmp_path, monkeypatch, capsys
 ):
     (tmp_path / "always_raises.py").write_text(
         "from sapo_jax.rewards import register\n\n\n"
@@ -90,8 +91,10 @@ def test_a_plug_in_that_always_raises_stops_the_run_and_keeps_its_checkpoint(
         "rewards.plugins=[always_raises]", "cold_start.steps=0", "train.steps=9", "evaluate.every=0",
         f"run_dir={tmp_path}/run",
     ]  # fmt: skip
-    with pytest.raises(RunError, match="rl step 3: .*the key that is missing"):
-        train(load(tiny_config, settings))
+    assert main(["train", str(tiny_config), *settings]) == 1
+    said = capsys.readouterr().err
+    assert re.search("rl step 3: for 3 steps in a row .*the key that is missing", said)
+    assert "Traceback" not in said
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert rows[-1]["verifier/error_steps_in_row"] == 3
