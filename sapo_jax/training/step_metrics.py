@@ -110,7 +110,10 @@ def packing_metrics(packed: PackedBatch, teams: int) -> dict[str, float]:
 
 
 def update_metrics(auxes: Sequence[Mapping[str, Any]], cfg: Config) -> dict[str, Any]:
-    """Means over the N updates of loss and gradient norm; token statistics over all their tokens.
+    """Means over the updates of loss and gradient norm; token statistics over all their tokens.
+
+    Updates that were skipped for want of a signal do not count in the means, unless all were: then
+    the norm is 0.
 
     auxes: what each update returned beside the state (see `learner.update`), on the host.
     """
@@ -119,9 +122,10 @@ def update_metrics(auxes: Sequence[Mapping[str, Any]], cfg: Config) -> dict[str,
         return np.concatenate(parts)
 
     stats = jax.tree.map(join, *[aux["stats"] for aux in auxes])
+    made = [aux for aux in auxes if not aux["skipped"]] or auxes
     metrics = {
-        "loss": np.mean([aux["loss"] for aux in auxes]),
-        "grad_norm": np.mean([aux["grad_norm"] for aux in auxes]),
+        "loss": np.mean([aux["loss"] for aux in made]),
+        "grad_norm": np.mean([aux["grad_norm"] for aux in made]),
         "updates/skipped": sum(bool(aux["skipped"]) for aux in auxes),
         "nonfinite/in_row": auxes[-1]["nonfinite_in_row"],
         "nonfinite/total": auxes[-1]["nonfinite_total"],
