@@ -499,8 +499,8 @@ GLOSSARY = (
             ),
             Entry(
                 ("grad_norm",),
-                "norm of the gradient before clipping (RL: mean over the updates of the step that were "
-                "not skipped; 0 where all were)",
+                "norm of the gradient before clipping (RL: mean over the updates of the step that "
+                "were not skipped; 0 where all were)",
                 "steady",
                 "spikes: a warm-up, a lower `optimizer.max_grad_norm`, or float32",
             ),
