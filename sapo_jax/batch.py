@@ -73,6 +73,7 @@ class Batch:
 class TrainState:
     """All that an update changes."""
 
-    step: Array  # int32 scalar, optimiser steps that were tried
+    # int32 scalar, optimiser steps that were tried; a batch without a signal is not one
+    step: Array
     params: Params
     opt_state: Any

@@ -10,6 +10,7 @@ from sapo_jax.config.pretrained import model_dir_notes
 from sapo_jax.config.schema import Config, FileTask, ReasoningGymTask
 from sapo_jax.errors import ModelDirError
 
+MANY_MINI_BATCHES = 16
 REAL_MODEL_WIDTH = 1024  # hidden_size from which a model counts as a real, pre-trained one
 
 
@@ -136,6 +137,37 @@ def dual_clip(cfg: Config) -> Iterator[Problem]:
         yield Problem(("objective.bounds.neg_high",), text)
 
 
+def old_logp_noise(cfg: Config) -> Iterator[Problem]:
+    sigma = cfg.train.old_logp_noise
+    if sigma:
+        text = (
+            f"noise of sd {sigma:g} (1 - pi_old) goes into the denominator of every ratio: this is"
+            " for experiments alone; set 0 to train as usual"
+        )
+        yield Problem(("train.old_logp_noise",), text)
+
+
+def punished_groups(cfg: Config) -> Iterator[Problem]:
+    """The division by the group's std makes a small difference of lengths as large as any other."""
+    is_divided = cfg.advantage.kind == "group"
+    if cfg.rewards.overlong is not None and is_divided and cfg.rollout.dynamic_sampling is None:
+        text = (
+            "in a group that is all wrong (or all right) the punishment is the only difference of"
+            " rewards, and the division by the group's std blows it up to full size; use"
+            " rollout.dynamic_sampling, which drops such groups, or advantage.kind: mean_only"
+        )
+        yield Problem(("rewards.overlong", "rollout.dynamic_sampling"), text)
+
+
+def kept_on_device(cfg: Config) -> Iterator[Problem]:
+    if cfg.train.routing_on == "device" and cfg.train.mini_batches >= MANY_MINI_BATCHES:
+        text = (
+            f"the expert ids of {cfg.train.mini_batches} mini-batches wait on the devices at the"
+            " same time; use routing_on: host, which sends them with their mini-batch"
+        )
+        yield Problem(("train.routing_on", "train.mini_batches"), text)
+
+
 def answer_form(cfg: Config) -> Iterator[Problem]:
     """The cold start teaches the form from which the answer is taken."""
     opening_of = {"answer_tag": "<answer>", "boxed": "\\boxed{"}
@@ -238,6 +270,9 @@ ADVICE: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     token_means,
     sampler_anchor,
     dual_clip,
+    old_logp_noise,
+    punished_groups,
+    kept_on_device,
     answer_form,
     answer_limit,
     task_ratios,

@@ -208,6 +208,8 @@ def named_files(cfg: Config) -> Iterator[Problem]:
         yield Problem(("data.chat_template", "data.tokenizer"), text)
 
     demonstrations = cfg.cold_start.demonstrations
+    if not cfg.cold_start.steps:
+        return  # nobody imitates them
     if demonstrations is not None and not Path(demonstrations).is_file():
         text = f"there is no file {demonstrations!r} (from the working directory)"
         yield Problem(("cold_start.demonstrations",), text)
@@ -296,6 +298,18 @@ def whole_groups(cfg: Config) -> Iterator[Problem]:
         yield Problem(("rollout.prompts_per_step", "train.mini_batches"), text)
 
 
+def prompts_at_once(cfg: Config) -> Iterator[Problem]:
+    """All parts of a rollout are of one size, so that they run one program."""
+    prompts = cfg.rollout.prompts_per_step
+    at_once = cfg.rollout.prompts_at_once
+    if at_once and prompts % at_once:
+        text = (
+            f"{prompts} prompts cannot be sampled {at_once} at a time in equal parts;"
+            " set a divisor of prompts_per_step, or 0"
+        )
+        yield Problem(("rollout.prompts_at_once", "rollout.prompts_per_step"), text)
+
+
 def batch_axes(cfg: Config) -> Iterator[Problem]:
     """Leading dims that are split over the mesh.
 
@@ -309,6 +323,11 @@ def batch_axes(cfg: Config) -> Iterator[Problem]:
         cold_start_sequences = cfg.cold_start.batch_size
     sizes = (
         ("prompts of a rollout", cfg.rollout.prompts_per_step, ["rollout.prompts_per_step"]),
+        (
+            "prompts that are sampled at a time",
+            cfg.rollout.prompts_at_once,
+            ["rollout.prompts_at_once"],
+        ),
         ("completions that are written at a time", cfg.rollout.slots, ["rollout.slots"]),
         ("rows of a micro-batch", cfg.train.micro_batch, ["train.micro_batch"]),
         (
@@ -430,6 +449,45 @@ def truncated_sampling(cfg: Config) -> Iterator[Problem]:
         yield Problem(("loss.sequence_mask", *truncating), text)
 
 
+def overlong(cfg: Config) -> Iterator[Problem]:
+    """The punishment of long completions can act, and filtering does not take its samples away."""
+    punishment = cfg.rewards.overlong
+    if punishment is None:
+        return
+    limit = cfg.rollout.max_new_tokens
+    max_tokens = punishment.max_tokens or limit
+    max_keys = ("rewards.overlong.max_tokens", "rollout.max_new_tokens")
+    if punishment.cache_tokens > max_tokens:
+        text = (
+            f"the last {punishment.cache_tokens} of {max_tokens} tokens are to be punished; make"
+            " cache_tokens smaller, or max_tokens larger"
+        )
+        yield Problem(("rewards.overlong.cache_tokens", *max_keys), text)
+    elif max_tokens - punishment.cache_tokens >= limit:
+        text = (
+            f"completions end at {limit} tokens, and none of fewer than"
+            f" {max_tokens - punishment.cache_tokens + 1} is punished: the punishment cannot act;"
+            " lower max_tokens (0: max_new_tokens), or raise cache_tokens"
+        )
+        yield Problem(("rewards.overlong.cache_tokens", *max_keys), text)
+    if cfg.loss.overlong_filter:
+        text = (
+            "filtering takes truncated completions out of the loss, so they cannot learn from their"
+            " punishment (DAPO has one or the other); set loss.overlong_filter: false, or"
+            " rewards.overlong: null"
+        )
+        yield Problem(("loss.overlong_filter", "rewards.overlong"), text)
+
+
+def old_logp_noise(cfg: Config) -> Iterator[Problem]:
+    if cfg.train.old_logp_noise and cfg.loss.correction != "none":
+        text = (
+            "the correction's weight exp(old - sampler) would contain the noise and take it out of"
+            " the ratio again; set correction: none, or old_logp_noise: 0"
+        )
+        yield Problem(("train.old_logp_noise", "loss.correction"), text)
+
+
 def kl_penalty(cfg: Config) -> Iterator[Problem]:
     keys = ("loss.kl", "loss.kl_coef")
     estimator = cfg.loss.kl
@@ -522,6 +580,7 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     run_folder,
     # batches
     whole_groups,
+    prompts_at_once,
     batch_axes,
     sequence_length,
     # model, mesh
@@ -531,6 +590,8 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     context_axis,
     # algorithm
     truncated_sampling,
+    overlong,
+    old_logp_noise,
     kl_penalty,
     *OBJECTIVE_RULES,
     routing_replay,

@@ -36,12 +36,16 @@ NO_SAY_IN_RESULTS = (
     "metrics.",
     # when a run gives up, and what its verifier processes may use,
     "train.max_nonfinite",
+    "train.max_error_steps",
+    "train.max_error_fraction",
+    "train.no_signal_steps",
     "rewards.workers",
     "rewards.deadline",
     "rewards.memory_mb",
     # where and in what pieces it computes: to the rounding of float32.
     "mesh.",
     "rollout.slots",
+    "rollout.prompts_at_once",
     "model.remat",
     "train.routing_on",
     # where compiled programs are kept, and where a cold start lies that another run has trained

@@ -156,6 +156,17 @@ class Data:
 
 
 @config_section
+class Overlong:
+    """DAPO's soft punishment of long completions (arXiv 2503.14476, Eq. 13), added to the reward.
+
+    It is 0 up to max_tokens - cache_tokens, falls from there to -1 at max_tokens, and stays there.
+    """
+
+    cache_tokens: Count  # L_cache
+    max_tokens: CountOrZero = 0  # L_max; 0: rollout.max_new_tokens
+
+
+@config_section
 class Rewards:
     """How completions are verified."""
 
@@ -172,9 +183,31 @@ class Rewards:
     memory_mb: Count = 2048  # address space of a worker
     max_chars: Count = 20000  # longer answers (not completions) are unparsable
     plugins: tuple[str, ...] = ()  # modules to import that register verifiers
+    # Of the trainer, on top of what verifiers give; no penalty in evaluations.
+    overlong: Overlong | None = None
+
+    def of_pool(self) -> dict[str, Any]:
+        """The settings of the verifier pool: all but what the trainer adds to its rewards."""
+        settings = dataclasses.asdict(self)
+        del settings["overlong"]
+        return settings
 
 
 # ---------------------------------------------------------------- rollout, loss
+
+
+@config_section
+class DynamicSampling:
+    """DAPO's dynamic sampling (arXiv 2503.14476): groups without a preference are drawn again.
+
+    A group is kept where some of its completions are correct and some are not. Each round samples
+    prompts_per_step further prompts, until so many groups are kept.
+    """
+
+    max_rounds: Count = 10  # of a step, the first one included
+    # What happens where they have not given enough groups. train: the step trains on those there
+    # are; places that are left over weigh nothing. stop: the run stops, as in verl.
+    short_batch: Literal["train", "stop"] = "train"
 
 
 @config_section
@@ -188,10 +221,19 @@ class Rollout:
     # to the next (0: all at once). Fewer take less memory, and less time where the longest are
     # much longer than the others.
     slots: CountOrZero = 0
+    # Prompts whose completions are sampled together, 0: all P. With fewer, the sampler's memory
+    # does not grow with P; the completions are the same.
+    prompts_at_once: CountOrZero = 0
+    dynamic_sampling: DynamicSampling | None = None
     temperature: Positive = 1.0  # also divides the logits in the scorer
     top_k: CountOrZero = 0  # 0: off
     top_p: Annotated[float, pydantic.Field(gt=0, le=1)] = 1.0
     min_p: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.0
+
+    @property
+    def prompts_in_flight(self) -> int:
+        """Prompts whose completions are sampled together."""
+        return self.prompts_at_once or self.prompts_per_step
 
 
 @config_section
@@ -233,6 +275,9 @@ class Loss:
     # Weight exp(old logp - sampler logp) of a token, against the mismatch of sampler and scorer.
     correction: Literal["none", "truncated", "masked"] = "none"
     correction_cap: Annotated[float, pydantic.Field(gt=1)] = 2.0
+    # Truncated completions leave the loss (DAPO's overlong filtering); their rewards still count in
+    # their groups' mean and std.
+    overlong_filter: bool = False
     sequence_mask: SequenceMask | None = None  # with any objective; the KL penalty is not masked
 
 
@@ -291,8 +336,17 @@ class Train:
     routing_on: Literal["host", "device"] = "host"
     # r3: RL steps between scoring passes without replay, made to log the difference; 0: never.
     live_mismatch_every: CountOrZero = 0
+    # For experiments. sigma of noise in the denominator of the ratio, of sd
+    # sigma * (1 - pi_old), whose factor on r has mean 1 (see training/old_logp_noise.py).
+    old_logp_noise: NonNegative = 0.0
     seed: CountOrZero = 0
     max_nonfinite: Count = 5  # stop after so many non-finite updates in a row
+    # Stop after so many steps in a row in whose rollouts the verifier has failed on a larger share
+    # of the completions.
+    max_error_steps: Count = 3
+    max_error_fraction: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.5
+    # Say so after so many steps in a row without a group that has a preference; 0: never.
+    no_signal_steps: CountOrZero = 10
     log_samples: CountOrZero = 8  # completions of each step that go to samples.jsonl
     print_samples_every: CountOrZero = 20  # RL steps between prints of a few completions; 0: never
 

@@ -141,10 +141,56 @@ GLOSSARY = (
                 "one task alone stays behind: its weight in the mixture, or its difficulty",
             ),
             Entry(
+                ("reward/overlong_penalty_mean", "reward/overlong_fraction"),
+                "mean length penalty (`rewards.overlong`), which is added to the reward and is not "
+                "in `reward/mean`; share of the completions that have any",
+                "near 0",
+                "falls: completions grow to the limit; a larger `rollout.max_new_tokens`",
+            ),
+            Entry(
                 ("groups/no_signal_fraction",),
-                "share of the groups whose rewards are all equal: they give no gradient",
-                "below 0.5",
-                "near 1: the problems are too easy or too hard; or take a larger group size G",
+                "share of the groups of the updates whose rewards are all equal: they give no "
+                "gradient",
+                "below 0.5; 0 with dynamic sampling",
+                "near 1: the problems are too easy or too hard; take a larger group size G, or "
+                "`rollout.dynamic_sampling`",
+            ),
+            Entry(
+                ("groups/no_signal_in_row",),
+                "how many steps in a row, up to this one, had no group with a preference",
+                "0",
+                "at `train.no_signal_steps` the run says that it is dead, and what to do",
+            ),
+        ),
+    ),
+    Section(
+        "Dynamic sampling",
+        (
+            Entry(
+                ("groups/rounds", "groups/drawn"),
+                "rounds of prompts in this step, and groups in all of them. Reward, accuracy, "
+                "lengths and verifier statuses of the step are over all these groups",
+                "1 to 3 rounds",
+                "many rounds: the problems are too easy or too hard, and most of the rollout is "
+                "thrown away",
+            ),
+            Entry(
+                ("groups/mixed", "groups/surplus"),
+                "drawn groups with both right and wrong completions, which are kept; those of "
+                "them that were more than the batch needs, and were dropped",
+            ),
+            Entry(
+                ("groups/all_correct", "groups/all_wrong", "groups/failed"),
+                "drawn groups that were dropped: all right, all wrong, or without both because of "
+                "failed verifiers",
+                "failed: 0",
+                "many all right: harder problems; many all wrong: easier ones",
+            ),
+            Entry(
+                ("groups/missing",),
+                "places of the batch that no round had a group for: nothing is trained on there",
+                "0",
+                "more `rollout.dynamic_sampling.max_rounds`, or other problems",
             ),
         ),
     ),
@@ -209,6 +255,13 @@ GLOSSARY = (
                 "share of the completions that are masked because their verifier failed",
                 "0",
                 "`rewards.memory_mb`, or the verifier (the log names file and line)",
+            ),
+            Entry(
+                ("verifier/error_steps_in_row",),
+                "how many steps in a row, up to this one, had more errors than "
+                "`train.max_error_fraction`",
+                "0",
+                "the run stops at `train.max_error_steps`, with the last error",
             ),
             Entry(
                 ("verifier/timeout_fraction",),
@@ -404,6 +457,14 @@ GLOSSARY = (
                 "the same without routing replay (r3, every `train.live_mismatch_every` steps)",
                 "above `mismatch/mean` where routing differs",
             ),
+            Entry(
+                ("old_logp_noise/sigma", "old_logp_noise/mean", "old_logp_noise/max"),
+                "`train.old_logp_noise`, for experiments: sigma, and mean and largest abs noise in "
+                "the log-probs of the ratio's denominator, in nats. `mismatch/*` is without it, "
+                "but for `train.old_logp=sampler`, where the sampler's own log-probs have it",
+                "not there",
+                "the run is an experiment: `train.old_logp_noise` is set",
+            ),
         ),
     ),
     Section(
@@ -438,9 +499,18 @@ GLOSSARY = (
             ),
             Entry(
                 ("grad_norm",),
-                "norm of the gradient before clipping (RL: mean over the updates of the step)",
+                "norm of the gradient before clipping (RL: mean over the updates of the step that "
+                "were not skipped; 0 where all were)",
                 "steady",
                 "spikes: a warm-up, a lower `optimizer.max_grad_norm`, or float32",
+            ),
+            Entry(
+                ("updates/skipped",),
+                "updates of the step that were skipped because their mini-batch had no signal: "
+                "every sample failed, or every advantage is 0 and no KL penalty is on. Parameters, "
+                "moments and the schedule stay as they are",
+                "0",
+                "as for `groups/no_signal_fraction`, or smaller `train.mini_batches`",
             ),
             Entry(
                 ("learning_rate",),

@@ -104,7 +104,8 @@ def last_learning_rate(
 ) -> ArrayLike:
     """The learning rate of the newest update that was applied.
 
-    An update that was skipped, because it was not finite, does not advance the schedule.
+    An update that was skipped, because it was not finite or had no signal, does not advance the
+    schedule.
 
     state, aux: what the newest update returned.
     """
@@ -163,6 +164,21 @@ def state_shardings(
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """A state at step 0. Jit it with `state_shardings` as out_shardings."""
     return TrainState(jnp.int32(0), params, optimizer.init(params))
+
+
+def has_signal(batch: Batch) -> jax.Array:
+    """Whether there is something to learn from the batch; a bool scalar.
+
+    There is not where all weights are 0, because every sample failed or was left out. In an RL
+    batch there is not either where every advantage is 0 and no KL penalty is on: then the gradient
+    of the policy loss is exactly 0. The router's auxiliary loss alone is no signal.
+    """
+    learns_BT = batch.weight_BT != 0  # NaN counts as a signal: such an update is not finite
+    is_rl = batch.old_logp_BT is not None
+    has_kl = batch.ref_logp_BT is not None
+    if is_rl and not has_kl:
+        learns_BT = learns_BT & (batch.adv_BT != 0)
+    return jnp.any(learns_BT)
 
 
 def policy_loss(cfg: Config) -> LossFn:
@@ -270,9 +286,13 @@ def make_update(
 
     The state is donated. The B rows are n * micro_batch (if micro_batch is 0, n is 1).
 
+    A batch without a signal (`has_signal`) leaves parameters, optimiser state and step as they are:
+    Adam's momentum would move them and weight decay would shrink them, though nothing was learned.
+
     `aux` holds
         loss             of the whole batch
         grad_norm        of its gradient, before clipping
+        skipped          whether the update was skipped because the batch has no signal
         nonfinite_in_row, nonfinite_total
                          updates that were skipped because they were not finite
         stats            what loss_fn returned, with a leading dim of n micro-batches
@@ -364,16 +384,24 @@ def update_step(
         no_grads = jax.tree.map(jnp.zeros_like, state.params)
         grads, (loss, stats, routing) = jax.lax.scan(accumulate, no_grads, micro_batches)
         with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params: Any = optax.apply_updates(state.params, updates)
+            updates, new_opt_state = optimizer.update(grads, state.opt_state, state.params)
+            new_params = optax.apply_updates(state.params, updates)
+            learns = has_signal(batch)
+
+            def new_if_it_learns(new: Array, old: Array) -> Array:
+                return jnp.where(learns, new, old)
+
+            params: Any = jax.tree.map(new_if_it_learns, new_params, state.params)
+            opt_state = jax.tree.map(new_if_it_learns, new_opt_state, state.opt_state)
         aux = {
             "loss": loss.sum(),
             "grad_norm": optax.tree.norm(grads),
+            "skipped": ~learns,
             "nonfinite_in_row": optax.tree.get(opt_state, "notfinite_count"),
             "nonfinite_total": optax.tree.get(opt_state, "total_notfinite"),
             "stats": stats,
             "routing": routing,
         }
-        return TrainState(state.step + 1, params, opt_state), aux
+        return TrainState(state.step + learns.astype(jnp.int32), params, opt_state), aux
 
     return update

@@ -203,7 +203,7 @@ def memory(cfg: Config, vocab_size: int) -> Memory:
     expert_ids_of_a_sequence = routing_bytes(model) * T / shards
     recorded_sequences = 0
     if cfg.train.routing_replay == "r3":
-        recorded_sequences = sequences_per_rollout
+        recorded_sequences = cfg.rollout.prompts_in_flight * cfg.rollout.group_size
     if cfg.train.routing_replay == "none":
         replayed_sequences = 0
     elif cfg.train.routing_on == "host":
@@ -344,7 +344,7 @@ def _kv_cache_bytes(cfg: Config) -> float:
     It is that of a rollout or of an evaluation batch, whichever has more columns.
     """
     model = cfg.model
-    rollout_completions = cfg.rollout.prompts_per_step * cfg.rollout.group_size
+    rollout_completions = cfg.rollout.prompts_in_flight * cfg.rollout.group_size
     evaluated_prompts = min(cfg.evaluate.batch_prompts, cfg.data.held_out)
     evaluated_completions = evaluated_prompts * cfg.evaluate.samples
     most_columns = max(

@@ -93,7 +93,8 @@ class Programs:
         num_replicas = len(self.mesh.devices)
         part = dataclasses.replace(
             rollout,
-            prompts_per_step=rollout.prompts_per_step // num_replicas,
+            prompts_per_step=rollout.prompts_in_flight // num_replicas,
+            prompts_at_once=0,
             slots=math.ceil(rollout.slots / num_replicas),
         )
         cfg = dataclasses.replace(self.cfg, rollout=part)

@@ -127,9 +127,9 @@ def _refusal_report(compiled: Compiled, limit: float, resident_bytes: int) -> di
 def _tokens(name: str, work: Workload) -> float:
     """The tokens that one call of a function is about."""
     if name == "prefill":
-        return work.prompts * work.prompt_tokens
+        return work.prompts / work.parts * work.prompt_tokens
     if name == "decode":
-        return work.sequences * work.new_tokens
+        return work.sequences / work.parts * work.new_tokens
     sequences_per_mini_batch = work.sequences / work.mini_batches
     return sequences_per_mini_batch * (work.prompt_tokens + work.new_tokens)
 
@@ -175,8 +175,8 @@ def iteration_report(
     steps = work.decode_steps(mean_tokens)
     planned_steps = work.decode_steps(work.new_tokens)
     phases = {
-        "prefill": seconds_of_call["prefill"],
-        "decode": seconds_of_call["decode"] * steps / planned_steps,
+        "prefill": seconds_of_call["prefill"] * work.parts,
+        "decode": seconds_of_call["decode"] * work.parts * steps / planned_steps,
         "score": seconds_of_call["score"] * work.mini_batches * filled,
         "update": seconds_of_call["update"] * work.mini_batches * filled,
     }

@@ -26,12 +26,15 @@ class Workload:
     picked: int  # M, completion tokens of a row
     rows: int  # of a mini-batch
     mini_batches: int
+    parts: int = 1  # in which the rollout is sampled, one after the other
 
     @classmethod
     def of(cls, cfg: Config) -> Workload:
         """The workload of a config."""
         prompts = cfg.rollout.prompts_per_step
         sequences = prompts * cfg.rollout.group_size
+        parts = prompts // cfg.rollout.prompts_in_flight
+        sequences_at_once = sequences // parts
         prompt_tokens = cfg.data.max_prompt_tokens
         new_tokens = cfg.rollout.max_new_tokens
         sequence_tokens = prompt_tokens + new_tokens
@@ -44,25 +47,28 @@ class Workload:
         return cls(
             prompts=prompts,
             sequences=sequences,
-            slots=min(cfg.rollout.slots or sequences, sequences),
+            slots=min(cfg.rollout.slots or sequences_at_once, sequences_at_once),
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             row_tokens=row_tokens,
             picked=picked,
             rows=rows,
             mini_batches=cfg.train.mini_batches,
+            parts=parts,
         )
 
     def decode_steps(self, mean_tokens: float) -> float:
         """Steps of the decode loop, for completions of `mean_tokens` on average and C at most.
 
-        Without waiting completions it is C. Where completions wait for slots it is an estimate: all
-        tokens over all slots, and at the end what a longest completion has beyond the mean. That
-        the last round may not fill the slots is not in it.
+        They are those of one of the parts in which the rollout is sampled. Without waiting
+        completions there are C. Where completions wait for slots it is an estimate: all tokens over
+        all slots, and at the end what a longest completion has beyond the mean. That the last round
+        may not fill the slots is not in it.
         """
-        if self.slots == self.sequences:
+        sequences_at_once = self.sequences / self.parts
+        if self.slots == sequences_at_once:
             return self.new_tokens
-        all_tokens_over_slots = self.sequences / self.slots * mean_tokens
+        all_tokens_over_slots = sequences_at_once / self.slots * mean_tokens
         return all_tokens_over_slots + self.new_tokens - mean_tokens
 
 
@@ -89,6 +95,6 @@ def useful_flops(cfg: Config, work: Workload) -> dict[str, float]:
     return {
         "update": 3 * score,
         "score": score,
-        "prefill": work.prompts * prompt,
-        "decode": B * completion,
+        "prefill": work.prompts / work.parts * prompt,
+        "decode": B / work.parts * completion,
     }

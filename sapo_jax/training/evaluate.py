@@ -25,8 +25,7 @@ from sapo_jax.training.experience import LocalPrompts, grade, make_sampler
 from sapo_jax.training.held_out import check_held_out
 from sapo_jax.training.random_streams import Stream, random_key
 from sapo_jax.training.run import Run, open_run
-from sapo_jax.training.step import num_shown
-from sapo_jax.training.step_metrics import mean_by_task, sample_rows
+from sapo_jax.training.step_metrics import mean_by_task, num_shown, sample_rows
 from sapo_jax.types import Prompt
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from sapo_jax.batch import Array, Batch, Rollout
-from sapo_jax.config import Config
+from sapo_jax.config import Config, Overlong
 from sapo_jax.data import Tokenizer
 from sapo_jax.distributed.processes import SINGLE_PROCESS, ProcessShard
 from sapo_jax.io.progress import VerificationNotice
@@ -24,7 +24,8 @@ from sapo_jax.objectives.correction import CORRECTIONS
 from sapo_jax.objectives.weights import token_weights
 from sapo_jax.rewards import VerifierPool
 from sapo_jax.rollout import PackedBatch, Sampler, SamplingParams
-from sapo_jax.types import Prompt, Verdict
+from sapo_jax.rollout.groups import take_groups
+from sapo_jax.types import FINISH_REASONS, Prompt, Verdict
 
 # ---------------------------------------------------------------- sampling
 
@@ -63,6 +64,9 @@ class GradedRollout:
     finish_B: np.ndarray  # index into FINISH_REASONS
     texts: list[str]  # "" where another process has the text, and nobody is to see it
     verdicts: list[Verdict]
+    # P, the groups that are trained on; None: all. The others fill places that dynamic sampling
+    # has found no group for.
+    is_trained_P: np.ndarray | None = None
 
     @property
     def group_size(self) -> int:
@@ -90,6 +94,34 @@ class GradedRollout:
     @property
     def length_PG(self) -> np.ndarray:
         return self.per_group(self.length_B)
+
+    @property
+    def truncated_PG(self) -> np.ndarray:
+        """Whether the completion reached the limit of tokens without an end."""
+        return self.per_group(self.finish_B == FINISH_REASONS.index("length"))
+
+    @property
+    def last_error(self) -> str:
+        """What the last verifier that failed had to say; "" where none has failed."""
+        for verdict in reversed(self.verdicts):
+            if not verdict.valid:
+                return verdict.detail
+        return ""
+
+
+def join_groups(groups: Sequence[tuple[GradedRollout, int]]) -> GradedRollout:
+    """The groups at these indices of graded rollouts, behind each other."""
+    parts = []
+    for graded, index in groups:
+        first = index * graded.group_size
+        parts.append((graded, index, slice(first, first + graded.group_size)))
+    return GradedRollout(
+        prompts=[graded.prompts[index] for graded, index, _ in parts],
+        length_B=np.concatenate([graded.length_B[its] for graded, _, its in parts]),
+        finish_B=np.concatenate([graded.finish_B[its] for graded, _, its in parts]),
+        texts=[text for graded, _, its in parts for text in graded.texts[its]],
+        verdicts=[verdict for graded, _, its in parts for verdict in graded.verdicts[its]],
+    )
 
 
 def grade(
@@ -145,14 +177,9 @@ class LocalPrompts:
         if self.shard.members == 1:
             return grade(verifiers, tokenizer, self.prompts, rollout)
         group_size = len(rollout.length_B) // max(len(self.indices), 1)
-        group_of_B = np.repeat(np.arange(len(self.indices)), group_size)
-        members_groups = np.arange(len(self.indices))[self.shard.member_slice()]
-        is_mine_B = np.isin(group_of_B, members_groups)
-        my_rollout = Rollout(
-            tokens_BC=rollout.tokens_BC[is_mine_B],
-            logp_BC=rollout.logp_BC[is_mine_B],
-            length_B=rollout.length_B[is_mine_B],
-            finish_B=rollout.finish_B[is_mine_B],
+        my_groups = np.arange(len(self.indices))[self.shard.member_slice()].tolist()
+        my_rollout = take_groups(
+            dataclasses.replace(rollout, expert_ids_BTLk=None), my_groups, group_size
         )
         my_prompts = [self.batch[i] for i in self.graded_indices]
         return grade(verifiers, tokenizer, my_prompts, my_rollout)
@@ -191,6 +218,30 @@ class LocalPrompts:
             verdicts=[Verdict(*completion["verdict"]) for completion in completions],
         )
 
+    def with_first_texts(
+        self, graded: GradedRollout, tokenizer: Tokenizer, rollout: Rollout, num_texts: int
+    ) -> GradedRollout:
+        """The graded rollout of the whole batch with the texts of its first completions.
+
+        A collective. It is for a batch that was put together from several rounds, whose texts have
+        stayed in the processes that graded them. rollout: of this team.
+        """
+        if self.shard.is_whole:
+            return graded
+        group_size = graded.group_size
+        num_groups = -(-num_texts // group_size)
+        texts_of_group = {}
+        for position, index in enumerate(self.indices):
+            if index >= num_groups:
+                continue
+            texts = []
+            for b in range(position * group_size, (position + 1) * group_size):
+                texts.append(tokenizer.decode(rollout.tokens_BC[b, : rollout.length_B[b]]))
+            texts_of_group[index] = texts
+        texts = [text for group in self.shard.all_gather_by_index(texts_of_group) for text in group]
+        texts += [""] * (len(graded.verdicts) - len(texts))
+        return dataclasses.replace(graded, texts=texts)
+
     def all_gather_lengths(self, rollout: Rollout) -> np.ndarray:
         """Lengths B of the completions of all teams, in the order of the batch. A collective."""
         if self.shard.teams == 1:
@@ -204,8 +255,47 @@ class LocalPrompts:
 
 
 def group_advantages(graded: GradedRollout, cfg: Config) -> np.ndarray:
-    """The advantage of each completion within its group, PG; 0 where the verifier failed."""
-    return np.asarray(advantages(graded.reward_PG, graded.valid_PG, cfg.advantage))
+    """The advantage of each completion within its group, PG; 0 where the verifier failed.
+
+    A length penalty is added to the rewards before. A completion that overlong filtering leaves out
+    of the loss counts in its group's mean and standard deviation all the same (as in TRL and
+    ms-swift).
+    """
+    reward_PG = graded.reward_PG
+    if cfg.rewards.overlong is not None:
+        reward_PG = reward_PG + overlong_penalty(graded.length_PG, cfg.rewards.overlong, cfg)
+    return np.asarray(advantages(reward_PG, graded.valid_PG, cfg.advantage))
+
+
+def overlong_penalty(length: np.ndarray, overlong: Overlong, cfg: Config) -> np.ndarray:
+    """What is added to the reward of a completion of so many tokens, float32, 0 to -1.
+
+        0                                     if |y| <= max - cache
+        ((max - cache) - |y|) / cache         up to max
+        -1                                    beyond
+
+    max is the limit of new tokens unless the configuration has another one.
+
+    Source: DAPO, arXiv 2503.14476, Eq. 13.
+    """
+    max_tokens = overlong.max_tokens or cfg.rollout.max_new_tokens
+    free_tokens = max_tokens - overlong.cache_tokens
+    penalty = (free_tokens - length) / overlong.cache_tokens
+    return np.clip(penalty, -1, 0).astype(np.float32)
+
+
+def in_loss(graded: GradedRollout, cfg: Config) -> np.ndarray:
+    """Which completions the loss is taken over, PG. The others count in none of its means.
+
+    Left out are those whose verifier failed; with overlong filtering those that were truncated; and
+    the groups that only fill a place.
+    """
+    in_loss_PG = graded.valid_PG
+    if cfg.loss.overlong_filter:
+        in_loss_PG = in_loss_PG & ~graded.truncated_PG
+    if graded.is_trained_P is not None:
+        in_loss_PG = in_loss_PG & graded.is_trained_P[:, None]
+    return in_loss_PG
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +303,9 @@ class RolloutScores:
     """Log-probabilities of the packed completion tokens, float32 BT, and the experts to replay."""
 
     sampler_BT: Array  # as sampled
-    old_BT: Array  # the denominator of the ratio: of the scorer, or those of the sampler
+    # The denominator of the ratio: of the scorer, or those of the sampler; with noise if asked for.
+    old_BT: Array
+    clean_old_BT: Array  # the same before the noise
     reference_BT: Array | None = None  # of the policy that the KL penalty keeps near
     live_BT: Array | None = None  # of the scorer without replayed routing
     expert_ids_BTLk: Array | None = None  # what scoring and updates replay
@@ -232,13 +324,13 @@ def mini_batches(
     packed and scores hold the rows of this team of processes, whose prompts stand at local_indices.
     graded and adv_PG are of the whole rollout: the weights count its sequences and tokens.
 
-    A completion whose verifier failed is masked out. Its advantage is 0 already, but without the
-    mask it would count in the means.
+    A completion that is not `in_loss` is masked out, so that it does not count in the means.
     """
     N = cfg.train.mini_batches
-    local_valid_B = graded.valid_PG[local_indices].reshape(-1)
+    in_loss_PG = in_loss(graded, cfg)
+    local_in_loss_B = in_loss_PG[local_indices].reshape(-1)
     local_adv_B = adv_PG[local_indices].reshape(-1).astype(np.float32)
-    mask_BT = packed.mask_BT & packed.spread(local_valid_B)
+    mask_BT = packed.mask_BT & packed.spread(local_in_loss_B)
 
     arrays: dict[str, Array] = dict(packed.arrays)
     arrays["mask_BT"] = mask_BT
@@ -256,8 +348,8 @@ def mini_batches(
     if scores.expert_ids_BTLk is not None:
         arrays["expert_ids_BTLk"] = scores.expert_ids_BTLk
 
-    num_sequences_N = graded.valid_PG.reshape(N, -1).sum(axis=1)
-    num_tokens_N = (graded.valid_PG * graded.length_PG).reshape(N, -1).sum(axis=1)
+    num_sequences_N = in_loss_PG.reshape(N, -1).sum(axis=1)
+    num_tokens_N = (in_loss_PG * graded.length_PG).reshape(N, -1).sum(axis=1)
     pieces = {name: np.split(array, N) for name, array in arrays.items()}
     batches = []
     for n in range(N):

@@ -24,13 +24,15 @@ from sapo_jax.learner.state import abstract_state, fresh_state
 from sapo_jax.rollout import RowShapes
 from sapo_jax.training.clock import Clock
 from sapo_jax.training.evaluate import Evaluator
+from sapo_jax.training.old_logp_noise import noise_notices
 from sapo_jax.training.profile import Trace
 from sapo_jax.training.random_streams import Stream
-from sapo_jax.training.run import Run, open_run
+from sapo_jax.training.run import Run, open_run, say
 from sapo_jax.training.sft import cold_start, reference_params
 from sapo_jax.training.stage import Stage
-from sapo_jax.training.step import PRINTED_SAMPLES, RLStep
-from sapo_jax.training.step_metrics import weights_mistrust
+from sapo_jax.training.step import RLStep
+from sapo_jax.training.step_metrics import PRINTED_SAMPLES, weights_mistrust
+from sapo_jax.training.watch import Watch
 
 STAGE = "rl"
 
@@ -93,12 +95,14 @@ def reinforce(run: Run, log: Log, display: Display, traced: int) -> None:
             log.write(STAGE, 0, evaluate_and_log(run, evaluator, log, state, 0))
             stage.save(state)
 
+        say(noise_notices(cfg))
+        watch = Watch(cfg, broadcast_from_first(newest_row(log)))
         save_seconds = {}  # of the last save; they go into the next step's row
         while not stage.is_done:
             stage.stop_if_told(state)
             trace.next()
             clock = Clock()
-            result = rl_step(state, next(batches), stage.step)
+            result = rl_step(state, next(batches), stage.step, more_prompts=batches)
             state = result.state
             stage.probe = result.probe
             clock.lap("step")
@@ -110,14 +114,24 @@ def reinforce(run: Run, log: Log, display: Display, traced: int) -> None:
             log.samples(STAGE, step, ({"split": "train", **row} for row in logged_samples))
             if result.diagnostics:
                 log.diagnostics(STAGE, step, result.diagnostics)
-            metrics = {**result.metrics, **clock.laps, **save_seconds}
+            counts = watch.count(result.metrics)
+            metrics = {**result.metrics, **counts, **clock.laps, **save_seconds}
             if is_due(cfg.evaluate.every, step) or stage.is_done:
                 metrics |= evaluate_and_log(run, evaluator, log, state, step)
             log.write(STAGE, step, metrics)
             display.step(STAGE, step, cfg.train.steps, metrics)
+            watch.check(step, result.last_error)
             if is_due(cfg.train.print_samples_every, step):
                 display.samples(result.samples[:PRINTED_SAMPLES])
             save_seconds = stage.save_if_due(state)
+
+
+def newest_row(log: Log) -> dict[str, float]:
+    """The metrics of the newest step in the log; {} where there is none."""
+    rows = log.rows(STAGE)
+    if not rows:
+        return {}
+    return {name: value for name, value in rows[-1].items() if name != "stage"}
 
 
 def build_step(run: Run, row_shapes: RowShapes) -> RLStep:

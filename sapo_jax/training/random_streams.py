@@ -10,7 +10,9 @@ import enum
 
 import jax
 
-DATA_STREAMS = 4  # part of every saved run, as the values of Stream are: it must not change
+# Streams that may have an order of data. It is part of every saved run, as the values of Stream
+# are: it must not change.
+DATA_STREAMS = 4
 
 
 class Stream(enum.IntEnum):
@@ -20,6 +22,8 @@ class Stream(enum.IntEnum):
     ROLLOUT = 1
     EVALUATE = 2
     INIT = 3
+    REFILL = 4  # the further rounds of dynamic sampling
+    OLD_LOGP_NOISE = 5
 
 
 def random_key(seed: int, stream: Stream, step: int = 0) -> jax.Array:

@@ -229,7 +229,7 @@ def open_run(
             say(check_memory(cfg, mesh, training=write))
             shard = process_shard(mesh)
             _check_prompts_divide(cfg, shard)
-            verifiers = stack.enter_context(VerifierPool(**dataclasses.asdict(cfg.rewards)))
+            verifiers = stack.enter_context(VerifierPool(**cfg.rewards.of_pool()))
             problems = load_problems(cfg.data, tokenizer, check=gold_check(verifiers))
             say(problems.notices)
             if cfg.model.path is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -40,12 +40,12 @@ from sapo_jax.rollout import (
     PackedBatch,
     Packing,
     RowShapes,
-    Sampler,
     SamplingParams,
     pack_rollout,
 )
 from sapo_jax.training import step_metrics
 from sapo_jax.training.clock import Clock
+from sapo_jax.training.dynamic_sampling import SampledGroups
 from sapo_jax.training.experience import (
     LocalPrompts,
     RolloutScores,
@@ -53,12 +53,13 @@ from sapo_jax.training.experience import (
     make_sampler,
     mini_batches,
 )
-from sapo_jax.training.random_streams import Stream, random_key
+from sapo_jax.training.group_sampler import GroupSampler
+from sapo_jax.training.old_logp_noise import add_noise, standard_normals
+from sapo_jax.training.step_metrics import num_shown
+from sapo_jax.training.update_records import UpdateRecords
 from sapo_jax.types import Prompt
 
 ScorerFn = Callable[[Params, Batch], ScorerOutput]
-
-PRINTED_SAMPLES = 3  # completions of a rollout that the loop prints now and then
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +70,7 @@ class StepResult:
     metrics: dict[str, Any]  # one number each
     samples: list[dict[str, Any]]  # rows for samples.jsonl: the first completions
     diagnostics: dict[str, Any]  # a row for diagnostics.jsonl; {} where none is due
+    last_error: str = ""  # of a verifier that failed; "" where none has failed
     probe: Probe | None = None  # of the policy; None where no scorer was compiled (old_logp)
 
 
@@ -105,11 +107,10 @@ class RLStep:
     cfg: Config
     policy: Policy
     tokenizer: Tokenizer
-    verifiers: VerifierPool
     mesh: jax.sharding.Mesh
     shard: ProcessShard  # the part of every rollout that is this process's
     reference: Params | None  # of the KL penalty
-    sampler: Sampler
+    group_sampler: GroupSampler
     packing: Packing
     row_shapes: RowShapes  # what rollouts were packed into; it grows
     optimizer: optax.GradientTransformation
@@ -167,11 +168,10 @@ class RLStep:
             cfg=cfg,
             policy=policy,
             tokenizer=tokenizer,
-            verifiers=verifiers,
             mesh=mesh,
             shard=shard,
             reference=reference,
-            sampler=sampler,
+            group_sampler=GroupSampler(cfg, sampler, tokenizer, verifiers, shard),
             packing=packing_of(cfg, num_shards("batch", mesh), shard.teams),
             row_shapes=row_shapes or RowShapes(),
             optimizer=optimizer,
@@ -180,29 +180,40 @@ class RLStep:
             update_for=update_for,
         )
 
-    def __call__(self, state: TrainState, prompts: list[Prompt], step: int) -> StepResult:
+    def __call__(
+        self,
+        state: TrainState,
+        prompts: list[Prompt],
+        step: int,
+        more_prompts: Iterator[list[Prompt]] | None = None,
+    ) -> StepResult:
         """One RL step on P prompts; `step` counts from 0 and picks the random numbers.
 
+        more_prompts: batches of P prompts each, which dynamic sampling takes further rounds from.
+
         Takes over `state`: its buffers are donated to the first update. Raises ValueError where
-        the prompts cannot be split into mini-batches, WorkerError where verifiers cannot run.
+        the prompts cannot be split into mini-batches, and where dynamic sampling has nothing to
+        take from; WorkerError where verifiers cannot run; RunError where a batch stays short and
+        the configuration forbids it.
         """
         cfg = self.cfg
         clock = Clock()
 
-        # Rollout: this team of processes samples G completions of each of its prompts.
-        indices = self.shard.local_indices(len(prompts), cfg.train.mini_batches)
-        local = LocalPrompts(prompts, indices, self.shard)
-        rollout_key = random_key(cfg.train.seed, Stream.ROLLOUT, step)
-        rollout = self.sampler(state.params, local.prompts, rollout_key)
+        # Rollout: this team of processes samples G completions of each of its prompts. Dynamic
+        # sampling grades them too, to know which of them to keep.
+        groups = self.group_sampler(state.params, prompts, step, more_prompts)
+        local = groups.local
         clock.lap("rollout")
 
         # Rewards, in worker processes, while the device scores the same completions.
         with ThreadPoolExecutor(1) as background:
-            grading = background.submit(local.grade, self.verifiers, self.tokenizer, rollout)
-            packed = self._pack(local, rollout)
-            scores = self._score_rollout(state.params, local.prompts, rollout, packed, step)
+            grading = background.submit(self.group_sampler.grade, groups)
+            packed = self._pack(local, groups.rollout)
+            scores = self._score_rollout(state.params, groups, packed, step)
             clock.lap("score")
-            graded = local.all_gather_graded(grading.result(), num_shown(cfg))
+            graded = groups.graded
+            if graded is None:
+                graded = local.all_gather_graded(grading.result(), num_shown(cfg))
 
         # Advantages, within each group of the whole rollout.
         adv_PG = group_advantages(graded, cfg)
@@ -214,15 +225,17 @@ class RLStep:
         if cfg.train.routing_on == "device":
             batches = [self._put_expert_ids(batch) for batch in batches]
         update = self.update_for(packed.micro_batch * self.shard.teams)
-        auxes = []
+        records = UpdateRecords()
         for batch in batches * cfg.train.epochs:
             state, aux = update(state, put_batch(batch, self.mesh))
-            auxes.append(aux)
-        auxes = jax.device_get(auxes)
+            records.add(aux)
+        auxes = records.finish()
         clock.lap("update")
 
         metrics = {
-            **step_metrics.rollout_metrics(graded, adv_PG),
+            **step_metrics.rollout_metrics(groups.drawn or graded, cfg),
+            **groups.metrics,
+            **step_metrics.signal_metrics(graded, adv_PG, cfg),
             **step_metrics.packing_metrics(packed, self.shard.teams),
             "rows/shapes": len(self.row_shapes.known),
             **step_metrics.update_metrics(auxes, cfg),
@@ -236,6 +249,7 @@ class RLStep:
             samples=step_metrics.sample_rows(graded, adv_PG, num_shown(cfg)),
             diagnostics=step_metrics.diagnostics_row(auxes, cfg, step + 1),
             probe=probe,
+            last_error=(groups.drawn or graded).last_error,
         )
 
     def _pack(self, local: LocalPrompts, rollout: Rollout) -> PackedBatch:
@@ -257,8 +271,7 @@ class RLStep:
     def _score_rollout(
         self,
         params: Params,
-        prompts: list[Prompt],
-        rollout: Rollout,
+        groups: SampledGroups,
         packed: PackedBatch,
         step: int,
     ) -> RolloutScores:
@@ -268,25 +281,48 @@ class RLStep:
         pass of the old policy records them for the updates.
         """
         cfg = self.cfg
+        rollout = groups.rollout
         sampler_BT: Array = packed.place(np.asarray(rollout.logp_BC))
         old_BT = sampler_BT
         reference_BT = None
         live_BT = None
         expert_ids_BTLk = None
         if cfg.train.routing_replay == "r3":
-            expert_ids_BTLk = sampled_experts(packed, prompts, rollout, cfg.model)
+            expert_ids_BTLk = sampled_experts(packed, groups.local.prompts, rollout, cfg.model)
         if cfg.train.old_logp == "scorer":
             scored = self._score(params, packed, expert_ids_BTLk)
             old_BT = scored.logp_BT
             if cfg.train.routing_replay == "r2":
                 recorded_BTLk = np.asarray(scored.expert_ids_BTLk)
                 expert_ids_BTLk = check_expert_ids(recorded_BTLk, packed.arrays, cfg.model)
+        clean_old_BT = old_BT
+        if cfg.train.old_logp_noise:
+            old_BT = self._with_noise(old_BT, groups, packed, step)
+            if cfg.train.old_logp == "sampler":
+                sampler_BT = old_BT
         if self.reference is not None:
             reference_BT = self._score(self.reference, packed).logp_BT
         every = cfg.train.live_mismatch_every
         if every and (step + 1) % every == 0:
             live_BT = self._score(params, packed).logp_BT
-        return RolloutScores(sampler_BT, old_BT, reference_BT, live_BT, expert_ids_BTLk)
+        return RolloutScores(
+            sampler_BT, old_BT, clean_old_BT, reference_BT, live_BT, expert_ids_BTLk
+        )
+
+    def _with_noise(
+        self, old_BT: Array, groups: SampledGroups, packed: PackedBatch, step: int
+    ) -> np.ndarray:
+        """The log-probabilities with the noise of `train.old_logp_noise`."""
+        cfg = self.cfg
+        normal_BC = standard_normals(
+            cfg.train.seed,
+            step,
+            groups.local.prompts,
+            groups.round_P[groups.local.indices],
+            cfg.rollout.group_size,
+            cfg.rollout.max_new_tokens,
+        )
+        return add_noise(np.asarray(old_BT), packed.place(normal_BC), cfg.train.old_logp_noise)
 
     def _score(
         self, params: Params, packed: PackedBatch, expert_ids_BTLk: np.ndarray | None = None
@@ -343,21 +379,24 @@ class RLStep:
     def _mismatch(
         self, scores: RolloutScores, mask_BT: np.ndarray, first_aux: dict[str, Any]
     ) -> dict[str, float]:
-        """How far the sampler's log-probabilities are from the scorer's."""
+        """How far the sampler's log-probabilities are from the scorer's, and the noise if any.
+
+        Where the noise is in the sampler's (`old_logp: sampler`), these differences contain it.
+        """
         if self.cfg.train.old_logp == "scorer":
-            metrics = step_metrics.mismatch_metrics(scores.old_BT, scores.sampler_BT, mask_BT)
+            metrics = step_metrics.mismatch_metrics(scores.clean_old_BT, scores.sampler_BT, mask_BT)
         else:
             metrics = step_metrics.first_ratio_mismatch(first_aux)
+        if self.cfg.train.old_logp_noise:
+            metrics |= step_metrics.mismatch_metrics(
+                scores.old_BT, scores.clean_old_BT, mask_BT, prefix="old_logp_noise/"
+            )
+            metrics["old_logp_noise/sigma"] = self.cfg.train.old_logp_noise
         if scores.live_BT is not None:
             metrics |= step_metrics.mismatch_metrics(
                 scores.live_BT, scores.sampler_BT, mask_BT, prefix="mismatch/live_"
             )
         return metrics
-
-
-def num_shown(cfg: Config) -> int:
-    """How many completions of a rollout people may look at: those logged, and those printed."""
-    return max(cfg.train.log_samples, PRINTED_SAMPLES)
 
 
 def packing_of(cfg: Config, shards: int, teams: int = 1) -> Packing:

@@ -15,7 +15,7 @@ from sapo_jax.distributed.processes import all_gather
 from sapo_jax.errors import RunError
 from sapo_jax.learner.routing_replay import router_metrics
 from sapo_jax.rollout import PackedBatch
-from sapo_jax.training.experience import GradedRollout
+from sapo_jax.training.experience import GradedRollout, in_loss, overlong_penalty
 from sapo_jax.types import FINISH_REASONS
 
 # Mean |log ratio| of sampler and scorer on the same tokens, in nats. Rounding gives about 1e-6 in
@@ -23,29 +23,48 @@ from sapo_jax.types import FINISH_REASONS
 SUSPICIOUS_MISMATCH = 0.1
 IMPOSSIBLE_MISMATCH = 1.0
 
+PRINTED_SAMPLES = 3  # completions of a rollout that the loop prints now and then
 FAILURES = ("unparsable", "timeout", "error")  # statuses whose share of a rollout is logged
 
 
-def rollout_metrics(graded: GradedRollout, adv_PG: np.ndarray) -> dict[str, float]:
-    """Rewards, accuracy, lengths and verifier statuses; rates are over all completions."""
+def rollout_metrics(graded: GradedRollout, cfg: Config) -> dict[str, float]:
+    """Rewards, accuracy, lengths and verifier statuses; rates are over all completions.
+
+    graded: of all groups that were drawn, also those that dynamic sampling has dropped.
+    """
     valid_PG = graded.valid_PG
     valid_rewards = graded.reward_PG[valid_PG]
     statuses = [verdict.status for verdict in graded.verdicts]
-    is_truncated_B = graded.finish_B == FINISH_REASONS.index("length")
     metrics = {"reward/mean": 0.0, "reward/std": 0.0, "accuracy/mean": 0.0}
     if valid_rewards.size:
         metrics["reward/mean"] = valid_rewards.mean()
         metrics["reward/std"] = valid_rewards.std()
         metrics["accuracy/mean"] = graded.correct_PG[valid_PG].mean()
-    metrics["groups/no_signal_fraction"] = (adv_PG == 0).all(axis=1).mean()
     metrics["completion/length_mean"] = graded.length_B.mean()
     metrics["completion/length_max"] = graded.length_B.max()
-    metrics["completion/truncated_fraction"] = is_truncated_B.mean()
+    metrics["completion/truncated_fraction"] = graded.truncated_PG.mean()
+    if cfg.rewards.overlong is not None:
+        penalty_PG = overlong_penalty(graded.length_PG, cfg.rewards.overlong, cfg)
+        metrics["reward/overlong_penalty_mean"] = penalty_PG.mean()
+        metrics["reward/overlong_fraction"] = (penalty_PG < 0).mean()
     for status in FAILURES:
         metrics[f"verifier/{status}_fraction"] = statuses.count(status) / len(statuses)
     tasks = [prompt.task for prompt in graded.prompts]
     metrics |= mean_by_task("accuracy", tasks, graded.correct_PG)
     return {name: float(value) for name, value in metrics.items()}
+
+
+def signal_metrics(graded: GradedRollout, adv_PG: np.ndarray, cfg: Config) -> dict[str, float]:
+    """The share of the groups of the updates that give no gradient.
+
+    Places of a short batch that no group was found for are no groups.
+    """
+    has_signal_P = (in_loss(graded, cfg) & (adv_PG != 0)).any(axis=1)
+    if graded.is_trained_P is not None:
+        has_signal_P = has_signal_P[graded.is_trained_P]
+    if not has_signal_P.size:
+        return {"groups/no_signal_fraction": 1.0}
+    return {"groups/no_signal_fraction": float((~has_signal_P).mean())}
 
 
 def mean_by_task(prefix: str, tasks: Sequence[str], value_P: np.ndarray) -> dict[str, float]:
@@ -119,7 +138,10 @@ def packing_metrics(packed: PackedBatch, teams: int) -> dict[str, float]:
 
 
 def update_metrics(auxes: Sequence[Mapping[str, Any]], cfg: Config) -> dict[str, Any]:
-    """Means over the N updates of loss and gradient norm; token statistics over all their tokens.
+    """Means over the updates of loss and gradient norm; token statistics over all their tokens.
+
+    Updates that were skipped for want of a signal do not count in the means, unless all were: then
+    the norm is 0.
 
     auxes: what each update returned beside the state (see `learner.update`), on the host.
     """
@@ -128,9 +150,11 @@ def update_metrics(auxes: Sequence[Mapping[str, Any]], cfg: Config) -> dict[str,
         return np.concatenate(parts)
 
     stats = jax.tree.map(join, *[aux["stats"] for aux in auxes])
+    made = [aux for aux in auxes if not aux["skipped"]] or auxes
     metrics = {
-        "loss": np.mean([aux["loss"] for aux in auxes]),
-        "grad_norm": np.mean([aux["grad_norm"] for aux in auxes]),
+        "loss": np.mean([aux["loss"] for aux in made]),
+        "grad_norm": np.mean([aux["grad_norm"] for aux in made]),
+        "updates/skipped": sum(bool(aux["skipped"]) for aux in auxes),
         "nonfinite/in_row": auxes[-1]["nonfinite_in_row"],
         "nonfinite/total": auxes[-1]["nonfinite_total"],
         **diagnostics.finalize_token_stats(diagnostics.reduce_token_stats(stats)),
@@ -144,9 +168,12 @@ def first_ratio_mismatch(first_aux: Mapping[str, Any]) -> dict[str, float]:
     """How far scorer and sampler disagree, where no scoring pass has run.
 
     In the first update of a rollout the policy is still the one that sampled. So its ratio would be
-    1 but for the mismatch, and the largest |log r| tells as much.
+    1 but for the mismatch, and the largest |log r| tells as much. {} where it has no token.
     """
-    ratio = diagnostics.finalize_token_stats(diagnostics.reduce_token_stats(first_aux["stats"]))
+    stats = diagnostics.reduce_token_stats(first_aux["stats"])
+    if stats.count[0] == 0:
+        return {}
+    ratio = diagnostics.finalize_token_stats(stats)
     log_extremes = [np.log(float(ratio[f"ratio/{end}"])) for end in ("min", "max")]
     return {"mismatch/max": max(abs(log_extreme) for log_extreme in log_extremes)}
 
@@ -158,6 +185,11 @@ def diagnostics_row(auxes: Sequence[Mapping[str, Any]], cfg: Config, step: int) 
         return {}
     evidence = [aux["stats"].evidence for aux in auxes]
     return diagnostics.evidence_row(evidence, diagnostics.Gates.of(cfg.objective))
+
+
+def num_shown(cfg: Config) -> int:
+    """How many completions of a rollout people may look at: those logged, and those printed."""
+    return max(cfg.train.log_samples, PRINTED_SAMPLES)
 
 
 def sample_rows(

@@ -123,6 +123,16 @@ BROKEN = [  # rule, overrides, keys, what the message says
      "train.old_logp, rollout.top_k, rollout.min_p", "not start at 1"),
     ("truncated_sampling", ["loss.correction=masked", "rollout.top_k=5"],
      "loss.correction, rollout.top_k", "correction: none"),
+    ("overlong", ["rewards.overlong={cache_tokens: 2}", "loss.overlong_filter=true", "advantage.kind=mean_only"],
+     "loss.overlong_filter, rewards.overlong", "cannot learn from their punishment"),
+    ("overlong", ["rewards.overlong={cache_tokens: 65}", "advantage.kind=mean_only"],
+     "rewards.overlong.cache_tokens, rewards.overlong.max_tokens, rollout.max_new_tokens", "the last 65 of 64 tokens"),
+    ("overlong", ["rewards.overlong={cache_tokens: 64, max_tokens: 128}", "advantage.kind=mean_only"],
+     "rewards.overlong.cache_tokens, rewards.overlong.max_tokens, rollout.max_new_tokens", "fewer than 65.*cannot act"),
+    ("old_logp_noise", ["train.old_logp_noise=0.5", "loss.correction=truncated"],
+     "train.old_logp_noise, loss.correction", "take it out of the ratio again"),
+    ("prompts_at_once", ["rollout.prompts_at_once=5"],
+     "rollout.prompts_at_once, rollout.prompts_per_step", "32 prompts cannot be sampled 5 at a time"),
     ("kl_penalty", ["loss.kl_coef=0.1"], "loss.kl, loss.kl_coef", "no estimator is chosen"),
     ("kl_penalty", ["loss.kl=k3"], "loss.kl, loss.kl_coef", "does nothing"),
     ("truncated_sampling", ["loss.sequence_mask.below=0.1", "rollout.top_p=0.9"],
@@ -309,6 +319,11 @@ DOUBTFUL = [
     ("sampler_anchor", ["objective.name=dppo"], "^train.old_logp, objective.name: .*use old_logp: sampler"),
     ("dual_clip", ["objective={name: grpo, bounds: {neg_high: 3.0}}"],
      "^objective.bounds.neg_high: .*closes r > 4.*is neg_high: 2.0"),
+    ("old_logp_noise", ["train.old_logp_noise=0.5"], "^train.old_logp_noise: noise of sd 0.5 .*for experiments alone"),
+    ("punished_groups", ["rewards.overlong={cache_tokens: 8}"],
+     "^rewards.overlong, rollout.dynamic_sampling: .*only difference.*mean_only"),
+    ("kept_on_device", ["train={mini_batches: 16, routing_replay: r3, routing_on: device}", *MOE],
+     "^train.routing_on, train.mini_batches: .*of 16 mini-batches.*use routing_on: host"),
     ("answer_form", ["cold_start.steps=1", "rewards.extract=answer_tag"], "teaches no <answer>"),
     ("answer_form", ["cold_start.steps=1", "rewards.extract=boxed"], "every completion would be unparsable"),
     ("answer_limit", ["rewards.extract=all", "rollout.max_new_tokens=30000"], "120000 characters.*use extract: auto"),
@@ -350,3 +365,12 @@ def test_a_warning_says_what_to_do(base, advice, overrides, text):
 )
 def test_no_warning_without_reason(base, overrides):
     assert warnings(load(base, overrides)) == []
+
+
+def test_demonstrations_are_not_asked_for_where_nothing_imitates_them(base):
+    missing = "cold_start.demonstrations=gone.jsonl"
+    assert load(base, [missing, "cold_start.steps=0"]).cold_start.steps == 0
+    with pytest.raises(
+        ConfigError, match=r"cold_start.demonstrations: there is no file 'gone.jsonl'"
+    ):
+        load(base, [missing, "cold_start.steps=1"])

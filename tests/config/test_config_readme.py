@@ -19,6 +19,8 @@ from sapo_jax.config import (
     Bounds,
     Config,
     ConfigError,
+    DynamicSampling,
+    Overlong,
     SequenceMask,
     load,
 )
@@ -44,6 +46,8 @@ def test_the_table_names_every_key():
         assert field_names(objective) <= named["objective"]
     assert field_names(SequenceMask) <= named["loss"]
     assert top_level <= named["top level"]
+    assert field_names(Overlong) <= named["rewards"]
+    assert field_names(DynamicSampling) <= named["rollout"]
 
 
 def test_the_example_of_mistakes_is_what_is_said(tmp_path, monkeypatch):

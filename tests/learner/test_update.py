@@ -42,6 +42,7 @@ from sapo_jax.learner.update import (
 )
 from sapo_jax.objectives.correction import CORRECTIONS
 from sapo_jax.objectives.weights import token_weights
+from sapo_jax.training.update_records import UpdateRecords
 from tests.models import tiny
 
 TEMPERATURE = 0.9
@@ -593,3 +594,77 @@ def test_sft_loss_is_torch_cross_entropy():
     assert loss == pytest.approx(expected.item(), rel=1e-6)
     assert tokens == batch.mask_BT.sum()
     assert hits == (logits_NV.argmax(-1) == targets_BT.reshape(-1)).sum().item()
+
+
+# ---------------------------------------------------------------- batches without a signal
+
+
+def without_signal(kind: str) -> Batch:
+    """A batch from which there is nothing to learn: every sample has failed, or all A are 0."""
+    batch = drifted_batch()
+    if kind == "all_failed":
+        nothing_BT = np.zeros_like(batch.mask_BT)
+        return changed(batch, mask_BT=nothing_BT, weight_BT=np.zeros_like(batch.weight_BT))
+    return changed(batch, adv_BT=np.zeros_like(batch.adv_BT))
+
+
+@pytest.mark.parametrize("kind", ["all_failed", "all_equal"])
+def test_a_batch_without_a_signal_changes_nothing(kind):
+    """Momentum and weight decay would: parameters, moments, schedule and step stay bit for bit."""
+    tx, update = adam_update()
+    state, aux = update(fresh_state(tx), drifted_batch())
+    assert not aux["skipped"]
+    before = jax.device_get(state)
+    state, aux = update(state, without_signal(kind))
+    assert aux["skipped"]
+    assert aux["grad_norm"] == 0
+    chex.assert_trees_all_equal(jax.device_get(state), before)
+    assert last_learning_rate(lambda count: count, state, aux) == 0  # that of the first update
+
+
+def test_the_kl_penalty_and_imitation_are_signals():
+    """With A = 0 the penalty still pulls; a supervised batch has no advantages at all."""
+    batch = without_signal("all_equal")
+    ref_logp_BT = np.asarray(batch.old_logp_BT) - 0.3
+    assert not learner.has_signal(batch)
+    assert learner.has_signal(changed(batch, ref_logp_BT=ref_logp_BT))
+    assert learner.has_signal(changed(batch, old_logp_BT=None))
+    failed = without_signal("all_failed")
+    assert not learner.has_signal(changed(failed, ref_logp_BT=ref_logp_BT))
+    assert not learner.has_signal(changed(failed, old_logp_BT=None))
+    broken = changed(failed, weight_BT=np.full_like(failed.weight_BT, np.nan))
+    assert learner.has_signal(broken)  # it is for the check of finite gradients to refuse it
+
+
+# ---------------------------------------------------------------- many updates
+
+
+def live_bytes() -> int:
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+def test_what_64_updates_say_takes_no_more_device_memory_than_what_4_say():
+    """Records are read as they come; and micro-batches are added up to the same statistics."""
+    tx, update = adam_update()
+    update_of_batch = {}
+    most_bytes = {}
+    for num_updates in (4, 64):
+        state = fresh_state(tx)
+        records = UpdateRecords()
+        seen = []
+        for _ in range(num_updates):
+            state, aux = update(state, drifted_batch())
+            records.add(aux)
+            del aux
+            seen.append(live_bytes())
+        most_bytes[num_updates] = max(seen)
+        update_of_batch[num_updates] = records.finish()
+        assert len(update_of_batch[num_updates]) == num_updates
+    assert most_bytes[64] == most_bytes[4]
+    for few, many in zip(update_of_batch[4], update_of_batch[64][:4], strict=True):
+        chex.assert_trees_all_equal(few, many)
+    _, aux = update(fresh_state(tx), drifted_batch())
+    assert len(aux["stats"].count) == 2
+    added_up = update_of_batch[4][0]["stats"]
+    assert len(added_up.count) == 1
+    chex.assert_trees_all_close(reduced(added_up), jax.device_get(reduced(aux["stats"])))

@@ -129,7 +129,7 @@ def assert_close(found: Path, expected: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def single_device(tiny_config, tmp_path_factory) -> Path:
+def alone(tiny_config, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("alone") / "run"
     finish(tiny_config, folder, SETTINGS, processes=1, devices=1)
     return folder
@@ -154,6 +154,35 @@ def test_a_batch_that_both_processes_hold(tiny_config, alone, tmp_path):
     """Sequences are split over all devices: both processes sample the same groups, and share out the verifying."""
     finish(tiny_config, tmp_path / "run", SETTINGS + SHARED)
     assert_close(tmp_path / "run", alone)
+
+
+DYNAMIC = ["rollout.dynamic_sampling={max_rounds: 3}"]
+
+
+def test_dynamic_sampling_of_one_team_has_the_numbers_of_one_process(tiny_config, tmp_path):
+    """Its two processes share out the verifying, and decide alike which groups to keep."""
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    finish(tiny_config, alone, SETTINGS + DYNAMIC, processes=1, devices=1)
+    finish(tiny_config, shared, SETTINGS + SHARED + DYNAMIC)
+    assert_close(shared, alone)
+    assert max(row.get("groups/rounds", 0) for row in rows(alone)) > 1
+
+
+def test_two_teams_fill_their_own_parts_of_a_batch(tiny_config, tmp_path):
+    """They go on until both are full, and a job that was stopped between goes on bit for bit."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    finish(tiny_config, whole, SETTINGS + SPLIT + DYNAMIC)
+    for row in rows(whole):
+        if row["stage"] == "rl" and row["step"] > 0:
+            assert row["groups/drawn"] == 8 * row["groups/rounds"]
+            assert row["groups/mixed"] == 8 - row["groups/missing"] + row["groups/surplus"]
+    job = Job(tiny_config, stopped, SETTINGS + SPLIT + DYNAMIC)
+    job.when(written(stopped, "rl", 1))
+    job.processes[1].send_signal(signal.SIGTERM)
+    assert job.codes(600) == [STOPPED, STOPPED]
+    finish(tiny_config, stopped, SETTINGS + SPLIT + DYNAMIC)
+    assert digests(stopped, "rl", 3) == digests(whole, "rl", 3)
+    assert without_time(stopped) == without_time(whole)
 
 
 def test_what_two_saved_one_restores_on_another_mesh(tiny_config, together, alone, tmp_path):

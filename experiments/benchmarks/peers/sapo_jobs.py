@@ -232,7 +232,7 @@ class Parity:
 
 def iteration_job(work: Work) -> Job:
     setting = Setting.of(work)
-    verifiers = VerifierPool(**dataclasses.asdict(setting.cfg.rewards))
+    verifiers = VerifierPool(**setting.cfg.rewards.of_pool())
     step = RLStep.build(setting.cfg, setting.policy, Parity(), verifiers, setting.mesh)
     prompts = prompts_of(work.prompts)
     state = fresh_state(setting.policy, step.optimizer, setting.mesh, setting.params)
