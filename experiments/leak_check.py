@@ -1,6 +1,6 @@
 """Does a long run stay as large as it is? Memory, open files, threads and the folder, step by step.
 
-    python experiments/leak_check.py [STEPS]   about three minutes for 600 steps on two cores
+    python experiments/leak_check.py [STEPS]   minutes for 600 steps on two cores
 
 It trains the tiniest policy for so many RL steps, with a checkpoint every 10, an evaluation every
 50 and a plug-in verifier process, and looks at the run from outside after every few of them. The
