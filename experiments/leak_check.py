@@ -1,6 +1,6 @@
 """Does a long run stay as large as it is? Memory, open files, threads and the folder, step by step.
 
-    python experiments/leak_check.py [STEPS]   about three minutes for 600 steps on two cores
+    python experiments/leak_check.py [STEPS]   minutes for 600 steps on two cores
 
 It trains the tiniest policy for so many RL steps, with a checkpoint every 10, an evaluation every
 50 and a plug-in verifier process, and looks at the run from outside after every few of them. The
@@ -9,8 +9,8 @@ allocator has settled) and of its verifiers, open files, threads, processes, and
 holds in logs and in checkpoints.
 
 Expected: from a third of the run on, all is flat but the logs, which grow by the same amount every
-step. (Until the first answer is right, at step 170 or so, checkpoints take half as much: the
-optimiser's moments are zeros, which compress well.)
+step. (A short cold start comes first: while no answer is right the optimiser's moments are zeros,
+which compress well, so that checkpoints would grow with the first right one.)
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ data:
   max_prompt_tokens: 8
   chat_template: plain
   tasks: [{{kind: file, path: {problems}, verifier: math}}]
-rollout: {{prompts_per_step: 2, group_size: 4, max_new_tokens: 4}}
+cold_start: {{steps: 100, batch_size: 16, optimizer: {{learning_rate: 1.0e-2}}}}
+rollout: {{prompts_per_step: 4, group_size: 4, max_new_tokens: 4}}
 train: {{steps: {steps}, mini_batches: 1, epochs: 2, print_samples_every: 0}}
 evaluate: {{every: 50, samples: 2, batch_prompts: 8}}
 checkpoint: {{every: 10}}
@@ -84,7 +85,7 @@ def watch(folder: Path, steps: int) -> list[dict[str, float]]:
         while process.poll() is None:
             time.sleep(SECONDS_BETWEEN_LOOKS)
             row = last_row(run_dir / METRICS)
-            step = row.get("step", 0)
+            step = row.get("step", 0) if row.get("stage") == "rl" else 0
             if step > 0 and (not rows or step > rows[-1]["step"]):
                 seen = look(process.pid, run_dir)
                 if seen:

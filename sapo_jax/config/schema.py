@@ -415,8 +415,11 @@ class Checkpoint:
     """When the state is saved, and which checkpoints are kept."""
 
     every: Count = 20  # steps
-    keep_last: Count = 2
+    keep_last: Count = 2  # two stay in any case: the newest, and the one before it
     keep_every: CountOrZero = 0  # steps; 0: only the last ones are kept
+    # What happens to a policy that is finite but ruined (configs/README.md): the run stops and does
+    # not save it; or it is saved like any other, for experiments on how policies collapse.
+    on_ruin: Literal["stop", "save"] = "stop"
 
 
 @config_section

@@ -480,10 +480,15 @@ class _Split:
         return f" and {self.report.over_long} longer than data.max_prompt_tokens = {limit}"
 
     def _too_few(self, what_there_is: str) -> DataError:
+        remedy = "lower data.held_out"
+        if self.report.over_long:
+            # As after model.path, which sets a template of its own.
+            remedy = (
+                "raise data.max_prompt_tokens (the chat template counts too), lower data.held_out"
+            )
         return DataError(
             f"{what_there_is}; {self.quota} must be held out and some left to train on:"
-            f" lower data.held_out (now {self.cfg.held_out} over all tasks)"
-            " or give the task more problems"
+            f" {remedy} (now {self.cfg.held_out} over all tasks) or give the task more problems"
         )
 
 

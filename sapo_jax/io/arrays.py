@@ -104,23 +104,35 @@ def why_ruined(before: Mapping[str, float], now: Mapping[str, float]) -> str | N
     """What shows that a state cannot be trusted, for people; None where nothing does.
 
     before, now: root mean squares by path, of the last state that was trusted and of this one.
-    There are two signs. A number that is not finite; and a parameter tensor that has grown more
-    than MOST_GROWTH times, measured against itself or, where it began smaller, against the typical
-    tensor (biases and new heads begin at 0).
     """
+    return why_not_finite(now) or why_blown_up(before, now)
+
+
+def why_not_finite(now: Mapping[str, float]) -> str | None:
+    """Which array holds a number that is not finite; None where none does."""
     not_finite = [path for path, size in now.items() if not np.isfinite(size)]
-    if not_finite:
-        return f"{not_finite[0]} holds NaN or infinity ({len(not_finite)} of {len(now)} arrays do)"
-    typical = float(
-        np.median([size for path, size in before.items() if path.startswith(PARAMS)] or [0.0])
-    )
-    worst = ""
+    if not not_finite:
+        return None
+    return f"{not_finite[0]} holds NaN or infinity ({len(not_finite)} of {len(now)} arrays do)"
+
+
+def why_blown_up(before: Mapping[str, float], now: Mapping[str, float]) -> str | None:
+    """Which parameter tensor has grown more than MOST_GROWTH times; None where none has.
+
+    It is measured against itself or, where it began smaller, against the typical tensor. One that
+    began at 0, as biases do, has no size of its own: it is measured against 1.
+    """
+    params_before = [size for path, size in before.items() if path.startswith(PARAMS)]
+    typical = float(np.median(params_before or [0.0]))
+    worst = None
     most = MOST_GROWTH
     for path, size in now.items():
         if path not in before or not path.startswith(PARAMS):
             continue
         start = max(before[path], typical)
+        if before[path] == 0:
+            start = max(1.0, typical)
         if size > most * start:
             most = size / start
             worst = f"{path} grew from {before[path]:.3g} to {size:.3g} (root mean square)"
-    return worst or None
+    return worst

@@ -42,7 +42,15 @@ from sapo_jax.errors import (
     from_os_error,
     is_out_of_space,
 )
-from sapo_jax.io.arrays import describe, digests, flatten, root_mean_squares, why_ruined
+from sapo_jax.io.arrays import (
+    describe,
+    digests,
+    flatten,
+    root_mean_squares,
+    why_blown_up,
+    why_not_finite,
+    why_ruined,
+)
 from sapo_jax.io.step_folders import (
     complete_steps,
     misnamed_checkpoints,
@@ -117,6 +125,7 @@ class Checkpoints:
         self._has_failed = False  # a save
         # Root mean squares of the arrays saved, restored or begun with last; {}: none yet.
         self._trusted_sizes: dict[str, float] = {}
+        self._refuses_blown_up = cfg is not None and cfg.on_ruin == "stop"
         self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
         self._manager: ocp.CheckpointManager | None = None
         if cfg is not None:
@@ -178,7 +187,9 @@ class Checkpoints:
         except (TypeError, ValueError) as error:
             raise TypeError(f"the extras of a checkpoint must be JSON values: {error}") from error
         sizes = _sizes_of(leaves)
-        reason = why_ruined(self._trusted_sizes, sizes)
+        reason = why_not_finite(sizes)
+        if reason is None and self._refuses_blown_up:
+            reason = why_blown_up(self._trusted_sizes, sizes)
         if reason is not None:
             name = f"checkpoint {self.directory / str(step)}"
             text = f"{name} was not saved: {reason}; {self.what_is_kept()}."

@@ -240,7 +240,7 @@ class Stage:
 
     def _refuse_ruined(self, state: TrainState) -> None:
         """Raises RunError for a policy that no longer knows its own tokens."""
-        if self.probe is None:
+        if self.probe is None or self._run.cfg.checkpoint.on_ruin == "save":
             return
         drift = self.probe(state.params)
         if not drift <= MOST_DRIFT:  # NaN too
@@ -253,11 +253,11 @@ class Stage:
 
     def _ruined_message(self, reason: str) -> str:
         """That a finite step was too large for the policy to survive, and what to do."""
-        key = OPTIMIZER_KEY[self.name]
+        key = f"{OPTIMIZER_KEY[self.name]}.learning_rate"
         return (
-            f"{self.name} step {self.step}: the policy is ruined: {reason}. It is not"
-            f" saved; {self.checkpoints.what_is_kept()}. Lower"
-            f" {key}.learning_rate, and add --allow-change {key}.learning_rate to go on from there"
+            f"{self.name} step {self.step}: the policy is ruined: {reason}. It is not saved;"
+            f" {self.checkpoints.what_is_kept()}. Lower {key}, and add --allow-change {key} to go"
+            " on from there; or set checkpoint.on_ruin=save to see how it collapses"
         )
 
 

@@ -105,7 +105,7 @@ def test_five_planted_mistakes_are_all_listed(write):
         ("train.temperature=1", "train.temperature: unknown key here;"
          " did you mean 'rollout.temperature' or 'evaluate.temperature'?"),
         ("tau_pos=1", "tau_pos: unknown key here; did you mean 'objective.tau_pos (name: sapo)'?"),
-        ("checkpoint.zzz=1", "checkpoint.zzz: unknown key; the keys here are every, keep_last, keep_every"),
+        ("checkpoint.zzz=1", "checkpoint.zzz: unknown key; the keys here are every, keep_last, keep_every, on_ruin"),
         ("mesh=null", "mesh: expected a mapping, got null; leave the key out to keep the defaults"),
         ("objective=null", "objective: expected a mapping with `name: sapo | grpo | gspo | cispo | vespo | dppo | topr`, got null;"
          " leave the key out to keep the defaults"),

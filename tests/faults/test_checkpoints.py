@@ -235,7 +235,8 @@ def test_why_a_state_is_ruined():
     assert why_ruined(before, before | {"params/w": 2.0}) == (
         "params/w grew from 0.02 to 2 (root mean square)"
     )
-    assert "params/bias grew from 0 to 1" in why_ruined(before, before | {"params/bias": 1.0})
+    assert why_ruined(before, before | {"params/bias": 1.0}) is None
+    assert "params/bias grew from 0 to 20" in why_ruined(before, before | {"params/bias": 20.0})
     text = why_ruined(before, before | {"moments/w": float("inf")})
     assert text == "moments/w holds NaN or infinity (1 of 4 arrays do)"
     assert why_ruined({}, learned) is None, "nothing to compare with"
@@ -256,6 +257,16 @@ def test_a_ruined_state_replaces_nothing(scale, tmp_path):
         assert checkpoints.restore(abstract(train_state())) is not None
         with pytest.raises(RuinedStateError, match="params/w|NaN"):
             checkpoints.save(5, train_state(scale), {})
+
+
+def test_a_collapse_that_is_watched_is_saved_as_long_as_it_is_finite(tmp_path):
+    watched = schema.Checkpoint(keep_last=4, on_ruin="save")
+    with Checkpoints(tmp_path, watched) as checkpoints:
+        checkpoints.save(1, train_state(), {})
+        checkpoints.save(2, train_state(1e3), {})
+        with pytest.raises(RuinedStateError, match="NaN"):
+            checkpoints.save(3, train_state(float("nan")), {})
+    assert names(tmp_path) == ["1", "2"]
 
 
 def test_the_first_state_of_a_stage_is_what_its_first_checkpoint_is_compared_with(tmp_path):

@@ -123,6 +123,9 @@ def test_eval_of_a_model_directory_without_a_run(tiny_config, tiny_model, tmp_pa
     rows = [json.loads(line) for line in (folder / "evaluations.jsonl").open()]
     assert [(row["stage"], row["held_out/problems"]) for row in rows] == [("pretrained", 8)]
     assert [path.name for path in folder.iterdir()] == ["evaluations.jsonl"]
+    words[1] = "data.max_prompt_tokens=16"  # the template of the directory alone has more
+    assert main(["eval", str(tiny_config), *words]) == 1
+    assert "raise data.max_prompt_tokens (the chat template counts" in capsys.readouterr().err
 
 
 def test_a_model_directory_in_place_of_a_config_is_a_message(tiny_model, capsys):
