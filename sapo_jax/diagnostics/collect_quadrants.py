@@ -105,23 +105,24 @@ def collect_quadrants(
 
 def _group(sign: Array, log_ratio: Array) -> Array:
     """int32 index of the sign of A and side of r among all pairs of them; NO_GROUP where masked."""
-    side = jnp.where(log_ratio < 0, SIDES.index("below"), SIDES.index("above"))
+    one_or_above = jnp.where(log_ratio > 0, SIDES.index("above"), SIDES.index("one"))
+    side = jnp.where(log_ratio < 0, SIDES.index("below"), one_or_above)
     return jnp.where(sign >= 0, sign * len(SIDES) + side, NO_GROUP)
 
 
 def _is_in_groups(group: Array) -> Array:
-    """bool [..., 6]: whether an entry is in each of the groups."""
+    """bool [..., 9]: whether an entry is in each of the groups."""
     return group[..., None] == jnp.arange(len(SIGNS) * len(SIDES))
 
 
 def _count_by_group(flag: Array, group: Array) -> Array:
-    """int32 [3, 2], the entries of each group whose flag is set."""
+    """int32 [3, 3], the entries of each group whose flag is set."""
     counted = flag[..., None] & _is_in_groups(group)
     return jnp.sum(counted, axis=(0, 1), dtype=jnp.int32).reshape(SUMS_SHAPE)
 
 
 def _sum_by_group(x: Array, group: Array) -> Array:
-    """[3, 2], the sum of x over each group. What x holds elsewhere is never read."""
+    """[3, 3], the sum of x over each group. What x holds elsewhere is never read."""
     total = jnp.sum(jnp.where(_is_in_groups(group), x[..., None], 0), axis=(0, 1))
     return total.reshape(SUMS_SHAPE)
 

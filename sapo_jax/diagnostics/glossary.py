@@ -46,8 +46,8 @@ PLACEHOLDERS = {
     ),
     "quadrant": Placeholder(
         regex="(?:pos|neg)_(?:below|above)",
-        meaning="`pos_below`, `pos_above`, `neg_below` or `neg_above`: the sign of A, and the side "
-        "of r < 1 or r >= 1 (of sequences: of s_i = exp(mean log r)); an r of 1 exactly is above",
+        meaning="`pos_below`, `pos_above`, `neg_below` or `neg_above`: the sign of A, and r < 1 or "
+        "r > 1 (of sequences: s_i = exp(mean log r)); an r of 1 exactly is in none of them",
         examples=("pos_below", "pos_above", "neg_below", "neg_above"),
     ),
     "sign": Placeholder(
@@ -413,8 +413,9 @@ GLOSSARY = (
         (
             Entry(
                 ("quadrant/{quadrant}/token_fraction",),
-                "share of the trained tokens that are in the quadrant",
-                "a quarter each, near r = 1",
+                "share of the trained tokens that are in the quadrant; the rest has r = 1, as in "
+                "the first of the N updates of a rollout, or A = 0",
+                "both sides of a sign alike",
                 "one sign is rare: rewards of almost all or almost no completion are good",
             ),
             Entry(
@@ -438,7 +439,7 @@ GLOSSARY = (
                 ("quadrant/{quadrant}/grad_share",),
                 "the quadrant's share of the summed gradient norms on the logits, of the objective "
                 "in use (without the KL penalty)",
-                "a quarter each, near r = 1",
+                "as the shares of the tokens",
                 "`neg_below` grows over training: the update is spent on tokens that already fall; "
                 "lower `train.mini_batches`, or close that side: `objective.tau_neg_below`, or "
                 "`objective.bounds` with neg_low",
@@ -454,7 +455,7 @@ GLOSSARY = (
                 ("sequence_quadrant/{quadrant}/sequence_fraction",),
                 "the same by sequence, sign of A by side of s_i = exp(mean log r): share of the "
                 "sequences",
-                "a quarter each, near s_i = 1",
+                "both sides of a sign alike",
                 "as above",
             ),
             Entry(

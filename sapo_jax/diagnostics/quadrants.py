@@ -8,9 +8,10 @@ A hard clip closes the two quadrants that push on. A soft gate fades all four. W
 through there is what papers about it argue over, so all of this is of the run's own objective: its
 gate, and its weight w on A grad log pi.
 
-A token with r = 1 exactly is on the side `above`. One of the N updates of a rollout has r = 1 on
-every token up to rounding: there the side is chance, and w is 1 on either of them. Tokens with
-A = 0 have no quadrant; they count among the trained tokens and in KL(old), and carry no gradient.
+A token with r = 1 exactly is on neither side. In the first of the N updates of a rollout that is
+every token; or, where another program computed the old log-probs, r is 1 up to rounding, the side is
+chance, and w is 1 on either of them. Tokens with A = 0 have no quadrant. Both still count in what
+the shares are shares of: the trained tokens, the gradient, and KL(old).
 
 The same is taken of sequences, by the side of s_i = exp(mean_t log r), the ratio of a sequence. And
 three histograms say where in a sequence tokens drift, how likely the drifting ones were, and how
@@ -33,10 +34,10 @@ from sapo_jax.diagnostics import histograms as hist
 if TYPE_CHECKING:
     from sapo_jax.batch import Array
 
-# A > 0, A < 0, A = 0: every token and every sequence has one of these signs, and r < 1 or r >= 1.
-# Below, [3] is a dimension over the signs and [2] one over the sides.
+# A > 0, A < 0, A = 0, and r < 1, r = 1, r > 1: every token and every sequence has one of each.
+# Below, [3] is a dimension over the signs, and [3, 3] one over the signs and one over the sides.
 SIGNS = ("pos", "neg", "zero")
-SIDES = ("below", "above")
+SIDES = ("below", "one", "above")
 QUADRANTS = ("pos_below", "pos_above", "neg_below", "neg_above")
 
 POSITIONS = 4  # equal parts of a completion, from its first to its last token
@@ -54,7 +55,7 @@ MASK_QUANTILES = {"p01": 0.01, "p05": 0.05, "p25": 0.25, "p50": 0.5}
 
 @dataclasses.dataclass(frozen=True)
 class QuadrantSums:
-    """Sums over the tokens, or the sequences, of each sign of A and side of r: [3, 2].
+    """Sums over the tokens, or the sequences, of each sign of A and side of r: [3, 3].
 
     Of a sequence, gate and grad_weight are the means over its tokens, gradient and kl the sums.
     """
@@ -89,7 +90,7 @@ HISTOGRAM_SHAPES = {
 
 
 def indices(quadrant: str) -> tuple[int, int]:
-    """Where one of QUADRANTS stands in an array [3, 2]."""
+    """Where one of QUADRANTS stands in an array [3, 3]."""
     sign, side = quadrant.split("_")
     return SIGNS.index(sign), SIDES.index(side)
 

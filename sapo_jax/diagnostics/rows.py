@@ -91,7 +91,7 @@ def evidence_row(updates: Sequence[Evidence], gates: Gates) -> dict[str, Any]:
 
 
 def _quadrants_row(quadrants: Quadrants) -> dict[str, Any]:
-    """Its sums as flat lists: A > 0 below and above, then A < 0, then A = 0."""
+    """Its sums as flat lists: A > 0 with r < 1, r = 1 and r > 1, then A < 0, then A = 0."""
     row: dict[str, Any] = {}
     for part in ("tokens", "sequences"):
         sums = _fields_by_name(getattr(quadrants, part))
