@@ -9,9 +9,9 @@ through there is what papers about it argue over, so all of this is of the run's
 gate, and its weight w on A grad log pi.
 
 A token with r = 1 exactly is on neither side. In the first of the N updates of a rollout that is
-every token; or, where another program computed the old log-probs, r is 1 up to rounding, the side is
-chance, and w is 1 on either of them. Tokens with A = 0 have no quadrant. Both still count in what
-the shares are shares of: the trained tokens, the gradient, and KL(old).
+every token; or, where another program computed the old log-probs, r is 1 up to rounding, the side
+is chance, and w is 1 on either of them. Tokens with A = 0 have no quadrant. Both still count in
+what the shares are shares of: the trained tokens, the gradient, and KL(old).
 
 The same is taken of sequences, by the side of s_i = exp(mean_t log r), the ratio of a sequence. And
 three histograms say where in a sequence tokens drift, how likely the drifting ones were, and how
