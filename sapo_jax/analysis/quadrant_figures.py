@@ -126,8 +126,8 @@ def drift_map(
 ) -> None:
     """Where r is, for each of some buckets of tokens: the share of the bucket in each bin of r.
 
-    counts: [buckets, RATIO_BINS]. Shares of at least 0.5 % are written into their cells. The dashed
-    lines are the ends of the band.
+    counts: [buckets, RATIO_BINS]. Shares of at least 0.5 % are written into their cells, and the
+    number of tokens under each bucket. The dashed lines are the ends of the band.
     """
     finish(axes, title, x_label, "r")
     axes.grid(visible=False)
@@ -147,13 +147,17 @@ def drift_map(
     for (row, column), value in np.ndenumerate(share):
         if value >= 0.005:
             colour = "white" if value > 0.25 else "black"
-            text = f"{100 * value:.2g}%"
+            digits = 1 if value < 0.1 else 0
+            text = f"{100 * value:.{digits}f}%"
             place = {"ha": "center", "va": "center", "in_layout": False}
             axes.text(column, row, text, fontsize=8, color=colour, **place)
     labels = []
     for name, number in zip(names, total[:, 0], strict=True):
-        labels.append(name if number else f"{name}\n(none)")
-    axes.set_xticks(range(len(names)), labels, fontsize=9)
+        tokens = f"{number}"
+        if number >= 10_000:
+            tokens = f"{number / 1000:.0f}k"
+        labels.append(f"{name}\nn = {tokens}")
+    axes.set_xticks(range(len(names)), labels, fontsize=8)
     # An edge stands half a cell below the bin that begins with it.
     places = np.arange(len(RATIO_EDGES)) + 0.5
     axes.set_yticks(places, [f"{edge:g}" for edge in RATIO_EDGES], fontsize=8)
@@ -175,7 +179,7 @@ def probability_map(axes: Axes, quadrants: Quadrants, sign: str, band: tuple[flo
     """r by the probability that the old policy gave the token."""
     counts = quadrants.probability_histogram[SIGNS.index(sign)]
     edges = (0.0, *PROBABILITY_EDGES, 1.0)
-    names = [f"{low:g}-\n{high:g}" for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    names = [f"{low:g}-{high:g}" for low, high in zip(edges[:-1], edges[1:], strict=True)]
     title = f"r by old probability, {NAMES[sign]}"
     drift_map(axes, counts, names, band, title, "probability under the old policy")
 
