@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from sapo_jax.analysis.figures import LIGHT, NAMES, finish, percent_form, say_instead
 from sapo_jax.analysis.read import RunEvidence
@@ -61,7 +61,7 @@ def ratio_over_training(axes: Axes, run: RunEvidence, sign: str, title: str = ""
         say_instead(axes, f"no token with {NAMES[sign]}")
         return
     colour = COLOURS[sign]
-    for first, alpha, label in ((0, 0.2, "98 % of the tokens"), (2, 0.5, "50 %")):
+    for first, alpha, label in ((0, 0.2, "98 % of tokens"), (2, 0.5, "50 %")):
         below = quantiles_of_steps[:, first]
         above = quantiles_of_steps[:, -1 - first]
         axes.fill_between(
@@ -70,23 +70,24 @@ def ratio_over_training(axes: Axes, run: RunEvidence, sign: str, title: str = ""
     axes.plot(run.steps, quantiles_of_steps[:, len(QUANTILES) // 2], color=colour, label="median")
     least = min(np.nanmin(quantiles_of_steps), 1 - low)
     largest = max(np.nanmax(quantiles_of_steps), 1 + high)
-    _ratio_axis(axes, least / 1.25, largest * 1.25)
+    room = (largest / least) ** 0.15  # for the legend and the names of the quadrants
+    _ratio_axis(axes, least / room, largest * room)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    for y, side in ((0.97, "above"), (0.03, "below")):
+    for y, side in ((0.96, "above"), (0.12, "below")):
         text = LABELS[f"{sign}_{side}"].format("r")
         axes.text(
             0.98, y, text, transform=axes.transAxes, ha="right", va="center", fontsize=9, color=GREY
         )
-    axes.legend(frameon=False, fontsize=9, loc="lower left", ncols=2)
+    legend = {"handlelength": 1.2, "columnspacing": 0.8, "handletextpad": 0.4}
+    axes.legend(frameon=False, fontsize=8, loc="lower left", ncols=4, **legend)
 
 
 def _ratio_axis(axes: Axes, least: float, largest: float) -> None:
     """A logarithmic y axis of r with round numbers, of which 0.8 and 1.27 are GRPO's bounds."""
     axes.set_yscale("log")
     axes.set_ylim(least, largest)
-    ticks = [tick for tick in RATIO_TICKS if least < tick < largest]
-    axes.yaxis.set_major_locator(FixedLocator(ticks))
-    axes.yaxis.set_major_formatter(FixedFormatter([f"{tick:g}" for tick in ticks]))
+    axes.yaxis.set_major_locator(FixedLocator(RATIO_TICKS))
+    axes.yaxis.set_major_formatter(lambda tick, _: f"{tick:g}")
     axes.yaxis.set_minor_locator(NullLocator())
 
 
