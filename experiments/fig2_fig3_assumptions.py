@@ -40,8 +40,8 @@ from sapo_jax.analysis.figures import GAP, VAR, bound_panel, ratio_histogram, va
 from sapo_jax.analysis.phases import table
 from sapo_jax.analysis.read import RunEvidence, read_run_evidence
 from sapo_jax.config import load
-from sapo_jax.diagnostics.evidence import SIGNS
 from sapo_jax.diagnostics.histograms import POSITIVE_EDGES, SIGNED_EDGES
+from sapo_jax.diagnostics.quadrants import SIGNS
 from sapo_jax.io.files import DIAGNOSTICS, write_csv
 from sapo_jax.training.loop import train
 

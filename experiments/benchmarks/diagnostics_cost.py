@@ -10,6 +10,7 @@ prints medians and quartiles in milliseconds, and writes experiments/results/dia
     difference       of the two in the same repeat (other jobs on the machine disturb both alike)
     evidence         `collect_evidence` alone, compiled, on the same arrays; the rest of the
                      difference is sum p^2, one more sum over each slice of the vocabulary
+    quadrants        the part of `evidence` that the quadrants take: less the same without them
     host             once per RL step, not per update: statistics of 4 updates -> metrics, and the
                      row as JSON
 
@@ -44,7 +45,7 @@ from sapo_jax.rollout import pad_sequences
 
 RESULTS = Path(__file__).parents[1] / "results"
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
-PARTS = ("without", "with", "difference", "evidence", "host")
+PARTS = ("without", "with", "difference", "evidence", "quadrants", "host")
 WARM_UPS = 2  # repeats that compile and warm up
 UPDATES_PER_STEP = 4  # whose statistics the host takes together
 DRIFT = 0.05  # nats, standard deviation of log r
@@ -109,22 +110,34 @@ def measure(variant: Variant, repeats: int) -> dict[str, np.ndarray]:
         updates[part] = make_update(policy, optimizer, policy_loss(cfg_of_part), variant.rows)
         states[part] = init_state(jax.tree.map(lambda x: x.copy(), params), optimizer)
 
-    @jax.jit
     def evidence_alone(batch: Batch) -> diagnostics.Evidence:
-        collision_BT = jnp.exp(2 * logp_BT)  # any numbers of the right shape
-        return diagnostics.collect_evidence(drift_BT, batch, gates, logp_BT, collision_BT)
+        # Any numbers of the right shape.
+        collision_BT = jnp.exp(2 * logp_BT)
+        own = {"gate": drift_BT, "grad_weight": drift_BT}
+        return diagnostics.collect_evidence(drift_BT, batch, gates, logp_BT, own, collision_BT)
 
-    times: dict[str, list[float]] = {"without": [], "with": [], "evidence": [], "host": []}
+    def evidence_without_quadrants(batch: Batch) -> diagnostics.Evidence:
+        """XLA computes nothing that is not returned."""
+        return dataclasses.replace(evidence_alone(batch), quadrants=None)
+
+    programs = {
+        "evidence": jax.jit(evidence_alone),
+        "evidence_without_quadrants": jax.jit(evidence_without_quadrants),
+    }
+    times: dict[str, list[float]] = {part: [] for part in (*updates, *programs, "host")}
     for _ in range(repeats + WARM_UPS):
         for part, update in updates.items():
             with timed(times[part]):
                 states[part], aux = jax.block_until_ready(update(states[part], batch))
-        with timed(times["evidence"]):
-            jax.block_until_ready(evidence_alone(batch))
+        for part, program in programs.items():
+            with timed(times[part]):
+                jax.block_until_ready(program(batch))
         with timed(times["host"]):
             evidence_on_host(jax.device_get([aux["stats"]] * UPDATES_PER_STEP), gates)
     milliseconds = {part: 1e3 * np.array(x[WARM_UPS:]) for part, x in times.items()}
     milliseconds["difference"] = milliseconds["with"] - milliseconds["without"]
+    without_quadrants = milliseconds.pop("evidence_without_quadrants")
+    milliseconds["quadrants"] = milliseconds["evidence"] - without_quadrants
     return milliseconds
 
 

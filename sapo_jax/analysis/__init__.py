@@ -2,7 +2,8 @@
 
     read       metrics and diagnostics of a run as columns; its evidence for A1 and A2
     phases     `sapo-jax analyze`: the evidence as a table over the phases of training
-    figures    the panels and figures of that evidence
+    quadrants  its part by sign of A and side of r, as a table
+    figures    the panels and figures of that evidence; of the quadrants: `quadrant_figures`
     report     `sapo-jax report`: what arms came to, as pictures, CSV files and tables; made of
     arms         which runs are seeds of one arm
     curves       learning curves of the arms over their seeds

@@ -16,8 +16,9 @@ from matplotlib.ticker import MaxNLocator
 
 from sapo_jax.analysis.read import RunEvidence
 from sapo_jax.diagnostics import histograms as hist
-from sapo_jax.diagnostics.evidence import SIGNS, Evidence, SequenceSample, finalize_evidence
-from sapo_jax.diagnostics.gates import Gates, closed_gate
+from sapo_jax.diagnostics.evidence import Evidence, SequenceSample, finalize_evidence
+from sapo_jax.diagnostics.gates import Gates
+from sapo_jax.diagnostics.quadrants import SIGNS
 from sapo_jax.io.plots import BLUE, GREEN, GREY, ORANGE
 
 LIGHT = "#B9C4CE"
@@ -43,7 +44,7 @@ def finish(axes: Axes, title: str, x_label: str, y_label: str) -> None:
     axes.spines["top"].set_visible(False)
 
 
-def _percent(digits: int) -> Callable[[float, float], str]:
+def percent_form(digits: int) -> Callable[[float, float], str]:
     """A formatter of shares as per cent, with so many significant digits."""
 
     def text(share: float, _position: float) -> str:
@@ -52,7 +53,7 @@ def _percent(digits: int) -> Callable[[float, float], str]:
     return text
 
 
-def _say_instead(axes: Axes, text: str) -> None:
+def say_instead(axes: Axes, text: str) -> None:
     """Writes in the middle of a panel why nothing is drawn there."""
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", color=GREY)
 
@@ -74,15 +75,14 @@ def ratio_panel(axes: Axes, evidence: Evidence, gates: Gates, sign: str, title: 
         axes.stairs(density, edges, fill=True, color=LIGHT, label="density of r")
         axes.set_yscale("log")
     else:
-        _say_instead(axes, f"no token with {NAMES[sign]}")
+        say_instead(axes, f"no token with {NAMES[sign]}")
         axes.set_yticks([])
     axes.set_xlim(low, high)
     finish(axes, title or f"Ratio and gate, {NAMES[sign]}", "r", "density of r")
     axes.grid(visible=False)
 
     right_axes = axes.twinx()
-    tau = gates.tau_pos if sign == "pos" else gates.tau_neg
-    _draw_gate(right_axes, tau, low, high)
+    _draw_gate(right_axes, gates, sign, low, high)
     handles, labels = axes.get_legend_handles_labels()
     right_handles, right_labels = right_axes.get_legend_handles_labels()
     axes.legend(
@@ -97,12 +97,16 @@ def ratio_panel(axes: Axes, evidence: Evidence, gates: Gates, sign: str, title: 
     )
 
 
-def _draw_gate(axes: Axes, tau: float, low: float, high: float) -> None:
+def _draw_gate(axes: Axes, gates: Gates, sign: str, low: float, high: float) -> None:
     """The gate f'(r) and the gradient weight r f'(r) for r from low to high."""
     ratio = np.linspace(low, high, 400)
-    gate = 1 - np.asarray(closed_gate(np.log(ratio), np.asarray(tau)))
+    adv, tau = {"pos": (1.0, gates.tau_pos), "neg": (-1.0, gates.tau_neg)}[sign]
+    gate = 1 - np.asarray(gates.closed(np.log(ratio), np.asarray(adv)))
     weight = ratio * gate
-    axes.plot(ratio, gate, color=BLUE, linewidth=2, label=f"f'(r), {TAU} = {tau:g}")
+    label = f"f'(r), {TAU} = {tau:g}"
+    if gates.gate != "ratio":
+        label = f"f'(r), {gates.gate} gate, {TAU} = {tau:g}"
+    axes.plot(ratio, gate, color=BLUE, linewidth=2, label=label)
     axes.plot(ratio, weight, color=ORANGE, linewidth=2, label="r f'(r)")
     axes.set_ylim(0, max(1.1, 1.05 * weight.max()))
     axes.tick_params(colors=GREY)
@@ -182,7 +186,7 @@ def variance_histogram(axes: Axes, evidence: Evidence, title: str = "") -> None:
     )
     axes.text(0.02, 0.8, note, transform=axes.transAxes, fontsize=9, color=GREY, va="top")
     axes.spines["right"].set_visible(False)
-    axes.yaxis.set_major_formatter(_percent(3))
+    axes.yaxis.set_major_formatter(percent_form(3))
     finish(axes, title or f"{VAR} of the sequences", f"{VAR} of log r", "share of the sequences")
 
 
@@ -194,7 +198,7 @@ def bound_panel(axes: Axes, samples: SequenceSample, gates: Gates, title: str = 
     moved = np.asarray(samples.variance) > LEAST_MOVED
     variance = np.asarray(samples.variance)[moved]
     if not len(variance):
-        _say_instead(axes, "no sequence has moved")
+        say_instead(axes, "no sequence has moved")
         return
     for gap, gate, colour in (
         (samples.gap_real, "real gate", ORANGE),
@@ -204,7 +208,7 @@ def bound_panel(axes: Axes, samples: SequenceSample, gates: Gates, title: str = 
         label = f"{GAP}, {gate}"
         axes.scatter(variance, drawn_gap, s=7, color=colour, alpha=0.45, linewidth=0, label=label)
     line = np.geomspace(variance.min(), variance.max(), 50)
-    tau = max(gates.tau_pos, gates.tau_neg)
+    tau = max(gates.log_taus)
     label = f"{BOUND}, {TAU} = {tau:g}"
     axes.plot(line, tau**2 / 4 * line, color="black", linewidth=1.2, label=label)
     axes.set_xscale("log")
@@ -218,26 +222,26 @@ def bound_panel(axes: Axes, samples: SequenceSample, gates: Gates, title: str = 
 def variance_panel(axes: Axes, run: RunEvidence, title: str = "") -> None:
     """Median, 90 % and 99 % quantile and mean of Var_i, over training."""
     for q, colour, label in ((0.5, LIGHT, "median"), (0.9, BLUE, "90 %"), (0.99, GREEN, "99 %")):
-        quantile_of_steps = [
-            hist.quantile(evidence.sequences.variance_histogram.sum(axis=0), hist.POSITIVE_EDGES, q)
-            for evidence in run.evidence
-        ]
+        quantile_of_steps = []
+        for evidence in run.evidence:
+            counts = evidence.sequences.variance_histogram.sum(axis=0)
+            quantile = hist.quantile(counts, hist.POSITIVE_EDGES, q) if counts.sum() else np.nan
+            quantile_of_steps.append(quantile)
         _draw_curve(axes, run.steps, np.maximum(quantile_of_steps, FLOOR), label, colour)
-    mean_of_steps = [metrics["a2/variance_mean"] for metrics in run.metrics()]
-    _draw_curve(axes, run.steps, np.maximum(mean_of_steps, FLOOR), "mean", "black", "--")
+    mean_of_steps = np.maximum(run.column("a2/variance_mean"), FLOOR)
+    _draw_curve(axes, run.steps, mean_of_steps, "mean", "black", "--")
     axes.set_yscale("log")
     _finish_over_training(axes, title or "Variance of log r within a sequence", VAR)
 
 
 def gap_panel(axes: Axes, run: RunEvidence, title: str = "") -> None:
     """Means over sequences of D_i, for both gates, and of the bound, over training."""
-    metrics_of_steps = run.metrics()
     for name, label, colour, style in (
         ("a2/bound_mean", BOUND, "black", "--"),
         ("a2/gap_real_mean", f"{GAP}, real gate", ORANGE, "-"),
         ("a2/gap_log_mean", f"{GAP}, log gate", BLUE, "-"),
     ):
-        values = np.maximum([metrics[name] for metrics in metrics_of_steps], FLOOR)
+        values = np.maximum(run.column(name), FLOOR)
         _draw_curve(axes, run.steps, values, label, colour, style)
     axes.set_yscale("log")
     _finish_over_training(axes, title or "Mean gate gap and its bound", "mean over sequences")
@@ -245,30 +249,26 @@ def gap_panel(axes: Axes, run: RunEvidence, title: str = "") -> None:
 
 def clipped_gradient_panel(axes: Axes, run: RunEvidence) -> None:
     """The share of the gradient at tokens whose gradient GRPO's or GSPO's clip would zero."""
-    metrics_of_steps = run.metrics()
     for name, label, colour in (
         ("grad_share/grpo_clipped", "GRPO would clip", BLUE),
         ("grad_share/gspo_clipped", "GSPO would clip", ORANGE),
     ):
-        values = [metrics[name] for metrics in metrics_of_steps]
-        _draw_curve(axes, run.steps, values, label, colour)
+        _draw_curve(axes, run.steps, run.column(name), label, colour)
     title = "Gradient that hard clipping throws away"
     _finish_over_training(axes, title, "share of the summed gradient norms")
-    axes.yaxis.set_major_formatter(_percent(4))
+    axes.yaxis.set_major_formatter(percent_form(4))
 
 
 def effective_tokens_panel(axes: Axes, run: RunEvidence) -> None:
     """Over how many tokens the gradient weights r f'(r) are spread, by sign of A."""
-    metrics_of_steps = run.metrics()
     for name, label, colour in (
         ("effective_tokens/pos_fraction", "A > 0", BLUE),
         ("effective_tokens/neg_fraction", "A < 0", ORANGE),
     ):
-        values = [metrics[name] for metrics in metrics_of_steps]
-        _draw_curve(axes, run.steps, values, label, colour)
+        _draw_curve(axes, run.steps, run.column(name), label, colour)
     title = "Effective tokens of the weights r f'(r)"
     _finish_over_training(axes, title, "share of the trained tokens")
-    axes.yaxis.set_major_formatter(_percent(4))
+    axes.yaxis.set_major_formatter(percent_form(4))
 
 
 def _draw_curve(

@@ -86,7 +86,13 @@ class RunEvidence:
     steps: list[int]  # RL steps
     evidence: list[Evidence]  # of each step
     gates: Gates
-    by_update: list[dict[str, list[float]]]  # of each step, BY_UPDATE: a value for each update
+    # Of each step, BY_UPDATE: a value for each update, NaN for one without a trained token.
+    by_update: list[dict[str, list[float]]]
+
+    @property
+    def has_quadrants(self) -> bool:
+        """Whether some row has them; those of an older version have none."""
+        return any(evidence.quadrants is not None for evidence in self.evidence)
 
     @property
     def drift(self) -> list[list[float]]:
@@ -94,8 +100,15 @@ class RunEvidence:
         return [by_update[DRIFT] for by_update in self.by_update]
 
     def pooled(self, part: slice = slice(None)) -> Evidence:
-        """The evidence of several rows together."""
-        return reduce_evidence(stack_evidence(self.evidence[part]))
+        """The evidence of several rows together; its quadrants are of those rows that have them."""
+        evidence = self.evidence[part]
+        quadrants = [e.quadrants for e in evidence if e.quadrants is not None]
+        without = [dataclasses.replace(e, quadrants=None) for e in evidence]
+        pooled = reduce_evidence(stack_evidence(without))
+        if not quadrants:
+            return pooled
+        total = map_arrays(lambda *arrays: np.sum(arrays, axis=0), *quadrants)
+        return dataclasses.replace(pooled, quadrants=total)
 
     def metrics(self) -> list[dict[str, float]]:
         """Of each step, the scalars that `finalize_evidence` makes of its evidence."""
@@ -103,6 +116,10 @@ class RunEvidence:
             {name: float(value) for name, value in finalize_evidence(evidence).items()}
             for evidence in self.evidence
         ]
+
+    def column(self, name: str) -> list[float]:
+        """One of these scalars at each step; NaN in a step that has no token to take it of."""
+        return [metrics.get(name, np.nan) for metrics in self.metrics()]
 
     def samples(self) -> SequenceSample:
         """The sampled sequences of all rows, one after the other, without empty places."""
@@ -142,7 +159,11 @@ def read_run_evidence(run_dir: str | Path) -> RunEvidence:
 
 
 def _by_update(row: Mapping[str, Any]) -> dict[str, list[float]]:
-    return {name: [float(value) for value in row["by_update"][name]] for name in BY_UPDATE}
+    by_update = {}
+    for name in BY_UPDATE:
+        values = row["by_update"][name]
+        by_update[name] = [np.nan if value is None else float(value) for value in values]
+    return by_update
 
 
 def read_diagnostics(run_dir: str | Path) -> Columns:
@@ -150,12 +171,13 @@ def read_diagnostics(run_dir: str | Path) -> Columns:
 
     `step` (int64), and in float64
     - the scalars of metrics.jsonl that the evidence gives: a1/..., a2/..., effective_tokens/...,
-      grad_share/... (`finalize_evidence`)
+      grad_share/..., quadrant/..., sequence_quadrant/..., sequence/... (`finalize_evidence`)
     - quantiles of r, f'(r) and r f'(r) by sign of A, such as `ratio/pos_p50` or `gate/neg_p01`
     - means of |log r| and Var_i in each update of the step, such as
       `a1/abs_log_ratio_mean/update_0`
 
-    A value is NaN where there is none. Raises AnalysisError as `read_run_evidence` does.
+    A value is NaN where there is none: in a step without a token to take it of, and in rows of an
+    older version for what it did not write. Raises AnalysisError as `read_run_evidence` does.
     """
     run = read_run_evidence(run_dir)
     rows = []

@@ -4,6 +4,7 @@ On the device, with JAX:
 
     tokens      ratio, gate, clip fraction, entropy of tokens by sign of A, for metrics.jsonl
     collect     the evidence for SAPO's assumptions A1 and A2, of one micro-batch
+    collect_quadrants  its part by sign of A and side of r
     sequences   its part by sequence: variance of log r, gate gap
     binning     its histograms
     sequence_mask  how much the sequence mask leaves out
@@ -12,6 +13,7 @@ On the device, with JAX:
 On the host, without JAX:
 
     evidence    what the evidence is, how several add up, and its scalars for metrics.jsonl
+    quadrants   what its part by sign of A and side of r is, and its scalars
     gates       SAPO's two gates and the hard clips (they serve both sides)
     histograms  fixed bins, and quantiles of them
     rows        the evidence of a step as a row of diagnostics.jsonl, written and read

@@ -6,17 +6,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
 from sapo_jax.batch import Array, Batch
 from sapo_jax.diagnostics.binning import histogram, positive_bin, signed_bin
+from sapo_jax.diagnostics.collect_quadrants import collect_quadrants
 from sapo_jax.diagnostics.evidence import (
     HISTOGRAM_BINS,
     NO_SEQUENCE,
     SAMPLE,
-    SIGNS,
     Evidence,
     GradientSums,
     Maxima,
@@ -26,7 +27,8 @@ from sapo_jax.diagnostics.evidence import (
     least_fingerprints,
     map_arrays,
 )
-from sapo_jax.diagnostics.gates import Gates, clipped, closed_gate, closed_log_gate, outside
+from sapo_jax.diagnostics.gates import Gates, clipped, closed_log_gate, outside
+from sapo_jax.diagnostics.quadrants import SIGNS
 from sapo_jax.diagnostics.sequences import (
     SequenceTable,
     fingerprints,
@@ -44,12 +46,14 @@ def collect_evidence(
     batch: Batch,
     gates: Gates,
     logp_BT: Array,
+    own: Mapping[str, Array],
     collision_BT: Array | None = None,
 ) -> Evidence:
     """The evidence of one micro-batch.
 
     log_ratio_BT: log pi - log pi_old, in nats
     logp_BT: log pi of the tokens
+    own: what the run's objective reports of each token (`ratios.token_diagnostics`)
     collision_BT: sum_v p_v^2 of the distribution that token t was drawn from; without it, `logits`
         of the evidence is None
 
@@ -63,13 +67,13 @@ def collect_evidence(
     z_BT = safe_log_ratio(log_ratio_BT, mask_BT)
     adv_BT = masked(batch.adv_BT, mask_BT)
     ratio_BT = jnp.exp(z_BT)
-    tau_BT = gates.tau(adv_BT)
     sign_BT = _sign_index(adv_BT, mask_BT)
 
     # Beyond +-20 the objective gives a token no gradient. A NaN is neither beyond nor within; it
     # counts as live, so that it shows in the sums.
     live_BT = is_live(log_ratio_BT, mask_BT) | jnp.isnan(z_BT)
-    closed_BT = closed_gate(z_BT, tau_BT)
+    closed_BT = gates.closed(z_BT, adv_BT)
+    closed_log_BT = closed_log_gate(z_BT, gates.log_tau(adv_BT))
     gate_BT = jnp.where(live_BT, 1 - closed_BT, 0)
     weight_BT = ratio_BT * gate_BT
     magnitude_BT = jnp.abs(z_BT)
@@ -83,7 +87,7 @@ def collect_evidence(
         gate=_sum_by_sign(gate_BT, sign_BT),
         grad_weight=_sum_by_sign(weight_BT, sign_BT),
         grad_weight_squared=_sum_by_sign(weight_BT**2, sign_BT),
-        gate_error=_sum_by_sign(jnp.abs(closed_BT - closed_log_gate(z_BT, tau_BT)), sign_BT),
+        gate_error=_sum_by_sign(jnp.abs(closed_BT - closed_log_BT), sign_BT),
     )
 
     table = sequence_statistics(z_BT, adv_BT, mask_BT, segment_ids_BT, gates)
@@ -94,11 +98,25 @@ def collect_evidence(
     regions = _regions(adv_BT, ratio_BT, sequence_ratio_BT, gates)
     coefficient_BT = _gradient_coefficient(batch, adv_BT, weight_BT)
     coefficient = _gradient_sums(coefficient_BT, regions, sign_BT)
+    own_gradient_BT = _gradient_coefficient(batch, adv_BT, jnp.abs(own["grad_weight"]))
     logits = None
     if collision_BT is not None:
-        logits_norm_BT = _logits_gradient_norm(coefficient_BT, logp_BT, collision_BT, mask_BT)
-        logits = _gradient_sums(logits_norm_BT, regions, sign_BT)
+        norm_BT = _norm_of_score(logp_BT, collision_BT, mask_BT)
+        logits = _gradient_sums(coefficient_BT * norm_BT, regions, sign_BT)
+        own_gradient_BT = own_gradient_BT * norm_BT
 
+    quadrants = collect_quadrants(
+        z_BT,
+        sign_BT,
+        table,
+        sign_BS,
+        own=own,
+        gradient_BT=own_gradient_BT,
+        old_logp_BT=logp_BT - log_ratio_BT,
+        positions_BT=batch.positions_BT,
+        segment_ids_BT=segment_ids_BT,
+        gates=gates,
+    )
     fingerprint_BS = fingerprints(batch.tokens_BT, batch.positions_BT, segment_ids_BT)
     return Evidence(
         tokens=tokens,
@@ -110,6 +128,7 @@ def collect_evidence(
             variance=_max_by_sign(table.variance, sign_BS),
         ),
         sample=_sample(table, fingerprint_BS),
+        quadrants=quadrants,
     )
 
 
@@ -161,7 +180,7 @@ def _sequence_sums(table: SequenceTable, sign_BS: Array) -> SequenceSums:
 
 
 def _gradient_coefficient(batch: Batch, adv_BT: Array, weight_BT: Array) -> Array:
-    """weight_BT |A| r f'(r), times the correction: the size of the factor on grad log pi.
+    """weight_BT |A| w, times the correction: the size of the factor on grad log pi, for weights w.
 
     The gradient of the loss is a sum of vectors; a sum of norms is an upper bound of its norm.
     """
@@ -171,20 +190,17 @@ def _gradient_coefficient(batch: Batch, adv_BT: Array, weight_BT: Array) -> Arra
     return jnp.where(batch.mask_BT, coefficient_BT, 0)
 
 
-def _logits_gradient_norm(
-    coefficient_BT: Array, logp_BT: Array, collision_BT: Array, mask_BT: Array
-) -> Array:
-    """The norm of the loss's gradient on the logits (over the temperature) of each position.
-
-    It is the coefficient times ||grad_z log pi||, exactly, where
+def _norm_of_score(logp_BT: Array, collision_BT: Array, mask_BT: Array) -> Array:
+    """||grad_z log pi|| of the token at each position, z the logits over the temperature.
 
         ||grad_z log pi|| = ||e_y - p||_2 = sqrt((1 - p_y)^2 + sum_{v != y} p_v^2)
+
+    Times the coefficient it is, exactly, the norm of the loss's gradient on those logits.
     """
     miss_BT = -jnp.expm1(logp_BT)  # 1 - p_y
     # The other tokens' sum of squares is at most (1 - p_y)^2, but for rounding where p_y ~ 1.
     others_BT = jnp.clip(collision_BT - jnp.exp(2 * logp_BT), 0, miss_BT**2)
-    norm_BT = jnp.sqrt(miss_BT**2 + others_BT)
-    return jnp.where(mask_BT, coefficient_BT * norm_BT, 0)
+    return jnp.where(mask_BT, jnp.sqrt(miss_BT**2 + others_BT), 0)
 
 
 def _regions(

@@ -6,7 +6,7 @@ them stands how much of the gradient comes from tokens that a hard clip would th
 All of it is a sum, a histogram, a maximum or a bounded sample, separately for each sign of A. So
 micro-batches, packed rows and shards of rows add up to the same evidence. z = log r is 0 where
 masked and bounded to +-20, as in the objectives. SAPO's gate is evaluated whatever the objective of
-the run is (see `gates.Gates.of`).
+the run is (see `gates.Gates.of`). The quadrants (`quadrants.py`) are of the run's own objective.
 
 The first update of a rollout has r = 1 on every token, up to rounding. With N mini-batches, one
 N-th of all tokens therefore lies in the bin at 0 of the histogram of log r, by construction.
@@ -25,13 +25,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sapo_jax.diagnostics import histograms as hist
+from sapo_jax.diagnostics.quadrants import SIGNS, Quadrants, finalize_quadrants, ratio
 
 if TYPE_CHECKING:
     from sapo_jax.batch import Array
 
-# A > 0, A < 0, A = 0: every token and every sequence has one of these signs. Below, [3] is a
-# dimension over them.
-SIGNS = ("pos", "neg", "zero")
 SAMPLE = 32  # sequences of an RL step whose statistics are kept one by one
 NO_SEQUENCE = 2**32 - 1  # the fingerprint at a place of the sample that is empty
 
@@ -81,6 +79,8 @@ class GradientSums:
 
 
 REGIONS = ("grpo_clipped", "grpo_outside", "gspo_clipped", "gspo_outside")
+# A clip drops a token on one side of its band only: above it where A > 0, below it where A < 0.
+CLIPPED_SIDES = {"above": "pos", "below": "neg"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +118,7 @@ class Evidence:
     logits: GradientSums | None  # norms of the gradient on the logits; None: without sum_v p_v^2
     largest: Maxima
     sample: SequenceSample
+    quadrants: Quadrants | None  # None: a row of diagnostics.jsonl that is older than they are
 
 
 HISTOGRAM_BINS = {
@@ -176,6 +177,7 @@ def reduce_evidence(stacked: Evidence) -> Evidence:
         logits=map_arrays(total, stacked.logits),
         largest=map_arrays(largest, stacked.largest),
         sample=least_fingerprints(map_arrays(flatten, stacked.sample)),
+        quadrants=map_arrays(total, stacked.quadrants),
     )
 
 
@@ -190,7 +192,7 @@ def least_fingerprints(sequences: SequenceSample) -> SequenceSample:
 
 
 def finalize_evidence(evidence: Evidence) -> dict[str, Array]:
-    """Scalars for metrics.jsonl, by name; 0, never NaN, where there is no token.
+    """Scalars for metrics.jsonl, by name; what there is nothing to take the mean of is left out.
 
     a1/abs_log_ratio_{mean,p50,p99,max}, a1/gate_error_mean
     a2/variance_{mean,max}, a2/gap_log_mean, a2/gap_real_mean, a2/bound_mean
@@ -200,43 +202,61 @@ def finalize_evidence(evidence: Evidence) -> dict[str, Array]:
         tokens (Kish's effective sample size): 1 if all weigh the same, 1/n if one has it all
     grad_share/REGION: the part of the summed gradient norms on the logits that the tokens of a
         region carry; of the coefficients, where `logits` is None
+    grad_share/{grpo,gspo}_clipped_{above,below}: the same on either side of the clip's band
+    and those of `finalize_quadrants`
 
-    The glossary (`glossary.py`) says what each of them tells.
+    Takes numpy arrays. The glossary (`glossary.py`) says what each of them tells.
     """
-    xp = evidence.tokens.gate.__array_namespace__()
     tokens = _over_signs(evidence.tokens)
     sequences = _over_signs(evidence.sequences)
-    if evidence.logits is not None:
-        gradient = _over_signs(evidence.logits)
-    else:
-        gradient = _over_signs(evidence.coefficient)
-    magnitude_counts, magnitude_edges = hist.magnitudes(tokens.log_ratio_histogram)
-    largest_magnitude = evidence.largest.abs_log_ratio.max()
-
-    def magnitude_quantile(q: float) -> Array:
-        """Of |log r|; the largest value bounds it, because its bin may reach further."""
-        return xp.minimum(hist.quantile(magnitude_counts, magnitude_edges, q), largest_magnitude)
-
     metrics = {
-        "a1/abs_log_ratio_mean": _ratio(tokens.abs_log_ratio, tokens.count),
-        "a1/abs_log_ratio_p50": magnitude_quantile(0.50),
-        "a1/abs_log_ratio_p99": magnitude_quantile(0.99),
-        "a1/abs_log_ratio_max": largest_magnitude,
-        "a1/gate_error_mean": _ratio(tokens.gate_error, tokens.count),
-        "a2/variance_mean": _ratio(sequences.variance, sequences.count),
-        "a2/gap_log_mean": _ratio(sequences.gap_log, sequences.count),
-        "a2/gap_real_mean": _ratio(sequences.gap_real, sequences.count),
-        "a2/bound_mean": _ratio(sequences.bound, sequences.count),
-        "a2/variance_max": evidence.largest.variance.max(),
+        "a1/abs_log_ratio_mean": ratio(tokens.abs_log_ratio, tokens.count),
+        "a1/gate_error_mean": ratio(tokens.gate_error, tokens.count),
+        "a2/variance_mean": ratio(sequences.variance, sequences.count),
+        "a2/gap_log_mean": ratio(sequences.gap_log, sequences.count),
+        "a2/gap_real_mean": ratio(sequences.gap_real, sequences.count),
+        "a2/bound_mean": ratio(sequences.bound, sequences.count),
         "a2/breaches": sequences.breaches_log,
-        "a2/gap_real_above_bound_fraction": _ratio(sequences.breaches_real, sequences.count),
+        "a2/gap_real_above_bound_fraction": ratio(sequences.breaches_real, sequences.count),
         "effective_tokens/fraction": _effective_fraction(tokens),
         "effective_tokens/pos_fraction": _effective_fraction(_of_sign(evidence.tokens, "pos")),
         "effective_tokens/neg_fraction": _effective_fraction(_of_sign(evidence.tokens, "neg")),
     }
+    if tokens.count > 0:
+        metrics |= _magnitudes(evidence)
+    if evidence.logits is not None:
+        metrics |= _gradient_shares(evidence.logits)
+    else:
+        metrics |= _gradient_shares(evidence.coefficient)
+    if evidence.quadrants is not None:
+        metrics |= finalize_quadrants(evidence.quadrants)
+    return {name: value for name, value in metrics.items() if value is not None}
+
+
+def _magnitudes(evidence: Evidence) -> dict[str, Array]:
+    """Quantiles of |log r| and its largest value, and the largest Var_i."""
+    counts, edges = hist.magnitudes(evidence.tokens.log_ratio_histogram.sum(axis=0))
+    largest = evidence.largest.abs_log_ratio.max()
+    return {
+        # The largest value bounds a quantile, because its bin may reach further.
+        "a1/abs_log_ratio_p50": np.minimum(hist.quantile(counts, edges, 0.50), largest),
+        "a1/abs_log_ratio_p99": np.minimum(hist.quantile(counts, edges, 0.99), largest),
+        "a1/abs_log_ratio_max": largest,
+        "a2/variance_max": evidence.largest.variance.max(),
+    }
+
+
+def _gradient_shares(gradient: GradientSums) -> dict[str, Array | None]:
+    total = gradient.total.sum()
+    shares = {}
     for region in REGIONS:
-        metrics[f"grad_share/{region}"] = _ratio(getattr(gradient, region), gradient.total)
-    return metrics
+        in_region = getattr(gradient, region)
+        shares[f"grad_share/{region}"] = ratio(in_region.sum(), total)
+        if region.endswith("_clipped"):
+            for side, sign in CLIPPED_SIDES.items():
+                of_side = in_region[SIGNS.index(sign)]
+                shares[f"grad_share/{region}_{side}"] = ratio(of_side, total)
+    return shares
 
 
 def _over_signs(sums: Any) -> Any:
@@ -250,13 +270,6 @@ def _of_sign(sums: Any, sign: str) -> Any:
     return map_arrays(lambda x: x[index], sums)
 
 
-def _ratio(numerator: Array, denominator: Array) -> Array:
-    """numerator / denominator, or 0 where the denominator is 0."""
-    xp = numerator.__array_namespace__()
-    safe_denominator = xp.where(denominator > 0, denominator, 1)
-    return xp.where(denominator > 0, numerator / safe_denominator, 0)
-
-
-def _effective_fraction(tokens: TokenSums) -> Array:
+def _effective_fraction(tokens: TokenSums) -> Array | None:
     """(sum w)^2 / (n sum w^2) of the gradient weights w."""
-    return _ratio(tokens.grad_weight**2, tokens.count * tokens.grad_weight_squared)
+    return ratio(tokens.grad_weight**2, tokens.count * tokens.grad_weight_squared)

@@ -18,6 +18,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+from sapo_jax.diagnostics.quadrants import MASK_QUANTILES
 from sapo_jax.errors import UserError
 from sapo_jax.io.files import write_atomically
 from sapo_jax.text import did_you_mean
@@ -42,6 +43,12 @@ PLACEHOLDERS = {
         regex="(?:pos_|neg_)?",
         meaning="nothing: all trained tokens; `pos_`: those with A > 0; `neg_`: those with A < 0",
         examples=("", "pos_", "neg_"),
+    ),
+    "quadrant": Placeholder(
+        regex="(?:pos|neg)_(?:below|above)",
+        meaning="`pos_below`, `pos_above`, `neg_below` or `neg_above`: the sign of A, and r < 1 or "
+        "r > 1 (of sequences: s_i = exp(mean log r)); an r of 1 exactly is in none of them",
+        examples=("pos_below", "pos_above", "neg_below", "neg_above"),
     ),
     "sign": Placeholder(
         regex="(?:pos|neg)",
@@ -285,7 +292,7 @@ GLOSSARY = (
                 ("tokens/{group}count",),
                 "trained tokens, over all updates of the step",
                 "both signs have tokens",
-                "where it is 0, all other statistics of that sign are 0 too, and mean nothing",
+                "where it is 0, the other statistics of that sign are not in the row",
             ),
             Entry(
                 ("ratio/{group}mean", "ratio/{group}min", "ratio/{group}max"),
@@ -434,10 +441,103 @@ GLOSSARY = (
                 "GRPO's is large: the gate does what a clip would, softly; the steps are large",
             ),
             Entry(
+                (
+                    "grad_share/grpo_clipped_above",
+                    "grad_share/grpo_clipped_below",
+                    "grad_share/gspo_clipped_above",
+                    "grad_share/gspo_clipped_below",
+                ),
+                "the same on either side of the clip's band: above it the tokens with A > 0, below "
+                "it those with A < 0",
+                "",
+                "below is large: tokens with A < 0 are pushed further down after the ratio has "
+                "left the band: see `quadrant/neg_below/grad_share`",
+            ),
+            Entry(
                 ("grad_share/grpo_outside", "grad_share/gspo_outside"),
                 "the same at all tokens out of the band, on either side",
                 "",
                 "as above",
+            ),
+        ),
+    ),
+    Section(
+        "Quadrants: sign of A by side of r",
+        (
+            Entry(
+                ("quadrant/{quadrant}/token_fraction",),
+                "share of the trained tokens that are in the quadrant; the rest has r = 1, as in "
+                "the first of the N updates of a rollout, or A = 0",
+                "both sides of a sign alike",
+                "one sign is rare: rewards of almost all or almost no completion are good",
+            ),
+            Entry(
+                ("quadrant/{quadrant}/outside_fraction",),
+                "share of the quadrant's tokens that are outside of GRPO's band (`objective` of a "
+                "GRPO run, else 0.8 to 1.27)",
+                "below 0.05",
+                _SMALLER_STEPS,
+            ),
+            Entry(
+                ("quadrant/{quadrant}/gate_mean", "quadrant/{quadrant}/grad_weight_mean"),
+                "mean over the quadrant's tokens of the gate and of the weight w on A grad log pi, "
+                "both of the objective in use (SAPO: f'(r) and r f'(r); GRPO: 0 and 0 where it "
+                "clips)",
+                "near 1",
+                "w far above 1 where A < 0, r > 1: that side is open, as GRPO's is; w near r where "
+                "A < 0, r < 1: nothing holds the tokens that are pushed down, as with SAPO at tau "
+                "near 1",
+            ),
+            Entry(
+                ("quadrant/{quadrant}/grad_share",),
+                "the quadrant's share of the summed gradient norms on the logits, of the objective "
+                "in use (without the KL penalty)",
+                "as the shares of the tokens",
+                "`neg_below` grows over training: the update is spent on tokens that already fall; "
+                "lower `train.mini_batches`, or close that side: `objective.tau_neg_below`, or "
+                "`objective.bounds` with neg_low",
+            ),
+            Entry(
+                ("quadrant/{quadrant}/kl_share",),
+                "the quadrant's share of KL(old, policy), by the estimator k3",
+                "no quadrant above 0.6",
+                "one quadrant has nearly all: that is where the policy drifts; see its "
+                "`outside_fraction`",
+            ),
+            Entry(
+                ("sequence_quadrant/{quadrant}/sequence_fraction",),
+                "the same by sequence, sign of A by side of s_i = exp(mean log r): share of the "
+                "sequences",
+                "both sides of a sign alike",
+                "as above",
+            ),
+            Entry(
+                ("sequence_quadrant/{quadrant}/outside_fraction",),
+                "share of the quadrant's sequences whose s_i is outside of GSPO's band "
+                "(`objective` of a GSPO run, else 0.9997 to 1.0004)",
+                "any; the band is narrow",
+                "nothing to do: see `sequence/neg_mean_log_ratio_p05` for how far they are",
+            ),
+            Entry(
+                (
+                    "sequence_quadrant/{quadrant}/gate_mean",
+                    "sequence_quadrant/{quadrant}/grad_weight_mean",
+                    "sequence_quadrant/{quadrant}/grad_share",
+                    "sequence_quadrant/{quadrant}/kl_share",
+                ),
+                "of the quadrant's sequences: the mean of the means over their tokens of gate and "
+                "weight, and their tokens' share of the gradient norms and of KL(old)",
+                "as of the tokens",
+                "as of the tokens",
+            ),
+            Entry(
+                tuple(f"sequence/neg_mean_log_ratio_{ending}" for ending in MASK_QUANTILES),
+                "quantiles of mean log r over the sequences with A < 0, to within a bin of 12 %: a "
+                "sequence mask of delta takes those below -delta (where the old policy is the "
+                "sampler)",
+                "p05 above -0.2",
+                "far below 0: whole answers are being unlearnt; set `loss.sequence_mask`, with "
+                "`below` between -p25 and -p01, or lower `train.mini_batches`",
             ),
         ),
     ),

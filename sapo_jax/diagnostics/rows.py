@@ -1,7 +1,8 @@
 """Rows of diagnostics.jsonl: the evidence of one RL step, written compactly and read back.
 
 In the file, the sums of `Evidence` are one flat mapping from a name to its values by sign of A;
-`_TOKEN_NAMES` and `_SEQUENCE_NAMES` hold the names that differ from the fields' own.
+`_TOKEN_NAMES` and `_SEQUENCE_NAMES` hold the names that differ from the fields' own. The quadrants
+have a mapping of their own, which rows of older versions lack.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from sapo_jax.diagnostics.evidence import (
     HISTOGRAM_BINS,
     NO_SEQUENCE,
     SAMPLE,
-    SIGNS,
     Evidence,
     GradientSums,
     Maxima,
@@ -28,7 +28,14 @@ from sapo_jax.diagnostics.evidence import (
     reduce_evidence,
     stack_evidence,
 )
-from sapo_jax.diagnostics.gates import Gates, closed_gate
+from sapo_jax.diagnostics.gates import Gates
+from sapo_jax.diagnostics.quadrants import (
+    HISTOGRAM_SHAPES,
+    SIGNS,
+    SUMS_SHAPE,
+    Quadrants,
+    QuadrantSums,
+)
 
 if TYPE_CHECKING:
     from sapo_jax.batch import Array
@@ -36,7 +43,9 @@ if TYPE_CHECKING:
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 BY_UPDATE = ("a1/abs_log_ratio_mean", "a2/variance_mean")  # kept for each update of a step
 
-_Part = TypeVar("_Part", TokenSums, SequenceSums, GradientSums, Maxima, SequenceSample)
+_Part = TypeVar(
+    "_Part", TokenSums, SequenceSums, GradientSums, Maxima, SequenceSample, QuadrantSums
+)
 
 _TOKEN_NAMES = {"count": "tokens", "log_ratio_histogram": "log_ratio"}
 _SEQUENCE_NAMES = {"count": "sequences"}
@@ -59,21 +68,38 @@ def evidence_row(updates: Sequence[Evidence], gates: Gates) -> dict[str, Any]:
     quantiles   of ratio, gate and grad_weight by sign, from the histogram (to within its bins,
                 12 % of |z|)
     by_update   means of |z| and of Var_i in each update, to see the policy drift from the one that
-                sampled
+                sampled; None in an update without a trained token
+    quadrants   by sign of A and side of r: sums over `tokens` and over `sequences`, and histograms
     """
     evidence_of_updates = [reduce_evidence(update) for update in updates]
     evidence = reduce_evidence(stack_evidence(evidence_of_updates))
     metrics_of_updates = [finalize_evidence(update) for update in evidence_of_updates]
-    return {
+    row = {
         "gates": dataclasses.asdict(gates),
         "sum": {name: _values(name, x) for name, x in sums_by_name(evidence).items()},
         "max": {name: _short(x) for name, x in _fields_by_name(evidence.largest).items()},
         "sample": _sample_row(evidence.sample),
         "quantiles": {"q": list(QUANTILES)} | ratio_quantiles(evidence, gates),
         "by_update": {
-            name: _short([metrics[name] for metrics in metrics_of_updates]) for name in BY_UPDATE
+            name: [_short_or_none(metrics.get(name)) for metrics in metrics_of_updates]
+            for name in BY_UPDATE
         },
     }
+    if evidence.quadrants is not None:
+        row["quadrants"] = _quadrants_row(evidence.quadrants)
+    return row
+
+
+def _quadrants_row(quadrants: Quadrants) -> dict[str, Any]:
+    """Its sums as flat lists: A > 0 with r < 1, r = 1 and r > 1, then A < 0, then A = 0."""
+    row: dict[str, Any] = {}
+    for part in ("tokens", "sequences"):
+        sums = _fields_by_name(getattr(quadrants, part))
+        row[part] = {name: _short(np.ravel(x)) for name, x in sums.items()}
+    for name, shape in HISTOGRAM_SHAPES.items():
+        histograms = np.asarray(getattr(quadrants, name)).reshape(-1, shape[-1])
+        row[name] = [hist.trim(counts) for counts in histograms]
+    return row
 
 
 def sums_by_name(evidence: Evidence) -> dict[str, Array]:
@@ -121,6 +147,13 @@ def _short(x: Any) -> list:
     return [float(f"{value:.7g}") for value in x]
 
 
+def _short_or_none(value: Any) -> float | None:
+    """A number as in `_short`; None where there is none."""
+    if value is None:
+        return None
+    return _short([value])[0]
+
+
 def ratio_quantiles(evidence: Evidence, gates: Gates) -> dict[str, dict[str, list[float]]]:
     """QUANTILES of r, f'(r) and r f'(r), by name and by sign of A; exact to within a bin of log r.
 
@@ -129,9 +162,9 @@ def ratio_quantiles(evidence: Evidence, gates: Gates) -> dict[str, dict[str, lis
     z = hist.SIGNED_CENTERS
     ratio = np.exp(z)
     quantiles: dict[str, dict[str, list[float]]] = {"ratio": {}, "gate": {}, "grad_weight": {}}
-    for sign, tau in (("pos", gates.tau_pos), ("neg", gates.tau_neg)):
+    for sign, adv in (("pos", 1.0), ("neg", -1.0)):
         counts = np.asarray(evidence.tokens.log_ratio_histogram[SIGNS.index(sign)])
-        gate = 1 - np.asarray(closed_gate(z, np.asarray(tau)))
+        gate = 1 - np.asarray(gates.closed(z, np.asarray(adv)))
         for name, values in (("ratio", ratio), ("gate", gate), ("grad_weight", ratio * gate)):
             of_values = hist.weighted_quantiles(values, counts, QUANTILES)
             quantiles[name][sign] = _short(of_values)
@@ -166,7 +199,28 @@ def _read_evidence(row: Mapping[str, Any]) -> Evidence:
             Maxima, {name: _numbers(values) for name, values in row["max"].items()}
         ),
         sample=_read_sample(row["sample"]),
+        quadrants=_read_quadrants(row.get("quadrants")),
     )
+
+
+def _read_quadrants(row: Mapping[str, Any] | None) -> Quadrants | None:
+    """What `_quadrants_row` wrote; None for a row of a version that had no quadrants."""
+    if row is None:
+        return None
+    histograms = {}
+    for name, shape in HISTOGRAM_SHAPES.items():
+        counts = [hist.untrim(trimmed, shape[-1]) for trimmed in row[name]]
+        histograms[name] = np.stack(counts).reshape(shape)
+    return Quadrants(
+        tokens=_read_quadrant_sums(row["tokens"]),
+        sequences=_read_quadrant_sums(row["sequences"]),
+        **histograms,
+    )
+
+
+def _read_quadrant_sums(row: Mapping[str, list]) -> QuadrantSums:
+    sums = {name: _numbers(values).reshape(SUMS_SHAPE) for name, values in row.items()}
+    return _read_fields(QuadrantSums, sums)
 
 
 def _read_fields(
@@ -214,6 +268,9 @@ def _read_gates(row: Mapping[str, Any]) -> Gates:
     settings: dict[str, Any] = dict(row)
     settings["grpo"] = tuple(row["grpo"])  # JSON has lists alone
     settings["gspo"] = tuple(row["gspo"])
+    for name in ("sides", "bounds"):
+        if row.get(name) is not None:  # rows of older versions have neither
+            settings[name] = tuple(row[name])
     return Gates(**settings)
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from sapo_jax.batch import Array, Batch
+from sapo_jax.diagnostics.quadrants import ratio
 from sapo_jax.objectives.ratios import masked, sequence_length
 
 
@@ -55,14 +56,13 @@ def collect_sequence_mask(
 
 
 def finalize_sequence_mask(sums: SequenceMaskSums) -> dict[str, Array]:
-    """Scalars by metric name; 0 where there is nothing to take a share of."""
+    """Scalars by metric name; what there is nothing to take a share of is left out.
 
-    def share(part: Array, whole: Array) -> Array:
-        has_any = whole > 0
-        return jnp.where(has_any, part / jnp.where(has_any, whole, 1), 0)
-
-    return {
-        "sequence_mask/fraction": share(sums.left_out, sums.sequences),
-        "sequence_mask/neg_fraction": share(sums.left_out, sums.negative),
-        "sequence_mask/grad_share": share(sums.grad_left_out, sums.grad),
+    Takes numpy arrays.
+    """
+    shares = {
+        "sequence_mask/fraction": ratio(sums.left_out, sums.sequences),
+        "sequence_mask/neg_fraction": ratio(sums.left_out, sums.negative),
+        "sequence_mask/grad_share": ratio(sums.grad_left_out, sums.grad),
     }
+    return {name: share for name, share in shares.items() if share is not None}

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from sapo_jax import murmur
 from sapo_jax.batch import Array
-from sapo_jax.diagnostics.gates import Gates, closed_gate, closed_log_gate
+from sapo_jax.diagnostics.gates import Gates, closed_log_gate
 
 # What float32 may add to a gap, as a part of tau^2 / 4 times the mean of z^2. Measured over all
 # scales of mean and spread: at most 4e-7 for 16 tokens, 9e-7 for 300, 9e-6 for 20,000 and for
@@ -71,8 +71,8 @@ def sequence_statistics(
 ) -> SequenceTable:
     """The statistics of every sequence.
 
-    z and adv must be 0 where masked (`ratios.safe_log_ratio`, `ratios.masked`). tau follows the
-    sign of the sequence's advantage.
+    z and adv must be 0 where masked (`ratios.safe_log_ratio`, `ratios.masked`). The gates follow
+    the sign of the sequence's advantage.
 
     Two things keep the digits of float32. The gates are handled as 1 - gate, so that small numbers
     are not lost beside 1. And a second pass takes all statistics relative to the mean m that the
@@ -85,18 +85,19 @@ def sequence_statistics(
     divisor_BS = jnp.maximum(count_BS, 1)
     m_BS = sums_BSC[..., 1] / divisor_BS
     adv_BS = sums_BSC[..., 2] / divisor_BS
-    tau_BS = gates.tau(adv_BS)
+    tau_BS = gates.log_tau(adv_BS)
 
     # Second pass: everything relative to m, and to the gates at m.
     m_BT = spread_to_tokens(m_BS, segment_ids_BT)
     tau_BT = spread_to_tokens(tau_BS, segment_ids_BT)
+    adv_of_sequence_BT = spread_to_tokens(adv_BS, segment_ids_BT)
     from_m_BT = z_BT - m_BT
     relative_BTC = jnp.stack(
         [
             from_m_BT,
             from_m_BT**2,
             closed_log_gate(z_BT, tau_BT) - closed_log_gate(m_BT, tau_BT),
-            closed_gate(z_BT, tau_BT) - closed_gate(m_BT, tau_BT),
+            gates.closed(z_BT, adv_of_sequence_BT) - gates.closed(m_BT, adv_of_sequence_BT),
         ],
         axis=-1,
     )
@@ -110,7 +111,7 @@ def sequence_statistics(
     mean_BS = m_BS + mean_from_m_BS
     variance_BS = jnp.maximum(square_from_m_BS - mean_from_m_BS**2, 0)
     sequence_log_gate_BS = closed_log_gate(mean_BS, tau_BS) - closed_log_gate(m_BS, tau_BS)
-    sequence_real_gate_BS = closed_gate(mean_BS, tau_BS) - closed_gate(m_BS, tau_BS)
+    sequence_real_gate_BS = gates.closed(mean_BS, adv_BS) - gates.closed(m_BS, adv_BS)
     # One token has no dispersion, but two roundings of its gate may differ.
     single_BS = divisor_BS == 1
     return SequenceTable(

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sapo_jax.batch import Array
 
@@ -116,24 +117,26 @@ def finalize_token_stats(stats: TokenStats) -> dict[str, Array]:
     tokens/{count,pos_count,neg_count}, the metrics of the evidence (`finalize_evidence`), and those
     of the sequence mask (`finalize_sequence_mask`).
 
-    In a group without tokens every statistic is 0, never NaN; its count tells that from a true 0.
+    Of a group without tokens there is the count alone: a gate of 0 would be a closed one. So this
+    takes numpy arrays, not tracers, because the names depend on the counts.
     """
-    has_tokens = stats.count > 0
-    divisor = jnp.maximum(stats.count, 1)
+    divisor = np.maximum(stats.count, 1)
     scalars: dict[str, Array] = {}
 
     def add(name: str, statistic: str, value_of_groups: Array) -> None:
         separator = "_" if "/" in name else "/"
         for i, group in enumerate(GROUPS):
-            scalars[f"{name}{separator}{group}{statistic}"] = value_of_groups[i]
+            if stats.count[i] > 0:
+                scalars[f"{name}{separator}{group}{statistic}"] = value_of_groups[i]
 
     for name, x in stats.sum.items():
         add(name, "mean", x / divisor)
     for name, x in stats.min.items():
-        add(name, "min", jnp.where(has_tokens, x, 0))
+        add(name, "min", x)
     for name, x in stats.max.items():
-        add(name, "max", jnp.where(has_tokens, x, 0))
-    add("tokens", "count", stats.count)
+        add(name, "max", x)
+    for i, group in enumerate(GROUPS):
+        scalars[f"tokens/{group}count"] = stats.count[i]
     if stats.evidence is not None:
         scalars |= finalize_evidence(stats.evidence)
     if stats.sequence_mask is not None:

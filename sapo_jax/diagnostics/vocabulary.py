@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from sapo_jax.batch import Array
 from sapo_jax.config.objective import SAPO
-from sapo_jax.diagnostics.gates import Gates, closed_gate
+from sapo_jax.diagnostics.gates import Gates
 from sapo_jax.objectives.ratios import MAX_LOG_RATIO
 
 
@@ -45,7 +45,7 @@ def vocabulary_gradient(
     adv = adv.astype(dtype)
     z = log_ratio.astype(dtype)
     safe_z = jnp.clip(z, -MAX_LOG_RATIO, MAX_LOG_RATIO)
-    gate = 1 - closed_gate(safe_z, Gates.of(cfg).tau(adv))
+    gate = 1 - Gates.of(cfg).closed(safe_z, adv)
     weight = jnp.exp(safe_z) * gate
     push = adv * jnp.where(jnp.abs(z) > MAX_LOG_RATIO, 0, weight)
     one_hot = jax.nn.one_hot(token, logits.shape[-1], dtype=dtype)

@@ -244,7 +244,12 @@ def policy_loss(cfg: Config) -> LossFn:
         if cfg.diagnostics.every:
             gates = diagnostics.Gates.of(cfg.objective)
             evidence = diagnostics.collect_evidence(
-                log_ratio_BT, batch, gates, scores.logp_BT, scores.collision_BT
+                log_ratio_BT,
+                batch,
+                gates,
+                scores.logp_BT,
+                token_diagnostics,
+                scores.collision_BT,
             )
         stats = diagnostics.collect_token_stats(
             token_diagnostics,

@@ -168,12 +168,11 @@ def first_ratio_mismatch(first_aux: Mapping[str, Any]) -> dict[str, float]:
     """How far scorer and sampler disagree, where no scoring pass has run.
 
     In the first update of a rollout the policy is still the one that sampled. So its ratio would be
-    1 but for the mismatch, and the largest |log r| tells as much. {} where it has no token.
+    1 but for the mismatch, and the largest |log r| tells as much. {} where there is no token.
     """
-    stats = diagnostics.reduce_token_stats(first_aux["stats"])
-    if stats.count[0] == 0:
+    ratio = diagnostics.finalize_token_stats(diagnostics.reduce_token_stats(first_aux["stats"]))
+    if "ratio/min" not in ratio:
         return {}
-    ratio = diagnostics.finalize_token_stats(stats)
     log_extremes = [np.log(float(ratio[f"ratio/{end}"])) for end in ("min", "max")]
     return {"mismatch/max": max(abs(log_extreme) for log_extreme in log_extremes)}
 

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import pytest
 
+from sapo_jax.analysis import quadrants
 from sapo_jax.analysis.phases import phase_statistics, phases, show, table
-from sapo_jax.analysis.read import read_run_evidence
+from sapo_jax.analysis.read import read_diagnostics, read_run_evidence
 from sapo_jax.cli import main
 from sapo_jax.config import SAPO
 from sapo_jax.diagnostics import (
@@ -21,6 +22,7 @@ from sapo_jax.diagnostics import (
     stack_evidence,
 )
 from sapo_jax.errors import AnalysisError
+from sapo_jax.io.files import append_rows
 from sapo_jax.io.run_log import RunLog
 from tests.diagnostics.test_evidence import GSPO_LIKE, evidence_of, example, rows_of
 
@@ -85,13 +87,18 @@ def test_the_command_prints_and_draws(run, capsys):
         "Var_i, median",
         "tau 0.8 where A > 0, 1.7 where A < 0",
         "each update of a step: 0, 0.",
+        "Quadrants of the tokens, by sign of A and side of r (GRPO's band, 0.8 to 1.27)",
+        "Mean log r of the sequences with A < 0: 1 % below -0.",
     ):
         assert text in output, text
     folder = run / "analysis"
     assert sorted(p.name for p in folder.iterdir()) == [
         "dispersion.png",
+        "drift.png",
         "gradient.png",
         "phases.csv",
+        "quadrants.csv",
+        "quadrants.png",
         "ratios.png",
     ]
     assert all(p.read_bytes()[:4] == b"\x89PNG" for p in folder.glob("*.png"))
@@ -106,6 +113,46 @@ def test_the_command_prints_and_draws(run, capsys):
     )
 
 
+def test_the_table_of_quadrants_holds_their_metrics_by_phase(run):
+    found = read_run_evidence(run)
+    rows = quadrants.table(found, phases(found))
+    assert len(rows) == 4 * 2 * 4  # phases, tokens and sequences, quadrants
+    late = finalize_evidence(found.pooled(slice(6, 9)))
+    (row,) = (
+        row
+        for row in rows
+        if (row["phase"], row["of"], row["quadrant"]) == ("late", "tokens", "neg_below")
+    )
+    for column in ("outside_fraction", "gate_mean", "grad_weight_mean", "grad_share", "kl_share"):
+        assert row[column] == late[f"quadrant/neg_below/{column}"] > 0, column
+    of_tokens = [row["count"] for row in rows if (row["phase"], row["of"]) == ("late", "tokens")]
+    counts = found.pooled(slice(6, 9)).quadrants.tokens.count
+    assert sum(of_tokens) == counts.sum() - counts[2].sum() - counts[:2, 1].sum()
+
+
+def test_a_run_of_an_older_version_has_no_quadrants(run, tmp_path, capsys):
+    """Its rows lack them; where some rows have them (it was resumed), those are shown."""
+    rows = [json.loads(line) for line in (run / "diagnostics.jsonl").read_text().splitlines()]
+    older = [{name: x for name, x in row.items() if name != "quadrants"} for row in rows]
+    for name in ("older", "resumed"):
+        (tmp_path / name).mkdir()
+    append_rows(tmp_path / "older" / "diagnostics.jsonl", older)
+    append_rows(tmp_path / "resumed" / "diagnostics.jsonl", older[:5] + rows[5:])
+
+    assert main(["analyze", str(tmp_path / "older")]) == 0
+    assert "older than the quadrants" in capsys.readouterr().out
+    names = {path.name for path in (tmp_path / "older" / "analysis").iterdir()}
+    assert names == {"dispersion.png", "gradient.png", "phases.csv", "ratios.png"}
+    assert not any("quadrant" in name for name in read_diagnostics(tmp_path / "older"))
+
+    assert "older" not in quadrants.show(read_run_evidence(tmp_path / "resumed"))
+    column = read_diagnostics(tmp_path / "resumed")["quadrant/neg_below/grad_share"]
+    assert np.isnan(column).tolist() == [True] * 5 + [False] * 4
+    whole = read_run_evidence(run).pooled(slice(5, 9)).quadrants
+    pooled = read_run_evidence(tmp_path / "resumed").pooled().quadrants
+    np.testing.assert_array_equal(pooled.tokens.count, whole.tokens.count)
+
+
 def test_only_that_file_is_needed_and_out_says_where(run, tmp_path):
     """A copy of diagnostics.jsonl alone, without config, metrics or checkpoints."""
     (tmp_path / "moved").mkdir()
@@ -113,7 +160,7 @@ def test_only_that_file_is_needed_and_out_says_where(run, tmp_path):
     assert (
         main(["analyze", str(tmp_path / "moved"), "--out", str(tmp_path / "plots" / "here")]) == 0
     )
-    assert len(list((tmp_path / "plots" / "here").iterdir())) == 4
+    assert len(list((tmp_path / "plots" / "here").iterdir())) == 7
     assert [p.name for p in (tmp_path / "moved").iterdir()] == ["diagnostics.jsonl"]
 
 
@@ -126,10 +173,14 @@ def test_short_runs(tmp_path, steps, names):
     assert main(["analyze", str(tmp_path)]) == 0
     statistics = phase_statistics(found.pooled(), found.gates)
     assert len(show(found).splitlines()) == len(statistics) + 5
+    assert len(quadrants.show(found).splitlines()) == 19
 
 
-def test_a_run_in_which_nothing_moved_or_one_sign_is_missing(tmp_path):
-    """r = 1 throughout, A > 0 alone; and a step without any trained token: figures, and no division by zero."""
+def test_a_run_in_which_nothing_moved_or_one_sign_is_missing(tmp_path, capsys):
+    """r = 1 throughout, A > 0 alone; and a step without any trained token: figures, and no division by zero.
+
+    What there is no token of is a dash or nan, and a gap in the columns: not a gate of 0.
+    """
     still = rows_of(example(1, 24, 0.0), 1, 14)
     still["log_ratio_BT"][:] = 0
     still["adv_BT"] = np.abs(still["adv_BT"])
@@ -140,6 +191,18 @@ def test_a_run_in_which_nothing_moved_or_one_sign_is_missing(tmp_path):
                 "rl", step, evidence_row([stack_evidence([evidence_of(tokens)])], GSPO_LIKE)
             )
         assert main(["analyze", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (gate,) = (line for line in lines if "f'(r), mean, A < 0" in line and "r f'" not in line)
+    assert gate.split()[-3:] == ["nan", "nan", "nan"]
+    weight = next(line for line in lines if line.startswith("weight on A grad log pi"))
+    assert weight.split()[-4:] == ["-", "-", "-", "-"]  # r = 1 is in no quadrant
+    columns = read_diagnostics(tmp_path)
+    assert "gate/neg_mean" not in columns and np.isnan(
+        columns["a1/abs_log_ratio_mean"]
+    ).tolist() == [
+        False,
+        True,
+    ]
 
 
 def test_a_step_that_went_nan_is_shown_as_nan(tmp_path, capsys):

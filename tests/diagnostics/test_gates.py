@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sapo_jax.config import CISPO, GRPO, GSPO, SAPO
+from sapo_jax.config.objective import GATES, Bounds
 from sapo_jax.diagnostics import histograms as hist
 from sapo_jax.diagnostics.binning import histogram, positive_bin, signed_bin
 from sapo_jax.diagnostics.gates import Gates, clipped, closed_gate, closed_log_gate, outside
@@ -76,12 +77,34 @@ def test_clips_are_those_of_the_objectives():
         assert 0 < found_BT.sum() < outside(np.exp(z) + 0 * z_BT, band).sum() <= found_BT.size
 
 
-def test_tau_follows_the_sign_as_in_the_objective():
-    cfg = SAPO(tau_pos=0.4, tau_neg=3.0)
-    z_BT, adv_BT = np.full((1, 3), 0.7, np.float32), np.array([[1.0, -1.0, 0.0]], np.float32)
-    gate_BT = 1 - closed_gate(z_BT, Gates.of(cfg).tau(adv_BT))
+@pytest.mark.parametrize("cfg", [
+    SAPO(tau_pos=0.4, tau_neg=3.0), SAPO(gate="log", tau_neg_below=5.0), SAPO(gate="erf", tau_pos=1.0, tau_neg=2.0),
+    SAPO(gate="arctan", width_neg=0.5), SAPO(gate="softsign"),
+    SAPO(tau_pos_above=2.0, bounds=Bounds(neg_low=0.2, pos_high=0.5)), SAPO(bounds=Bounds(neg_high=2.0, pos_low=0.3)),
+], ids=str)  # fmt: skip
+def test_the_gate_is_that_of_the_objective(cfg):
+    """Every gate, temperatures by sign and by side, and bounds; of numpy and of jax arrays; read back from a row."""
+    z_BT = np.broadcast_to(np.linspace(-1.5, 1.5, 31, dtype=np.float32), (3, 31))
+    adv_BT = np.broadcast_to(np.array([[1.0], [-1.0], [0.0]], np.float32), z_BT.shape)
     expected_BT = token_diagnostics(sapo, z_BT, adv_BT, cfg)["gate"]
-    np.testing.assert_allclose(gate_BT, expected_BT, rtol=1e-6)
+    gates = Gates.of(cfg)
+    np.testing.assert_allclose(1 - gates.closed(z_BT, adv_BT), expected_BT, rtol=2e-5, atol=1e-6)
+    of_jax_BT = gates.closed(jnp.asarray(z_BT), jnp.asarray(adv_BT))
+    np.testing.assert_allclose(1 - of_jax_BT, expected_BT, rtol=2e-5, atol=1e-6)
+
+
+def test_the_log_gate_that_stands_for_another_gate_is_as_wide():
+    """Its slope is 1/2 at the same distance from 1; of the ratio gate the temperature itself is taken."""
+    for cfg in (SAPO(), SAPO(gate="log", tau_neg=5.0), SAPO(gate="erf"), SAPO(gate="softsign")):
+        gates = Gates.of(cfg)
+        width = GATES[cfg.gate].half_width / gates.tau_neg
+        distance = np.float64(width)
+        z = distance if cfg.gate == "log" else np.log1p(distance)
+        closed_log = closed_log_gate(distance, np.float64(gates.log_taus[1]))
+        assert closed_log == pytest.approx(0.5)
+        if cfg.gate != "log":  # there it is r f'(r) that is 1/2
+            assert gates.closed(z, np.float64(-1.0)) == pytest.approx(0.5)
+    assert Gates.of(SAPO(tau_pos=0.4, tau_neg=3.0)).log_taus == (0.4, 3.0)
 
 
 # ---------------------------------------------------------------- histograms
