@@ -221,7 +221,7 @@ class RLStep:
 
         # N updates, so that the ratio drifts from 1 and the gate has something to do.
         batches = mini_batches(packed, graded, adv_PG, scores, local.indices, cfg)
-        probe = self._probe(batches[0], packed)
+        probe = self._probe(batches[0], packed, scores)
         if cfg.train.routing_on == "device":
             batches = [self._put_expert_ids(batch) for batch in batches]
         update = self.update_for(packed.micro_batch * self.shard.teams)
@@ -352,8 +352,12 @@ class RLStep:
 
         return jax.tree.map(join, *scored_parts)
 
-    def _probe(self, batch: Batch, packed: PackedBatch) -> Probe | None:
-        """A probe of these rows, in the form in which `_score` has passed them."""
+    def _probe(self, batch: Batch, packed: PackedBatch, scores: RolloutScores) -> Probe | None:
+        """A probe of the first mini-batch, in the form in which `_score` has passed its rows.
+
+        It compares with the scorer's log-probabilities, without the noise of
+        `train.old_logp_noise`.
+        """
         if self.cfg.train.old_logp != "scorer" or batch.old_logp_BT is None:
             return None
         expert_ids_BTLk = batch.expert_ids_BTLk
@@ -366,7 +370,9 @@ class RLStep:
             expert_ids_BTLk=expert_ids_BTLk,
         )
         scorer = self.scorer_for(packed.micro_batch * self.shard.teams)
-        return Probe(rows, np.asarray(batch.old_logp_BT), scorer, self.mesh)
+        num_rows = len(rows.mask_BT)
+        old_logp_BT = np.asarray(scores.clean_old_BT)[:num_rows]
+        return Probe(rows, old_logp_BT, scorer, self.mesh)
 
     def _put_expert_ids(self, batch: Batch) -> Batch:
         """The batch with its expert ids on the devices, where they stay for all epochs.
