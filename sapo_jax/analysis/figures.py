@@ -222,11 +222,11 @@ def bound_panel(axes: Axes, samples: SequenceSample, gates: Gates, title: str = 
 def variance_panel(axes: Axes, run: RunEvidence, title: str = "") -> None:
     """Median, 90 % and 99 % quantile and mean of Var_i, over training."""
     for q, colour, label in ((0.5, LIGHT, "median"), (0.9, BLUE, "90 %"), (0.99, GREEN, "99 %")):
-        quantile_of_steps = []
-        for evidence in run.evidence:
+        quantile_of_steps = np.full(len(run.evidence), np.nan)
+        for i, evidence in enumerate(run.evidence):
             counts = evidence.sequences.variance_histogram.sum(axis=0)
-            quantile = hist.quantile(counts, hist.POSITIVE_EDGES, q) if counts.sum() else np.nan
-            quantile_of_steps.append(quantile)
+            if counts.sum() > 0:
+                quantile_of_steps[i] = hist.quantile(counts, hist.POSITIVE_EDGES, q)
         _draw_curve(axes, run.steps, np.maximum(quantile_of_steps, FLOOR), label, colour)
     mean_of_steps = np.maximum(run.column("a2/variance_mean"), FLOOR)
     _draw_curve(axes, run.steps, mean_of_steps, "mean", "black", "--")

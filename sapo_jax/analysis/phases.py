@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,6 +22,9 @@ from sapo_jax.diagnostics.evidence import Evidence, finalize_evidence
 from sapo_jax.diagnostics.gates import Gates
 from sapo_jax.diagnostics.quadrants import SIGNS
 from sapo_jax.io.files import METRICS, read_rows, write_csv
+
+if TYPE_CHECKING:
+    from sapo_jax.batch import Array
 
 PHASES = ("early", "middle", "late")
 
@@ -52,7 +56,7 @@ def phase_statistics(evidence: Evidence, gates: Gates) -> list[Statistic]:
     def metric(name: str) -> float:
         return float(metrics.get(name, math.nan))
 
-    def mean_over(sums: np.ndarray, sign: str) -> float:
+    def mean_over(sums: Array, sign: str) -> float:
         """Over the tokens of one of SIGNS."""
         index = SIGNS.index(sign)
         if not tokens.count[index]:

@@ -170,7 +170,7 @@ def drift_map(
 
 def position_map(axes: Axes, quadrants: Quadrants, sign: str, band: tuple[float, float]) -> None:
     """r by the part of the completion that a token is in."""
-    counts = quadrants.position_histogram[SIGNS.index(sign)]
+    counts = np.asarray(quadrants.position_histogram[SIGNS.index(sign)])
     names = [f"part {i + 1} of {POSITIONS}" for i in range(POSITIONS)]
     title = f"r by position, {NAMES[sign]}"
     drift_map(axes, counts, names, band, title, "where in the completion")
@@ -178,7 +178,7 @@ def position_map(axes: Axes, quadrants: Quadrants, sign: str, band: tuple[float,
 
 def probability_map(axes: Axes, quadrants: Quadrants, sign: str, band: tuple[float, float]) -> None:
     """r by the probability that the old policy gave the token."""
-    counts = quadrants.probability_histogram[SIGNS.index(sign)]
+    counts = np.asarray(quadrants.probability_histogram[SIGNS.index(sign)])
     edges = (0.0, *PROBABILITY_EDGES, 1.0)
     names = [f"{low:g}-{high:g}" for low, high in zip(edges[:-1], edges[1:], strict=True)]
     title = f"r by old probability, {NAMES[sign]}"

@@ -192,6 +192,7 @@ def answer_limit(cfg: Config) -> Iterator[Problem]:
     if characters <= cfg.rewards.max_chars:
         return
     why = ""
+    remedy = ""
     if extract in ("all", "final"):
         why = "the whole text is the answer"
         remedy = "use extract: auto, or raise max_chars"
