@@ -1,4 +1,4 @@
-from . import figures
+from . import figures, statistics, survival
 from .arms import Arm, read_arms
 from .collapse import Collapse, CollapseRules, find_collapse
 from .curves import Curve, curves_of
@@ -19,4 +19,6 @@ __all__ = [
     "read_diagnostics",
     "read_metrics",
     "read_run_evidence",
+    "statistics",
+    "survival",
 ]

@@ -62,7 +62,7 @@ class SinkProcess:
     def wake(self) -> None:
         """Looks whether the process is alive; it looks at metrics.jsonl by itself."""
         if self._process is not None and self._process.poll() is not None:
-            self._say(self._last_words())
+            self._say(self._why_it_ended(self._process.returncode))
 
     def close(self) -> None:
         if self._process is None:
@@ -76,14 +76,16 @@ class SinkProcess:
             self._say(f"it hangs for {SECONDS_TO_CLOSE:.0f} seconds, and was ended")
         else:
             if code != 0:
-                self._say(self._last_words())
+                self._say(self._why_it_ended(code))
         # The library may have started processes that outlive it.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
-    def _last_words(self) -> str:
-        """The last line that the process has written."""
+    def _why_it_ended(self, code: int) -> str:
+        """The signal that ended it, or the last line that it has written."""
+        if code < 0:
+            return f"it was ended by {signal.Signals(-code).name}"
         with contextlib.suppress(OSError):
             lines = self._log.read_bytes()[-LAST_BYTES:].decode(errors="replace").split("\n")
             spoken = [line.strip() for line in lines if line.strip()]
@@ -98,7 +100,7 @@ class SinkProcess:
         self._is_told = True
         print(
             f"sapo_jax: metrics do not go to {self._name} any more ({reason}; see {self._log}); "
-            "the run goes on, metrics.jsonl is complete, and the next start sends the rest",
+            "the run goes on, metrics.jsonl is complete, and the next start goes on there",
             file=sys.stderr,
             flush=True,
         )

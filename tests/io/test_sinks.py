@@ -201,6 +201,18 @@ def test_a_library_that_hangs_is_ended(library, tmp_path, capfd, monkeypatch):
     assert capfd.readouterr().err.count("it hangs for 5 seconds, and was ended") == 1
 
 
+def test_a_process_that_is_killed_is_told_once(library, tmp_path, capfd):
+    library("wandb")
+    folder = run_folder(tmp_path)
+    with RunLog(folder, sinks=["wandb"]) as log:
+        write(log, "rl", range(1))
+        log._sinks["wandb"]._process.kill()
+        log._sinks["wandb"]._process.wait(120)
+        write(log, "rl", range(1, 5))
+    assert steps_in(folder) == list(range(5))
+    assert capfd.readouterr().err.count("(it was ended by SIGKILL; see ") == 1
+
+
 def test_a_folder_without_room_for_the_log_is_a_notice(tmp_path, capfd):
     folder = run_folder(tmp_path)
     (folder / "sink_wandb.log").mkdir()
