@@ -24,6 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 
 SETTINGS = [
     "model.num_key_value_heads=2", "model.vocab_size=260", "rollout.prompts_per_step=8", "train.steps=3", "cold_start.steps=20", "evaluate.every=2",
+    "evaluate.batch_prompts=8",
     "checkpoint.every=2", "train.print_samples_every=0", "loss={kl: k3, kl_coef: 0.1, correction: truncated}",
     "diagnostics.every=1", "train.log_samples=6",
 ]  # fmt: skip
