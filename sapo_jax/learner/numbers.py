@@ -4,8 +4,9 @@ Runs that differ in these numbers alone (a temperature, a clip range, a learning
 coefficient) run one program: what the first of them compiled, the others read from the compilation
 cache. Everything else of the configuration is a constant of the program.
 
-A number that is 0 stays a constant, because 0 turns a part off; so do b1, b2 and eps of Adam, of
-which float32 would lose digits.
+A number that is 0 stays a constant, because 0 turns a part off. So do b1 and b2 of Adam, because
+1 - b1 in float32 has fewer digits than the constant, and the coefficient of the router's loss,
+which XLA multiplies with other constants: as an input it would change the last bit of gradients.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ INPUTS = (
     "loss.",
     "optimizer.max_grad_norm",
     "optimizer.weight_decay",
-    "model.router_aux_loss_coef",
 )
 
 

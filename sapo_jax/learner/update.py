@@ -305,8 +305,7 @@ def make_update(
 
     shardings: those of the state (`state_shardings`); None off a mesh.
     """
-    router_coef = policy.cfg.router_aux_loss_coef
-    step = update_step(policy, optimizer, loss_fn, micro_batch, router_coef)
+    step = update_step(policy, optimizer, loss_fn, micro_batch)
     return jax.jit(step, donate_argnums=0, out_shardings=_out_shardings(shardings))
 
 
@@ -334,8 +333,7 @@ def make_rl_update(
         traced_cfg = with_numbers(cfg, numbers)
         schedule = make_schedule(cfg.optimizer, total_steps, rates)
         optimizer = clipped_adamw(traced_cfg.optimizer, schedule)
-        router_coef = traced_cfg.model.router_aux_loss_coef
-        step = update_step(policy, optimizer, policy_loss(traced_cfg), micro_batch, router_coef)
+        step = update_step(policy, optimizer, policy_loss(traced_cfg), micro_batch)
         return step(state, batch)
 
     jitted = jax.jit(update, donate_argnums=0, out_shardings=_out_shardings(shardings))
@@ -356,12 +354,8 @@ def update_step(
     optimizer: optax.GradientTransformation,
     loss_fn: LossFn,
     micro_batch: int,
-    router_coef: ArrayLike,
 ) -> UpdateFn:
-    """What `make_update` compiles.
-
-    router_coef: the coefficient of the router's auxiliary loss.
-    """
+    """What `make_update` compiles."""
 
     def micro_loss(params: Params, micro: Batch, batch_tokens: Array) -> tuple[Array, Any]:
         """The loss of a micro-batch and its part of the router's; batch_tokens: of all rows."""
@@ -369,7 +363,7 @@ def update_step(
         if routing is not None:
             share_of_tokens = routing.tokens / batch_tokens
             aux_loss = (share_of_tokens * routing.aux_loss).mean()  # over the sparse layers
-            loss += router_coef * aux_loss
+            loss += policy.cfg.router_aux_loss_coef * aux_loss
             routing = dataclasses.replace(routing, expert_ids_BTk=None)  # too large to keep
         return loss, (stats, routing)
 
