@@ -49,6 +49,7 @@ class Rates(NamedTuple):
     """The numbers of a learning rate's schedule: plain ones, or traced."""
 
     peak: ArrayLike
+    warmup_slope: ArrayLike  # of a step of the warm-up
     # linear: from peak to linear_end, which is linear_fall less
     linear_fall: ArrayLike
     linear_end: ArrayLike
@@ -60,8 +61,11 @@ class Rates(NamedTuple):
     def of(cls, cfg: Optimizer) -> Rates:
         """Differences are made here, with the digits of the configuration: float32 has fewer."""
         linear_end = cfg.learning_rate * cfg.final_fraction
+        # In float32, as XLA joins the two constants of peak * (count + 1) / warmup_steps.
+        warmup_share = np.float32(1) / np.float32(max(cfg.warmup_steps, 1))
         return cls(
             peak=cfg.learning_rate,
+            warmup_slope=float(np.float32(cfg.learning_rate) * warmup_share),
             linear_fall=cfg.learning_rate - linear_end,
             linear_end=linear_end,
             cosine_fall=1 - cfg.final_fraction,
@@ -94,7 +98,7 @@ def make_schedule(cfg: Optimizer, total_steps: int, rates: Rates | None = None) 
 
     def warmup(count: ArrayLike) -> ArrayLike:
         """Counts from 1, so that the first step already moves the parameters."""
-        return rates.peak * (count + 1) / cfg.warmup_steps
+        return rates.warmup_slope * (count + 1)
 
     return optax.join_schedules([warmup, after_warmup], [cfg.warmup_steps])
 

@@ -29,7 +29,7 @@ OPTIMIZER = Optimizer(
     learning_rate=7e-3,
     schedule="linear",
     final_fraction=0.3,
-    warmup_steps=2,
+    warmup_steps=3,
     weight_decay=0.1,
     max_grad_norm=0.7,
 )
@@ -97,14 +97,15 @@ def test_the_schedules_are_those_of_optax_to_the_last_bit(kind):
     peak = cfg.learning_rate
     optax_schedule = {
         "constant": optax.constant_schedule(peak),
-        "linear": optax.linear_schedule(peak, peak * 0.37, 48),
-        "cosine": optax.cosine_decay_schedule(peak, 48, 0.37),
+        "linear": optax.linear_schedule(peak, peak * 0.37, 47),
+        "cosine": optax.cosine_decay_schedule(peak, 47, 0.37),
     }[kind]
     ours = jax.jit(make_schedule(cfg, 50))
-    expected = jax.jit(lambda count: optax_schedule(count - 2))
-    assert [float(ours(step)) for step in range(2, 60)] == [
-        float(expected(step)) for step in range(2, 60)
-    ]
+    warmup = jax.jit(lambda count: peak * (count + 1) / 3)
+    after_warmup = jax.jit(lambda count: optax_schedule(count - 3))
+    expected = [float(warmup(step)) for step in range(3)]
+    expected += [float(after_warmup(step)) for step in range(3, 60)]
+    assert [float(ours(step)) for step in range(60)] == expected
 
 
 SLOW = pytest.mark.slow
