@@ -56,7 +56,7 @@ class Stage:
         self._log = log
         self._batches = batches
         self._row_shapes = row_shapes or RowShapes()
-        # What the policy now says of tokens that it wrote before its last updates; see step.Probe.
+        # What the policy now says of tokens that it wrote before its last updates; see probe.Probe.
         self.probe: Callable[[Params], float] | None = None
         self._identity: identity.Identity = {}
         self._save_is_due = False

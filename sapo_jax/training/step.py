@@ -21,7 +21,7 @@ import optax
 from sapo_jax.batch import Array, Batch, Params, Rollout, TrainState
 from sapo_jax.config import Config
 from sapo_jax.data import Tokenizer
-from sapo_jax.distributed.processes import SINGLE_PROCESS, ProcessShard, all_gather
+from sapo_jax.distributed.processes import SINGLE_PROCESS, ProcessShard
 from sapo_jax.distributed.sharding import host_rows, num_shards, on_tpu, put_batch
 from sapo_jax.learner.routing_replay import check_expert_ids, sampled_experts
 from sapo_jax.learner.scoring import ScorerOutput, make_scorer
@@ -55,11 +55,10 @@ from sapo_jax.training.experience import (
 )
 from sapo_jax.training.group_sampler import GroupSampler
 from sapo_jax.training.old_logp_noise import add_noise, standard_normals
+from sapo_jax.training.probe import Probe, ScorerFn
 from sapo_jax.training.step_metrics import num_shown
 from sapo_jax.training.update_records import UpdateRecords
 from sapo_jax.types import Prompt
-
-ScorerFn = Callable[[Params, Batch], ScorerOutput]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,32 +71,6 @@ class StepResult:
     diagnostics: dict[str, Any]  # a row for diagnostics.jsonl; {} where none is due
     last_error: str = ""  # of a verifier that failed; "" where none has failed
     probe: Probe | None = None  # of the policy; None where no scorer was compiled (old_logp)
-
-
-@dataclasses.dataclass(frozen=True)
-class Probe:
-    """Tokens that the policy wrote before its last updates: what does it say of them now?
-
-    A finite but ruined policy gives itself away here, also where its parameters look sound: norm
-    layers hide their scale, and a step that turns them around does not make them larger. It costs
-    one scoring pass over a mini-batch, by the program that the step has compiled anyway.
-    """
-
-    batch: Batch  # of a mini-batch, on the host
-    old_logp_BT: np.ndarray  # before the updates
-    scorer: ScorerFn
-    mesh: jax.sharding.Mesh
-
-    def __call__(self, params: Params) -> float:
-        """mean(old logp - logp) over the tokens, nats: an estimate of KL(old || now) per token.
-
-        A collective. 0 where there are no tokens.
-        """
-        scored = host_rows(self.scorer(params, put_batch(self.batch, self.mesh)), self.mesh)
-        drop_N = (self.old_logp_BT - np.asarray(scored.logp_BT))[self.batch.mask_BT]
-        parts = all_gather({"sum": float(drop_N.sum()), "count": drop_N.size})
-        count = sum(part["count"] for part in parts)
-        return sum(part["sum"] for part in parts) / max(count, 1)
 
 
 @dataclasses.dataclass(frozen=True)

