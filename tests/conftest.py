@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import collections
+import functools
+import importlib
 import json
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -89,3 +93,35 @@ def tiny_model(tmp_path_factory) -> Path:
         folder, make_policy(cfg).init(jax.random.key(0)), whole, load_tokenizer("byte"), "float32"
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def stand_ins(tiny_model, tmp_path_factory) -> Callable[[Path], list[str]]:
+    """Overrides for a config file that asks for what a fresh clone lacks.
+
+    A pretrained model becomes the tiny one; the files of the graded tasks are made.
+    """
+    scripts = Path(__file__).parents[1] / "experiments"
+
+    @functools.cache
+    def graded() -> Path:
+        folder = tmp_path_factory.mktemp("graded")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(scripts)
+            importlib.import_module("graded_tasks").main([str(folder)])
+        return folder
+
+    def overrides(path: Path) -> list[str]:
+        text = path.read_text()
+        found = []
+        if "model: {path:" in text:
+            found.append(f"model.path={tiny_model}")
+        if "runs/graded/" in text:
+            tasks = re.findall(r"path: runs/graded/(\w+).jsonl", text)
+            found += [
+                f"data.tasks.{i}.path={graded()}/{task}.jsonl" for i, task in enumerate(tasks)
+            ]
+            found.append(f"cold_start.demonstrations={graded()}/demonstrations.jsonl")
+        return found
+
+    return overrides

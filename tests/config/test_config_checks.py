@@ -85,6 +85,8 @@ BROKEN = [  # rule, overrides, keys, what the message says
     ("response_template", ["cold_start.response='{answer} {reason}'"], "cold_start.response", "holds {reason}"),
     ("response_template", [r"cold_start.response='\boxed{answer}'"],
      "cold_start.response", r"write \\boxed\{\{answer\}\}"),
+    ("taken_cold_start", ["cold_start.taken_from=runs/other"],
+     "cold_start.taken_from, cold_start.steps", "taken from nowhere; set steps to those of that run"),
     ("run_folder", ["run_dir='runs/{nome}'"], "run_dir", r"holds \{nome\}; there are \{name\} and \{seed\}"),
     ("run_folder", ["run_dir='runs/{name'"], "run_dir", "expected '}'"),
     ("run_folder", ["name=''"], "name, run_dir", "no folder of its own"),

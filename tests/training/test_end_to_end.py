@@ -37,14 +37,11 @@ MARKED = [p if p.stem == "quickstart" else pytest.param(p, marks=pytest.mark.slo
 
 
 @pytest.mark.parametrize("path", MARKED, ids=[path.stem for path in CONFIGS])
-def test_every_config_runs_two_steps(path, tiny_model, tmp_path):
-    """Those that start from a pretrained model start from a tiny one of its family here."""
-    pretrained = (
-        ["data.max_prompt_tokens=256", f"model.path={tiny_model}"]
-        if "model: {path:" in path.read_text()
-        else []
-    )
-    summary = train(load(path, [*SMALL, *pretrained, f"run_dir={tmp_path}/run"]))
+def test_every_config_runs_two_steps(path, stand_ins, tmp_path):
+    overrides = [*SMALL, *stand_ins(path), f"run_dir={tmp_path}/run"]
+    if "model: {path:" in path.read_text():
+        overrides.append("data.max_prompt_tokens=256")
+    summary = train(load(path, overrides))
     assert summary["rl_steps"] == 2
     assert 0 <= summary["held_out_before"] <= 1 and 0 <= summary["held_out_after"] <= 1
     for name in (
