@@ -115,6 +115,17 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+# Breaks of lines to the library's reader, which folds them where they stand in single quotes.
+_RARE_LINE_BREAKS = re.compile("[\x85\u2028\u2029]")
+
+
+def _write_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    style = None
+    if _RARE_LINE_BREAKS.search(text):
+        style = '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
 def _read_int(_loader: _Loader, node: yaml.ScalarNode) -> int:
     return int(node.value)
 
@@ -128,6 +139,7 @@ def _read_float(_loader: _Loader, node: yaml.ScalarNode) -> float | str:
 for _tag, _form, _first_characters in _RESOLVERS:
     _Loader.add_implicit_resolver(_tag, _form, _first_characters)
     _Dumper.add_implicit_resolver(_tag, _form, _first_characters)
+_Dumper.add_representer(str, _write_text)
 _Loader.add_constructor("tag:yaml.org,2002:int", _read_int)
 _Loader.add_constructor("tag:yaml.org,2002:float", _read_float)
 

@@ -266,7 +266,7 @@ class Checkpoints:
             # Its name is one that is swept, if a kill leaves it.
             trial = self.directory / f"{step}.orbax-checkpoint-tmp-trial"
             try:
-                trial.mkdir(exist_ok=True)
+                trial.mkdir(parents=True, exist_ok=True)  # Orbax makes the folder when it saves
                 trial.rmdir()
             except OSError as error:
                 failure = error

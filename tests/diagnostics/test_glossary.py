@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from sapo_jax.config import Config, Model
+from sapo_jax.config import Config, DynamicSampling, Model, Rollout
 from sapo_jax.diagnostics import collect_token_stats, finalize_evidence, finalize_token_stats
 from sapo_jax.diagnostics.glossary import (
     GLOSSARY,
@@ -56,7 +56,7 @@ def test_entries_are_whole_and_names_are_given_once():
 
 
 def test_the_settings_that_it_names_are_keys_of_the_config():
-    cfg = Config()
+    cfg = Config(rollout=Rollout(dynamic_sampling=DynamicSampling()))
     named = set()
     for entry in ENTRIES:
         text = f"{entry.meaning} {entry.healthy} {entry.otherwise}"

@@ -97,11 +97,11 @@ def test_a_default_that_has_changed_is_told_with_the_words_that_keep_it(tiny_con
 def test_what_is_changed_on_purpose_is_recorded(tiny_config, run, capsys):
     """With a learning rate that ruins the policy first: nothing of that is left.
 
-    (Weight decay moves the parameters whether or not a group has a preference.)
+    (The punishment of length gives the groups a preference: no answer of this policy is right.)
     """
     allow = ["--allow-change", "optimizer", "--allow-change", "objective.tau_neg"]
-    ruinous = [*allow, "optimizer.learning_rate=1e20", "optimizer.weight_decay=0.1"]
-    ruinous.append("train.steps=3")
+    punish = ["--allow-change", "rewards", "rewards.overlong={cache_tokens: 2}"]
+    ruinous = [*allow, *punish, "optimizer.learning_rate=1e20", "train.steps=3"]
     assert train(tiny_config, run, *ruinous) == 1
     error = capsys.readouterr().err
     assert "rl step 3: the policy is ruined: " in error

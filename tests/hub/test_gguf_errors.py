@@ -42,7 +42,7 @@ def test_not_a_gguf_file(tmp_path):
     assert problems(tmp_path / "empty") == problems(tmp_path / "text")
     assert problems(tmp_path / "nowhere") == ("cannot be read: No such file or directory",)
     (tmp_path / "folder").mkdir()
-    assert problems(tmp_path / "folder") == ("cannot be read: Is a directory",)
+    assert problems(tmp_path / "folder") == ("it is not a file",)
     (tmp_path / "version").write_bytes(b"GGUF" + (9).to_bytes(4, "little") + bytes(64))
     assert "version 9" in problems(tmp_path / "version")[0]
 

@@ -56,9 +56,9 @@ def test_every_config_runs_two_steps(path, stand_ins, tmp_path):
     assert list((tmp_path / "run" / "tb" / "rl").iterdir())
     last = rows(tmp_path / "run")[-1]
     assert last["step"] == 2 and last["nonfinite/total"] == 0
-    assert (
-        last["a2/breaches"] == 0 and {"a2/variance_mean", "grad_share/gspo_clipped"} <= last.keys()
-    )
+    assert last["a2/breaches"] == 0 and "a2/variance_mean" in last
+    # Without a preference in any group there is no gradient to have a share of.
+    assert ("grad_share/gspo_clipped" in last) == (last["groups/no_signal_fraction"] < 1)
     if "moe" in path.stem:
         assert last["router/load_max"] >= 1
         assert ("router/replay_difference_mean" in last) == path.stem.endswith(("_r2", "_r3"))
