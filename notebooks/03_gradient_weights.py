@@ -13,13 +13,21 @@
 # %% [markdown]
 # # 3. Gradient weights of a real run
 #
-# Every RL run of this project writes `diagnostics.jsonl`: histograms of log r by sign of A, sums
-# of gate and gradient weight, per-sequence statistics; 6 to 8 kB per step. This notebook reads
-# one. Set the environment variable `SAPO_RUN` to the folder of your run, or `RUN` below.
-# Otherwise it takes a committed one: the tiny dense policy (0.1 M parameters, 54 RL steps of 4
-# updates) of `python experiments/fig2_fig3_assumptions.py`. Its completions are short (2 to 6
-# tokens) and its steps are large, so that the gate has something to do. The numbers of a large
-# model differ; the plots are read alike.
+# Every RL run of this project writes `diagnostics.jsonl`: sums of gate and gradient weight by sign
+# of A and side of r, histograms of log r, per-sequence statistics; about 10 kB per step. This
+# notebook reads one. Set the environment variable `SAPO_RUN` to the folder of your run, or `RUN`
+# below. Otherwise it takes a committed one: SAPO on the tiny mixture of experts with 16 updates a
+# rollout, of `python experiments/quadrants.py`. Its completions are short (2 to 6 tokens) and its
+# steps are large, so that the gate has something to do. The numbers of a large model differ; the
+# plots are read alike.
+#
+# ## Where the update comes from
+#
+# The trained tokens split into four quadrants: the sign of A, and the side of r. A pushes the
+# ratio up where A > 0 and down where A < 0. So two quadrants push on, away from r = 1, and in two
+# the token is pulled back. A hard clip closes the first two beyond its band and leaves the others
+# open; a soft gate fades all four. Gate, weight w and gradient here are those of the objective that
+# the run trained with.
 
 # %%
 import os
@@ -29,11 +37,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import sapo_jax as sj
-from sapo_jax.analysis import figures
-from sapo_jax.analysis.phases import show
+from sapo_jax.analysis import figures, quadrant_figures, quadrants
+from sapo_jax.analysis.phases import phases, show
 
 ROOT = Path(sj.__file__).parents[1]  # of the repository
-COMMITTED = ROOT / "experiments" / "results" / "fig2_fig3_runs" / "tiny_dense"
+COMMITTED = ROOT / "experiments" / "results" / "quadrants_runs" / "N16"
 RUN = os.environ.get("SAPO_RUN", COMMITTED)
 
 plt.rcParams.update({"figure.dpi": 80, "font.size": 11, "legend.frameon": False})
@@ -41,10 +49,56 @@ BLUE = figures.BLUE
 ORANGE = figures.ORANGE
 
 run = sj.analysis.read_run_evidence(RUN)
+assert run.has_quadrants, "the run is of a version without quadrants; train it anew"
 evidence = run.pooled()  # of all steps together
 gates = run.gates
-metrics = run.metrics()  # of each step
 
+figure, panels = plt.subplots(2, 2, figsize=(14, 9), layout="constrained")
+quadrant_figures.ratio_over_training(panels[0, 0], run, "pos")
+quadrant_figures.ratio_over_training(panels[0, 1], run, "neg")
+for axes, ending, title in (
+    (panels[1, 0], "grad_share", "Share of the gradient norms"),
+    (panels[1, 1], "grad_weight_mean", "Mean weight w on A grad log pi"),
+):
+    quadrant_figures.quadrant_panel(axes, run, ending, title)
+handles, labels = panels[1, 0].get_legend_handles_labels()
+figure.legend(handles, labels, loc="outside lower center", ncols=4)
+plt.show()
+
+# %% [markdown]
+# Above: where the ratios are, with GRPO's band in grey. Below: what part of the gradient each
+# quadrant has, and how heavy its tokens weigh on average. In the first of the N updates of a
+# rollout r is 1 up to rounding, and its tokens lie on either side by chance.
+#
+# The same as a table. Each number is a column of `sj.read_diagnostics(RUN)` too, such as
+# `quadrant/neg_below/grad_share`, with a value for every RL step.
+
+# %%
+print(quadrants.show(run))
+columns = sj.read_diagnostics(RUN)
+name = "quadrant/neg_below/outside_fraction"
+print()
+print(name, "at the first and the last step:", *np.round(columns[name][[0, -1]], 3))
+
+# %% [markdown]
+# ## Which tokens drift
+#
+# Maps of r where A < 0: by the part of the completion that a token is in, and by the probability
+# that the old policy gave it. A column adds up to 100 %. Tokens that were rare have the widest
+# spread. On the right is what a sequence mask of delta would take: the share of the sequences with
+# A < 0 whose mean log r is below -delta.
+
+# %%
+figure, panels = plt.subplots(1, 3, figsize=(18, 5), layout="constrained")
+quadrant_figures.position_map(panels[0], evidence.quadrants, "neg", gates.grpo)
+quadrant_figures.probability_map(panels[1], evidence.quadrants, "neg", gates.grpo)
+quadrant_figures.mask_panel(panels[2], run, phases(run))
+plt.show()
+
+# %% [markdown]
+# ## Ratio and gate
+
+# %%
 figure, panels = plt.subplots(1, 2, figsize=(14, 4.8), layout="constrained")
 for axes, sign in zip(panels, ("pos", "neg"), strict=True):
     title = f"Where the tokens are, and what they weigh: {figures.NAMES[sign]}"
@@ -131,8 +185,7 @@ for axes, curves, title in (
     (effective, spread, "Effective tokens"),
 ):
     for (name, label), colour in zip(curves.items(), (BLUE, ORANGE), strict=True):
-        values = [step_metrics[name] for step_metrics in metrics]
-        axes.plot(run.steps, values, color=colour, linewidth=2, label=label)
+        axes.plot(run.steps, run.column(name), color=colour, linewidth=2, label=label)
     figures.finish(axes, title, "RL step", "")
     axes.spines["right"].set_visible(False)
     axes.yaxis.set_major_formatter(lambda v, _: f"{100 * v:.4g} %")
@@ -155,7 +208,7 @@ figures.variance_histogram(variance, evidence)
 figures.bound_panel(bound, run.samples(), gates)
 plt.show()
 
-breaches = sum(int(step_metrics["a2/breaches"]) for step_metrics in metrics)
+breaches = int(sum(run.column("a2/breaches")))
 sequences = evidence.sequences.count.sum()
 print("sequences whose log gate breaks the bound:", breaches, "of", sequences)
 assert breaches == 0

@@ -131,6 +131,39 @@ def test_the_bound_of_figure_3_holds_and_is_close_where_the_gate_is_a_parabola()
     assert np.all(gap[small] > 0.95 * (tau**2 / 4 * variance)[small])
 
 
+# ---------------------------------------------------------------- quadrants
+
+
+@pytest.fixture
+def quadrants(script):
+    """The script of the quadrants, and the evidence of its runs that is committed."""
+    module = script("quadrants")
+    runs = {name: read_run_evidence(module.STORED_RUNS / name) for name in module.ARMS}
+    return module, runs
+
+
+def test_the_quadrants_are_those_of_the_committed_runs(quadrants):
+    module, runs = quadrants
+    assert_same_rows(module.rows(runs), committed("quadrants_moe"))
+    assert len(module.plot(runs).axes) == 8
+    for name, (mini_batches, _, steps) in module.ARMS.items():
+        assert runs[name].steps == list(range(1, steps + 1))
+        assert {len(drift) for drift in runs[name].drift} == {mini_batches}
+
+
+def test_the_quadrants_say_what_the_docstring_says(quadrants):
+    """With 16 mini-batches more tokens leave the band, and those that A < 0 pushes down have the most of KL(old)."""
+    whole = {
+        (row["run"], row["quadrant"]): row
+        for row in committed("quadrants_moe")
+        if (row["phase"], row["of"]) == ("whole", "tokens")
+    }
+    for quadrant in ("pos_below", "pos_above", "neg_below", "neg_above"):
+        few, many = whole["N4", quadrant], whole["N16", quadrant]
+        assert few["outside_fraction"] < many["outside_fraction"]
+        assert whole["N16", "neg_below"]["kl_share"] >= many["kl_share"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("label", ["tiny dense", "tiny MoE"])
 def test_figures_2_and_3_at_a_reduced_size(label, script, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ PRINTED = {  # what a reader is told to see
         "largest difference of a gradient entry",
     ),
     "03_gradient_weights": (
-        "sequences whose log gate breaks the bound: 0 of 55296",
+        "sequences whose log gate breaks the bound: 0 of 122880",
         "tokens within GRPO's band",
     ),
     "04_routing_replay": (
@@ -38,7 +38,7 @@ PRINTED = {  # what a reader is told to see
 FIGURES = {
     "01_soft_gate": 4,
     "02_update_by_hand": 2,
-    "03_gradient_weights": 5,
+    "03_gradient_weights": 7,
     "04_routing_replay": 2,
     "05_reading_a_sweep": 3,
 }
