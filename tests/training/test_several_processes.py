@@ -116,7 +116,12 @@ def assert_close(found: Path, expected: Path) -> None:
             "mismatch/mean",
             "mismatch/max",
         }:
-            assert row[key] == pytest.approx(other[key], rel=2e-4, abs=2e-5), (
+            tolerance = 2e-5
+            if key.endswith("/kl_share"):
+                # KL goes by the square of log r. In these steps |log r| is about 1e-3, and the
+                # log-probabilities that it is the difference of are rounded to 5e-7.
+                tolerance = 1e-3
+            assert row[key] == pytest.approx(other[key], rel=2e-4, abs=tolerance), (
                 row["stage"],
                 row["step"],
                 key,
