@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from sapo_jax.analysis.arm_table import arm_table
 from sapo_jax.analysis.arms import Arm, LoggedRun, updates_per_step
 from sapo_jax.analysis.collapse import Collapse
 from sapo_jax.analysis.statistics import holm
@@ -120,15 +120,8 @@ def _cell(value: float) -> float | str:
 
 
 def collapse_table(arms: Sequence[ArmSurvival], reference: str, count: str) -> Table:
-    table = Table(
-        title=Text("collapsed runs", style="bold"),
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 2, 0, 0),
-    )
-    table.add_column("arm", justify="left", overflow="fold", no_wrap=False)
-    for heading in ("collapsed", f"median {COUNTS[count]}", "log-rank p, Holm"):
-        table.add_column(heading, justify="right", overflow="fold", no_wrap=True)
+    headings = ("collapsed", f"median {COUNTS[count]}", "log-rank p, Holm")
+    table = arm_table("collapsed runs", headings)
     for arm in arms:
         median = "not reached"
         if not math.isnan(arm.survival.median):

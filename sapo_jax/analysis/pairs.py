@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from sapo_jax.analysis.arm_table import arm_table
 from sapo_jax.analysis.arms import Arm, LoggedRun
 from sapo_jax.analysis.curves import FEWEST_SEEDS
 from sapo_jax.analysis.outcomes import difference_text, is_share, outcome_value
@@ -310,9 +310,9 @@ def comparison_tables(comparisons: Sequence[Comparison]) -> list[Table]:
     if is_share(first.metric):
         unit = ", percentage points"
     title = f"{first.metric} ({first.outcome}): difference to {first.reference}{unit}"
-    differences = _table(title, ("mean", "95 % interval", "IQM", "higher"))
+    differences = arm_table(title, ("mean", "95 % interval", "IQM", "higher"))
     headings = ("sign test p", "Holm", "t test p", "Holm", "g", "sees")
-    tests = _table(f"the same: tests of {first.comparisons} comparisons", headings)
+    tests = arm_table(f"the same: tests of {first.comparisons} comparisons", headings)
     for comparison in comparisons:
         interval = f"needs {FEWEST_SEEDS} seeds"
         if not math.isnan(comparison.mean_interval[0]):
@@ -336,19 +336,6 @@ def comparison_tables(comparisons: Sequence[Comparison]) -> list[Table]:
             sees.replace("nan", "-"),
         )
     return [differences, tests]
-
-
-def _table(title: str, headings: Sequence[str]) -> Table:
-    table = Table(
-        title=Text(title, style="bold"),
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 2, 0, 0),
-    )
-    table.add_column("arm", justify="left", overflow="fold", no_wrap=False)
-    for heading in headings:
-        table.add_column(heading, justify="right", overflow="fold", no_wrap=True)
-    return table
 
 
 def _or_dash(value: float, form: str) -> str:

@@ -12,7 +12,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -25,6 +24,7 @@ from sapo_jax.analysis.arm_survival import (
     survival_of_arms,
     survival_rows,
 )
+from sapo_jax.analysis.arm_table import arm_table
 from sapo_jax.analysis.arms import Arm, LoggedRun, choose_arms, read_arms, swept_keys
 from sapo_jax.analysis.collapse import (
     DEFAULT_RULES,
@@ -226,15 +226,8 @@ def _lines_about_collapse(found: Findings) -> list[str]:
 
 def final_table(metric: str, curves: Sequence[Curve]) -> Table:
     """For each arm, the first and last point of this metric's curve, and the last's interval."""
-    table = Table(
-        title=Text(metric, style="bold"),
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 2, 0, 0),
-    )
-    table.add_column("arm", justify="left", overflow="fold", no_wrap=False)
-    for heading in ("seeds", "RL step", "first", "last", "95 % interval"):
-        table.add_column(heading, justify="right", overflow="fold", no_wrap=True)
+    headings = ("seeds", "RL step", "first", "last", "95 % interval")
+    table = arm_table(metric, headings)
     for row in final_rows([curve for curve in curves if curve.metric == metric]):
         interval = f"needs {FEWEST_SEEDS} seeds"
         if row["ci_low"] != "":
